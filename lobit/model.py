@@ -1,0 +1,322 @@
+"""One Transformer for the dense Llama-like families.
+
+A family is a `Config`: what differs between families are flags here and a key map in `families.py`.
+Attention is left to the caller (`Attend`), because every runtime keeps its key-value cache in its own way.
+
+Shapes: B batch, T tokens, D hidden size, H query heads, K key-value heads, E head size, F feed-forward size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1's change of the rotary frequencies (transformers `_compute_llama3_parameters`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """All rotary frequencies divided by one factor (transformers `_compute_linear_scaling_rope_parameters`)."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class LongRopeScaling:
+    """One divisor per rotary frequency, and a factor on cosine and sine (transformers `_compute_longrope_parameters`)."""
+
+    factors: tuple[float, ...]
+    attention_factor: float
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding of one layer.
+
+    The two halves of the first `dim` entries of a head are the real and imaginary parts; checkpoints that pair neighbours
+    have the rows of their q and k permuted when they are read (`families.py`).
+    """
+
+    theta: float
+    dim: int
+    scaling: Llama3Scaling | LinearScaling | LongRopeScaling | None = None
+
+    def frequencies(self) -> tuple[Tensor, float]:
+        """Angles per position [dim / 2] in radians, and the factor on cosine and sine."""
+        inverse = self.theta ** (-torch.arange(0, self.dim, 2, dtype=torch.int64).float() / self.dim)
+        match self.scaling:
+            case LinearScaling(factor):
+                return inverse / factor, 1.0
+            case LongRopeScaling(factors, attention_factor):
+                return inverse / torch.tensor(factors), attention_factor
+            case Llama3Scaling(factor, low, high, context):
+                wavelength = 2 * math.pi / inverse
+                smooth = ((context / wavelength - low) / (high - low)).clamp(0, 1)
+                return (1 - smooth) * inverse / factor + smooth * inverse, 1.0
+        return inverse, 1.0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What may differ from layer to layer."""
+
+    window: int | None = None
+    """Tokens that a query sees, itself included; None: all before it."""
+    rope: Rope | None = None
+    """None: no position (SmolLM3's NoPE layers)."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A dense decoder. Sizes are numbers of elements; `layers` has one entry per executed layer."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layers: tuple[Layer, ...]
+    max_context: int
+    norm_eps: float
+    tied: bool
+    """The head is the embedding."""
+    activation: Literal["silu", "gelu_tanh", "relu2"] = "silu"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: Literal["none", "weighted", "weightless"] = "none"
+    post_norms: bool = False
+    """Norms after attention and after the feed-forward, before each is added (Gemma 3)."""
+    sub_norms: bool = False
+    """Norms before the attention output product and before the down product (BitNet b1.58 2B4T)."""
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    """Factor on q·k; None: head_dim ** -0.5."""
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
+    repeats: int = 1
+    """How often each block runs in a row with the same weights (MobileLLM's layer sharing)."""
+
+    @property
+    def scale(self) -> float:
+        """Factor on q·k."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
+    def windowed(self) -> bool:
+        """Whether some layer sees less than the whole context."""
+        return any(layer.window is not None for layer in self.layers)
+
+    @property
+    def largest_window(self) -> int:
+        """The longest window of a windowed layer; 0 where there is none."""
+        return max((layer.window or 0 for layer in self.layers), default=0)
+
+
+class Table(NamedTuple):
+    """Cosine and sine of a run of positions, each [T, dim / 2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+Tables = dict[Rope, Table]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q [B, T, H, E], k [B, T, K, E], v [B, T, K, E]) -> [B, T, H, E]; keeps k and v where it has a cache."""
+
+
+def rotary_tables(config: Config, positions: Tensor) -> Tables:
+    """Cosine and sine of `positions` [T] for each kind of rotary embedding in the model."""
+    tables: Tables = {}
+    for rope in {layer.rope for layer in config.layers if layer.rope}:
+        frequencies, factor = rope.frequencies()
+        angles = positions.float()[:, None] * frequencies.to(positions.device)
+        tables[rope] = Table(angles.cos() * factor, angles.sin() * factor)
+    return tables
+
+
+def rotate(x: Tensor, table: Table) -> Tensor:
+    """Rotary embedding of x [B, T, heads, E]; entries beyond the table's width pass through."""
+    half = table.cos.shape[-1]
+    cos, sin = table.cos[None, :, None], table.sin[None, :, None]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    parts = [a * cos - b * sin, b * cos + a * sin]
+    return torch.cat([*parts, rest] if 2 * half < x.shape[-1] else parts, dim=-1)
+
+
+class RMSNorm(nn.Module):
+    """x · w / sqrt(mean(x²) + eps) over the last axis; no w where `weighted` is false."""
+
+    def __init__(self, size: int, eps: float, weighted: bool = True) -> None:
+        super().__init__()
+        self.size, self.eps = size, eps
+        self.weight = nn.Parameter(torch.ones(size)) if weighted else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (self.size,), self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: projections, head norms and rotary embedding; the products of q, k, v are the caller's."""
+
+    def __init__(self, config: Config, index: int) -> None:
+        super().__init__()
+        self.config, self.index = config, index
+        d, h, k, e = config.hidden_size, config.heads, config.kv_heads, config.head_dim
+        self.q: nn.Module = nn.Linear(d, h * e, bias=config.qkv_bias)
+        self.k: nn.Module = nn.Linear(d, k * e, bias=config.qkv_bias)
+        self.v: nn.Module = nn.Linear(d, k * e, bias=config.qkv_bias)
+        self.o: nn.Module = nn.Linear(h * e, d, bias=config.o_bias)
+        if config.qk_norm != "none":
+            self.q_norm = RMSNorm(e, config.norm_eps, config.qk_norm == "weighted")
+            self.k_norm = RMSNorm(e, config.norm_eps, config.qk_norm == "weighted")
+        if config.sub_norms:
+            self.sub_norm = RMSNorm(h * e, config.norm_eps)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, T, H·E], k and v [B, T, K·E]."""
+        return self.q(x), self.k(x), self.v(x)
+
+    def forward(self, x: Tensor, layer: int, tables: Tables, attend: Attend) -> Tensor:
+        config = self.config
+        heads = (*x.shape[:2], -1, config.head_dim)
+        q, k, v = (t.reshape(heads) for t in self.project(x))
+        if config.qk_norm != "none":
+            q, k = self.q_norm(q), self.k_norm(k)
+        rope = config.layers[layer].rope
+        if rope is not None:
+            q, k = rotate(q, tables[rope]), rotate(k, tables[rope])
+        y = attend(layer, q, k, v).reshape(*x.shape[:2], -1)
+        return self.o(self.sub_norm(y) if config.sub_norms else y)  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """down(activation(gate(x)) · up(x))."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate: nn.Module = nn.Linear(d, f, bias=bias)
+        self.up: nn.Module = nn.Linear(d, f, bias=bias)
+        self.down: nn.Module = nn.Linear(f, d, bias=bias)
+        if config.sub_norms:
+            self.sub_norm = RMSNorm(f, config.norm_eps)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """gate and up, each [B, T, F]."""
+        return self.gate(x), self.up(x)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """The gate's nonlinearity."""
+        match self.config.activation:
+            case "gelu_tanh":
+                return F.gelu(x, approximate="tanh")
+            case "relu2":
+                return F.relu(x).square()
+        return F.silu(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.project(x)
+        y = self.activate(gate) * up
+        return self.down(self.sub_norm(y) if self.config.sub_norms else y)  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to the stream."""
+
+    def __init__(self, config: Config, index: int) -> None:
+        super().__init__()
+        d, eps = config.hidden_size, config.norm_eps
+        self.attention_norm = RMSNorm(d, eps)
+        self.attention = Attention(config, index)
+        self.mlp_norm = RMSNorm(d, eps)
+        self.mlp = MLP(config)
+        self.post_attention_norm: nn.Module = RMSNorm(d, eps) if config.post_norms else nn.Identity()
+        self.post_mlp_norm: nn.Module = RMSNorm(d, eps) if config.post_norms else nn.Identity()
+
+    def forward(self, x: Tensor, layer: int, tables: Tables, attend: Attend) -> Tensor:
+        x = x + self.post_attention_norm(self.attention(self.attention_norm(x), layer, tables, attend))
+        return x + self.post_mlp_norm(self.mlp(self.mlp_norm(x)))  # type: ignore[no-any-return]
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, final norm, head."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(len(config.layers) // config.repeats))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embedding.weight
+
+    def hidden(self, tokens: Tensor, tables: Tables, attend: Attend) -> Tensor:
+        """The stream before the final norm [B, T, D] for tokens [B, T]."""
+        x = self.embedding(tokens)
+        if self.config.embedding_scale != 1.0:
+            x = x * self.config.embedding_scale
+        for layer in range(len(self.config.layers)):
+            x = self.layers[layer // self.config.repeats](x, layer, tables, attend)
+        return x  # type: ignore[no-any-return]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Scores [B, T, V] of the stream x [B, T, D]."""
+        scores = self.head(self.norm(x))
+        cap = self.config.logits_softcap
+        return scores if cap is None else torch.tanh(scores / cap) * cap  # type: ignore[no-any-return]
+
+    def forward(self, tokens: Tensor, tables: Tables | None = None, attend: Attend | None = None) -> Tensor:
+        """Scores [B, T, V] of tokens [B, T]; without tables and attention, of a whole sequence that begins at position 0."""
+        if tables is None:
+            tables = rotary_tables(self.config, torch.arange(tokens.shape[1], device=tokens.device))
+        return self.logits(self.hidden(tokens, tables, attend or CausalAttention(self.config)))
+
+
+def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Which keys a query sees: bool [queries, keys] from positions; keys at negative positions are empty slots."""
+    distance = queries[:, None] - keys[None, :]
+    seen = (distance >= 0) & (keys >= 0)[None, :]
+    return seen if window is None else seen & (distance < window)
+
+
+def dot_product_attention(config: Config, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """softmax(scale · q kᵀ) v of q [B, T, H, E] over k, v [B, S, K, E] where `seen` [T, S]; [B, T, H, E]."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if config.attention_softcap is None:
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=config.scale, enable_gqa=True)
+        return mixed.transpose(1, 2)
+    groups = config.heads // config.kv_heads
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = torch.tanh(q @ k.transpose(2, 3) * config.scale / config.attention_softcap) * config.attention_softcap
+    return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v).transpose(1, 2)
+
+
+class CausalAttention:
+    """Attention over one whole sequence, without a cache."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        positions = torch.arange(q.shape[1], device=q.device)
+        seen = visible(positions, positions, self.config.layers[layer].window)
+        return dot_product_attention(self.config, q, k, v, seen)
