@@ -1,0 +1,166 @@
+"""The one place where a recipe meets a model: what happens to each layer, prepare for training, convert for shipping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from lobit.errors import RecipeError, listed
+from lobit.model import Config, Transformer
+from lobit.quant_recipes.fake_quant import FakeQuantizedEmbedding, FakeQuantizedLinear
+from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear, quantize_linear
+from lobit.quant_recipes.recipe import Recipe, Rule
+
+Progress = Callable[[str, int, int], None]
+"""(what, done, of how many)"""
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What a recipe does to one layer."""
+
+    name: str
+    shape: tuple[int, int]
+    """[out, in]; of an embedding [vocabulary, hidden]."""
+    rule: Rule | None
+    why: str
+    """The rule's grid, or why the layer stays in floating point."""
+    shared_with: str | None = None
+    """The layer whose integers this one uses."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why the recipe cannot be applied to this layer, or None."""
+        group = self.rule.weights.group_size if self.rule else None
+        if group is None or self.shape[1] % group == 0:
+            return None
+        return f"{self.name} (in={self.shape[1]})"
+
+
+def _layers(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
+    """Every linear and embedding, in the order of execution."""
+    yield "embedding", model.embedding
+    for i, block in enumerate(model.layers):
+        for part in "qkvo":
+            yield f"layers.{i}.attention.{part}", getattr(block.attention, part)
+        for part in ("gate", "up", "down"):
+            yield f"layers.{i}.mlp.{part}", getattr(block.mlp, part)
+    yield "head", model.head
+
+
+def skeleton(config: Config) -> Transformer:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def fates(config: Config, recipe: Recipe) -> list[Fate]:
+    """What the recipe does to each layer, in the order of execution."""
+    rows = []
+    for name, module in _layers(skeleton(config)):
+        shape = (module.weight.shape[0], module.weight.shape[1])
+        rule, excluded = recipe.rule_for(name), recipe.excluded_by(name)
+        why = f"excluded by {excluded}" if excluded else str(rule.weights) if rule else "no rule"
+        shared = "embedding" if name == "head" and config.tied and not recipe.untied else None
+        rows.append(Fate(name, shape, rule, why, shared))
+    return rows
+
+
+def problems(config: Config, recipe: Recipe) -> list[str]:
+    """Every reason why the recipe does not fit the model, each with the way out."""
+    rows = fates(config, recipe)
+    found = []
+    misfits = [(fate, fate.problem) for fate in rows if fate.problem and fate.rule]
+    if misfits:
+        sizes = sorted({fate.rule.weights.group_size or 0 for fate, _ in misfits if fate.rule})
+        patterns = sorted({_pattern(fate.name) for fate, _ in misfits})
+        exclusion = " ".join(f"--except '{pattern}'" for pattern in patterns)
+        named = ", ".join(text for _, text in misfits if text)
+        found.append(
+            f"{len(misfits)} layers do not divide by group_size={', '.join(map(str, sizes))}: {named}; "
+            f"keep them in floating point with {exclusion}, or take a recipe without groups such as 8da8w"
+        )
+    by_name = {fate.name: fate for fate in rows}
+    embedding, head = by_name["embedding"], by_name["head"]
+    if head.shared_with and head.rule != embedding.rule:
+        found.append(
+            f"head ({head.why}) and embedding ({embedding.why}) share one tensor but not one grid: give both the same, or untie them"
+        )
+    unused = [pattern for pattern in recipe.exclude if not any(recipe.excluded_by(fate.name) == pattern for fate in rows)]
+    found += [f"the exclusion '{pattern}' matches no layer: names are such as {rows[-2].name}" for pattern in unused]
+    return found
+
+
+def _pattern(name: str) -> str:
+    """layers.3.mlp.down -> layers.*.mlp.down"""
+    parts = name.split(".")
+    return ".".join("*" if part.isdigit() else part for part in parts)
+
+
+def check(config: Config, recipe: Recipe) -> None:
+    """Refuses a recipe that does not fit the model.
+
+    Raises:
+        RecipeError: with all reasons at once.
+    """
+    found = problems(config, recipe)
+    if found:
+        raise RecipeError(listed(found, f"recipe {recipe.name} does not fit this {config.family} model:"))
+
+
+def prepare(model: Transformer, recipe: Recipe) -> Transformer:
+    """Puts fake-quantized layers in place of those that the recipe quantizes; the weights stay trainable floats. In place.
+
+    Raises:
+        RecipeError: the recipe does not fit the model.
+    """
+    check(model.config, recipe)
+    if recipe.untied and model.config.tied:
+        _untie(model)
+    for name, module in list(_layers(model)):
+        rule = recipe.rule_for(name)
+        if rule is not None:
+            wrap = FakeQuantizedEmbedding if name == "embedding" else FakeQuantizedLinear
+            model.set_submodule(name, wrap(module, rule))
+    return model
+
+
+def convert(model: Transformer, recipe: Recipe, progress: Progress | None = None) -> Transformer:
+    """Puts integers and scales in place of the weights that the recipe quantizes. In place, so that memory shrinks on the way.
+
+    Args:
+        model: a float model, or one that `prepare` made and training changed.
+        progress: called after each layer.
+
+    Raises:
+        RecipeError: the recipe does not fit the model.
+    """
+    check(model.config, recipe)
+    if recipe.untied and model.config.tied:
+        _untie(model)
+    layers = list(_layers(model))
+    for done, (name, module) in enumerate(layers, 1):
+        rule = recipe.rule_for(name)
+        if rule is not None:
+            model.set_submodule(name, _to_integers(model, name, module, rule))
+        if progress:
+            progress("quantize", done, len(layers))
+    return model
+
+
+def _to_integers(model: Transformer, name: str, module: nn.Module, rule: Rule) -> nn.Module:
+    if name == "head" and model.config.tied and isinstance(model.embedding, IntegerEmbedding):
+        return IntegerLinear(model.embedding.integers, model.embedding.scale, None, rule)
+    integers, scale = quantize_linear(module.weight.detach(), rule.weights)
+    if name == "embedding":
+        return IntegerEmbedding(integers, scale, rule)
+    return IntegerLinear(integers, scale, module.bias, rule)
+
+
+def _untie(model: Transformer) -> None:
+    """Gives the head a weight of its own."""
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone(), requires_grad=model.head.weight.requires_grad)
+    model.config = replace(model.config, tied=False)
