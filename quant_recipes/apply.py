@@ -40,7 +40,7 @@ class Fate:
         return f"{self.name} (in={self.shape[1]})"
 
 
-def _layers(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
+def layers_of(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
     """Every linear and embedding, in the order of execution."""
     yield "embedding", model.embedding
     for i, block in enumerate(model.layers):
@@ -60,7 +60,7 @@ def skeleton(config: Config) -> Transformer:
 def fates(config: Config, recipe: Recipe) -> list[Fate]:
     """What the recipe does to each layer, in the order of execution."""
     rows = []
-    for name, module in _layers(skeleton(config)):
+    for name, module in layers_of(skeleton(config)):
         shape = (module.weight.shape[0], module.weight.shape[1])
         rule, excluded = recipe.rule_for(name), recipe.excluded_by(name)
         why = f"excluded by {excluded}" if excluded else str(rule.weights) if rule else "no rule"
@@ -120,7 +120,7 @@ def prepare(model: Transformer, recipe: Recipe) -> Transformer:
     check(model.config, recipe)
     if recipe.untied and model.config.tied:
         _untie(model)
-    for name, module in list(_layers(model)):
+    for name, module in list(layers_of(model)):
         rule = recipe.rule_for(name)
         if rule is not None:
             wrap = FakeQuantizedEmbedding if name == "embedding" else FakeQuantizedLinear
@@ -141,7 +141,7 @@ def convert(model: Transformer, recipe: Recipe, progress: Progress | None = None
     check(model.config, recipe)
     if recipe.untied and model.config.tied:
         _untie(model)
-    layers = list(_layers(model))
+    layers = list(layers_of(model))
     for done, (name, module) in enumerate(layers, 1):
         rule = recipe.rule_for(name)
         if rule is not None:

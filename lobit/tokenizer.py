@@ -1,0 +1,276 @@
+"""A model's tokenizer: tokenizer.json read by the `tokenizers` library, and what the files beside it say of special tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from lobit.errors import InputError, ModelError, listed
+
+FILE_NAME = "tokenizer.json"
+LARGEST_TOKENIZER = 64 << 20
+"""Bytes; the files of vocabularies of a quarter million tokens have about 30 MB."""
+LARGEST_TEMPLATE = 1 << 20
+"""Characters; real chat templates have a few thousand."""
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""The special tokens that a chat template may name (transformers `SPECIAL_TOKENS_ATTRIBUTES`)."""
+BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+"""A token that stands for one byte in vocabularies with byte fallback."""
+KEPT = 8
+"""Tokens before the new ones that a stream decodes with them, for the spaces between words."""
+
+
+class Tokenizer:
+    """Text to tokens and back, as Hugging Face's fast tokenizers do it.
+
+    Attributes:
+        bos: the token that `encode` puts before a text; None where it puts none.
+        stop: generation ends at any of these.
+        chat_template: Jinja source; None where the model has none.
+        special: `bos_token`, `eos_token`, … as text: what the template may name.
+        size: one more than the largest id.
+    """
+
+    def __init__(
+        self, inner: tokenizers.Tokenizer, *, bos: int | None, stop: list[int], chat_template: str | None, special: dict[str, str]
+    ) -> None:
+        self.bos, self.stop, self.chat_template, self.special = bos, stop, chat_template, special
+        self._inner = inner
+        added = inner.get_added_tokens_decoder()
+        self._hidden = {token for token, entry in added.items() if entry.special}
+        self.size = 1 + max([*inner.get_vocab(with_added_tokens=True).values(), -1])
+
+    @staticmethod
+    def from_folder(folder: Path, vocab_size: int | None = None) -> Tokenizer:
+        """The tokenizer of a Hugging Face folder.
+
+        Stop ids are those of generation_config.json, or of config.json where it has none, and the tokenizer's `eos_token`.
+
+        Args:
+            folder: with tokenizer.json; the other files may be absent.
+            vocab_size: of the model; None: not compared.
+
+        Raises:
+            ModelError: missing, damaged or too large files, or a tokenizer that does not fit the vocabulary.
+        """
+        config = _read_optional(folder / "tokenizer_config.json")
+        special = _special_tokens(folder, config)
+        inner = _load(folder / FILE_NAME, special)
+        template = _chat_template(folder, config)
+        eos = inner.token_to_id(special.get("eos_token", ""))
+        stop = sorted({*_declared_stops(folder), *([] if eos is None else [eos])})
+        bos = _first_added(inner)
+        _check_vocabulary(inner, [*stop, *([] if bos is None else [bos])], vocab_size, folder)
+        return Tokenizer(inner, bos=bos, stop=stop, chat_template=template, special=special)
+
+    @staticmethod
+    def from_file(
+        tokenizer_json: Path, *, bos: int | None, stop: Sequence[int], chat_template: str | None, special: Mapping[str, str]
+    ) -> Tokenizer:
+        """The tokenizer of a bundle: its tokenizer.json and what its manifest says.
+
+        Raises:
+            ModelError: the file is missing, damaged or too large.
+        """
+        inner = _load(tokenizer_json, special)
+        return Tokenizer(inner, bos=bos, stop=list(stop), chat_template=chat_template, special=dict(special))
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """The tokens of a text.
+
+        Args:
+            text: special tokens in it are read as such.
+            bos: with the tokens that the tokenizer puts around a text (Hugging Face's `add_special_tokens`).
+
+        Raises:
+            InputError: the text is not Unicode.
+        """
+        try:
+            return self._inner.encode(text, add_special_tokens=bos).ids
+        except TypeError:
+            raise InputError("the text has half a surrogate pair, which is no character: read it as UTF-8") from None
+
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """The text of tokens.
+
+        Args:
+            ids: tokens that the vocabulary does not have are left out.
+            special: with the text of special tokens.
+        """
+        return self._inner.decode(list(ids), skip_special_tokens=not special)
+
+    def stream(self) -> TextStream:
+        """A decoder for tokens that come one by one."""
+        return TextStream(self._inner, self._hidden)
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """A conversation as the text that the model reads; encode it with `bos=False`, the template writes its own.
+
+        Args:
+            messages: each with `role` and `content`.
+            add_generation_prompt: end with the words that begin an answer.
+
+        Raises:
+            InputError: the model has no chat template, or the template refuses the messages.
+            ModelError: the template is broken.
+        """
+        from lobit.chat_template import render
+
+        if self.chat_template is None:
+            raise InputError("this model has no chat template, it was not trained to chat: give a text to continue (--prompt)")
+        return render(self.chat_template, messages, self.special, add_generation_prompt)
+
+
+class TextStream:
+    """Turns tokens into text as they come: the pieces joined are `Tokenizer.decode` of all tokens.
+
+    A piece is given out when no later token can change it: never half a character, and no byte of a run of byte tokens before
+    the run ends, because one byte that fits no character makes the whole run unreadable.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, hidden: set[int]) -> None:
+        self._inner, self._hidden = inner, hidden
+        self._window: list[int] = []
+        """The last tokens; older ones cannot change what comes."""
+        self._given = ""
+        """The text of the window's tokens that was given out."""
+
+    def push(self, token: int) -> str:
+        """The text that is final now and was not before; often empty."""
+        piece = self._inner.id_to_token(token)
+        if piece is None or token in self._hidden:
+            return ""
+        self._window.append(token)
+        if BYTE.fullmatch(piece):
+            return ""
+        text = self._inner.decode(self._window)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        new = text[len(self._given) :]
+        kept = self._window[-KEPT:]
+        self._given = self._inner.decode(kept)
+        if self._given and text.endswith(self._given):
+            self._window = kept
+        else:  # the kept tokens begin inside a character, or are only the space that a text never begins with
+            self._given = text
+        return new
+
+    def finish(self) -> str:
+        """What was held back; call it after the last token."""
+        text = self._inner.decode(self._window)[len(self._given) :]
+        self._window, self._given = [], ""
+        return text
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what a damaged tokenizer.json raises into one message."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except BaseException as error:  # the library raises bare Exception, and BaseException where its Rust code panics
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise ModelError(f"{path} is no tokenizer that can be read ({error}): fetch it again") from None
+
+
+def _load(path: Path, special: Mapping[str, str]) -> tokenizers.Tokenizer:
+    """tokenizer.json, without the truncation and padding that it may carry; the named tokens of its vocabulary are special."""
+    if not path.is_file():
+        raise ModelError(f"{path} is missing: lobit needs a fast tokenizer, save one with transformers' save_pretrained")
+    size = path.stat().st_size
+    if size > LARGEST_TOKENIZER:
+        raise ModelError(f"{path} has {size} bytes, at most {LARGEST_TOKENIZER} are read: fetch it again")
+    with _reading(path):
+        inner = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        inner.no_truncation()
+        inner.no_padding()
+        added = {entry.content for entry in inner.get_added_tokens_decoder().values()}
+        plain = [token for token in special.values() if token not in added and inner.token_to_id(token) is not None]
+        inner.add_special_tokens(plain)
+        inner.decode(inner.encode("a").ids)  # some damage shows only in use
+    return inner
+
+
+def _first_added(inner: tokenizers.Tokenizer) -> int | None:
+    """The token that the tokenizer puts before a text."""
+    encoding = inner.encode("a")
+    return encoding.ids[0] if encoding.special_tokens_mask[:1] == [1] else None
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    from lobit.checkpoint import read_json  # brings torch, which a bundle's tokenizer does not need
+
+    return read_json(path) if path.is_file() else {}
+
+
+def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The named special tokens; special_tokens_map.json decides for folders of old (no `added_tokens_decoder`)."""
+    values = dict(config)
+    if "added_tokens_decoder" not in config:
+        values |= _read_optional(folder / "special_tokens_map.json")
+    tokens: dict[str, str] = {}
+    problems = []
+    for name in NAMED:
+        value = values.get(name)
+        content = value.get("content") if isinstance(value, dict) else value
+        if isinstance(content, str):
+            tokens[name] = content
+        elif value is not None:
+            problems.append(f"{name} is {value!r}: a text, or an object with `content`, is needed")
+    if problems:
+        raise ModelError(listed(problems, f"{folder / 'tokenizer_config.json'} has {len(problems)} unusable tokens:"))
+    return tokens
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """chat_template.jinja, or tokenizer_config.json's text, or the one named `default` in its list."""
+    path = folder / "chat_template.jinja"
+    template = config.get("chat_template")
+    if path.is_file():
+        if path.stat().st_size > LARGEST_TEMPLATE:
+            raise ModelError(f"{path} has {path.stat().st_size} bytes, at most {LARGEST_TEMPLATE} are read: fetch it again")
+        try:
+            template = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ModelError(f"{path} is not text in UTF-8: fetch it again") from None
+    if isinstance(template, list):
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if template is None or isinstance(template, str):
+        return template
+    raise ModelError(f"chat_template in {folder / 'tokenizer_config.json'} is {type(template).__name__}: a text is needed")
+
+
+def _declared_stops(folder: Path) -> list[int]:
+    """`eos_token_id`, one or several, of generation_config.json or else of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        value = _read_optional(folder / name).get("eos_token_id")
+        if value is None:
+            continue
+        stops = value if isinstance(value, list) else [value]
+        if all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in stops):
+            return stops
+        raise ModelError(f"eos_token_id in {folder / name} is {value!r}: token ids are needed, whole numbers from 0")
+    return []
+
+
+def _check_vocabulary(inner: tokenizers.Tokenizer, needed: list[int], vocab_size: int | None, folder: Path) -> None:
+    """Compares with the model.
+
+    Tokens that were added behind the vocabulary may lie outside it (Gemma 3's image token does), unless they are `needed`.
+    """
+    if vocab_size is None:
+        return
+    largest = max([*inner.get_vocab(with_added_tokens=False).values(), *needed, -1])
+    if largest >= vocab_size:
+        raise ModelError(
+            f"{folder} has a tokenizer that does not fit the vocabulary: its largest token is {largest}, "
+            f"the model has {vocab_size}: put the model's own tokenizer there"
+        )

@@ -1,0 +1,156 @@
+"""The quantized checkpoint: integers, scales and the recipe verbatim. The only thing that exporters read.
+
+A folder with `model.safetensors` (INT4 packed as `packing` says), `recipe.json`, and the model's own config.json and tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lobit.checkpoint import TOKENIZER_FILES, load_config, read_json
+from lobit.errors import ModelError, listed
+from lobit.model import Config, Transformer
+from lobit.quant_recipes.apply import check, layers_of, skeleton
+from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
+from lobit.quant_recipes.packing import pack_int4, unpack_int4
+from lobit.quant_recipes.recipe import Recipe, WeightGrid
+
+RECIPE_FILE = "recipe.json"
+WEIGHTS_FILE = "model.safetensors"
+LAYOUT = "nibbles-1"
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a quantized checkpoint rather than a float model."""
+    return (folder / RECIPE_FILE).is_file()
+
+
+def _tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor once, by name in order; a shared head is left out."""
+    head_is_shared = model.config.tied
+    for name, tensor in sorted(model.state_dict().items()):
+        if not (head_is_shared and name.startswith("head.")):
+            yield name, tensor
+
+
+def fingerprint(model: Transformer) -> str:
+    """sha256 of all integers, scales and floats of a converted model, with their names, kinds and shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in _tensors(model):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _packs(recipe: Recipe, name: str) -> bool:
+    rule = recipe.rule_for(name.removesuffix(".integers"))
+    return name.endswith(".integers") and rule is not None and rule.weights.bits == 4
+
+
+def save_checkpoint(model: Transformer, recipe: Recipe, source: Path, folder: Path) -> None:
+    """Writes a converted model.
+
+    Args:
+        source: the float model's folder, for its config.json and tokenizer.
+        folder: must exist.
+    """
+    packed = {
+        name: (pack_int4(tensor) if _packs(recipe, name) else tensor.detach()).contiguous() for name, tensor in _tensors(model)
+    }
+    save_file(packed, folder / WEIGHTS_FILE, metadata={"format": "pt", "layout": LAYOUT})
+    (folder / RECIPE_FILE).write_text(json.dumps(recipe.to_json(), indent=2) + "\n", encoding="utf-8")
+    for name in ["config.json", "generation_config.json", *TOKENIZER_FILES]:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def load_recipe(folder: Path) -> Recipe:
+    """The recipe of a checkpoint."""
+    return Recipe.from_json(read_json(folder / RECIPE_FILE))
+
+
+def load_checkpoint(folder: Path) -> tuple[Transformer, Recipe]:
+    """The converted model and the recipe.
+
+    Raises:
+        ModelError: not a checkpoint, or tensors are missing, misshapen or left over; all are named.
+        RecipeError: the recipe does not fit the config.
+    """
+    if not is_checkpoint(folder):
+        raise ModelError(f"{folder} has no {RECIPE_FILE}: make a quantized checkpoint with `lobit quantize`")
+    recipe = load_recipe(folder)
+    model = _empty(load_config(folder), recipe)
+    state = _read(folder / WEIGHTS_FILE, model, recipe)
+    model.load_state_dict(state, strict=False, assign=True)
+    if model.config.tied:
+        _share_head(model)
+    return model.eval().requires_grad_(False), recipe
+
+
+def _empty(config: Config, recipe: Recipe) -> Transformer:
+    """The converted model's shape, without memory for it."""
+    check(config, recipe)
+    model = skeleton(replace(config, tied=config.tied and not recipe.untied))
+    for name, module in list(layers_of(model)):
+        rule = recipe.rule_for(name)
+        if rule is None:
+            continue
+        out, inner = module.weight.shape
+        integers = torch.empty(out, inner, dtype=torch.int8, device="meta")
+        scale = torch.empty(out, inner // (rule.weights.group_size or inner), device="meta")
+        layer: nn.Module
+        if name == "embedding":
+            layer = IntegerEmbedding(integers, scale, rule)
+        else:
+            layer = IntegerLinear(integers, scale, module.bias, rule)
+        model.set_submodule(name, layer)
+    return model
+
+
+def _share_head(model: Transformer) -> None:
+    if isinstance(model.embedding, IntegerEmbedding):
+        model.head = IntegerLinear(model.embedding.integers, model.embedding.scale, None, model.embedding.rule)
+    else:
+        model.head.weight = model.embedding.weight
+
+
+def _read(path: Path, model: Transformer, recipe: Recipe) -> dict[str, Tensor]:
+    wanted = dict(_tensors(model))
+    problems, state = [], {}
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("layout") != LAYOUT:
+                raise ModelError(f"{path} is not in layout {LAYOUT}: quantize the model again")
+            names = set(file.keys())
+            problems += [f"{name} is missing" for name in wanted if name not in names]
+            problems += [f"{name} is not used" for name in sorted(names - set(wanted))]
+            for name in sorted(names & set(wanted)):
+                tensor, shape = file.get_tensor(name), list(wanted[name].shape)
+                if _packs(recipe, name) and tensor.dtype == torch.uint8 and list(tensor.shape) == [shape[0], (shape[1] + 1) // 2]:
+                    tensor = unpack_int4(tensor, shape[1])
+                if list(tensor.shape) != shape or tensor.dtype != wanted[name].dtype:
+                    problems.append(f"{name} is {tensor.dtype} {list(tensor.shape)}: {wanted[name].dtype} {shape} is needed")
+                state[name] = tensor
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} cannot be read ({error}): quantize the model again") from None
+    if problems:
+        raise ModelError(listed(problems, f"{path} does not fit its config and recipe, {len(problems)} tensors:"))
+    return state
+
+
+def integer_layers(model: Transformer) -> Iterator[tuple[str, Tensor, Tensor, WeightGrid]]:
+    """Name, integers [out, in], scales [out, groups] and grid of every quantized layer, in the order of execution."""
+    for name, module in layers_of(model):
+        if isinstance(module, (IntegerLinear, IntegerEmbedding)):
+            yield name, module.integers, module.scale, module.rule.weights
+

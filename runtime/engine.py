@@ -1,0 +1,119 @@
+"""The three verbs that every runtime has. Parity, benchmarks, generation and evaluation know engines and nothing else."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lobit.errors import BundleError, InputError
+from lobit.runtime.bundle import Bundle
+
+Logits = NDArray[np.float32]
+
+ENGINES = {"xnnpack": "lobit.runtime.executorch"}
+"""A target's name and the module whose `open_engine(bundle, threads)` runs its bundles; imported on use."""
+
+
+class Engine(Protocol):
+    """A model that remembers what it has read.
+
+    Attributes:
+        context: positions that it can hold.
+        vocab_size: length of the logits.
+        position: tokens read since the last reset.
+    """
+
+    context: int
+    vocab_size: int
+    position: int
+
+    def prefill(self, tokens: Sequence[int]) -> Logits:
+        """Reads tokens after those already read; the logits [V] after the last.
+
+        Raises:
+            InputError: no tokens, a token outside the vocabulary, or more than the context holds.
+        """
+
+    def decode(self, token: int) -> Logits:
+        """Reads one token; the logits [V] after it.
+
+        Raises:
+            InputError: as `prefill`.
+        """
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+
+
+def check_tokens(engine: Engine, tokens: Sequence[int]) -> None:
+    """Refuses tokens that an engine cannot read.
+
+    Raises:
+        InputError: none, outside the vocabulary, or past the context.
+    """
+    if not tokens:
+        raise InputError("there are no tokens to read: give a prompt with at least one")
+    outside = [token for token in tokens if not 0 <= token < engine.vocab_size]
+    if outside:
+        raise InputError(f"token {outside[0]} is outside the vocabulary of {engine.vocab_size}: is it the model's own tokenizer?")
+    if engine.position + len(tokens) > engine.context:
+        raise InputError(
+            f"{engine.position} tokens read and {len(tokens)} to read are more than the context of {engine.context}: "
+            "shorten the text, or export with a larger --context"
+        )
+
+
+Step = Callable[[list[int], int], Logits]
+"""(tokens, position of the first) -> logits [V] after the last; keeps what it read in its cache."""
+
+
+class SteppingEngine:
+    """The three verbs over one function that reads a chunk of tokens at a position.
+
+    Args:
+        step: reads 1 to `chunk` tokens. Positions begin at 0 after a reset; what lies behind a position is overwritten.
+        context: positions that the cache holds.
+        chunk: the most tokens in one step.
+        vocab_size: length of the logits.
+    """
+
+    def __init__(self, step: Step, context: int, chunk: int, vocab_size: int) -> None:
+        self.step, self.context, self.chunk, self.vocab_size = step, context, chunk, vocab_size
+        self.position = 0
+
+    def prefill(self, tokens: Sequence[int]) -> Logits:
+        """See `Engine.prefill`; long prompts go in chunks."""
+        check_tokens(self, tokens)
+        for start in range(0, len(tokens), self.chunk):
+            part = list(tokens[start : start + self.chunk])
+            logits = self.step(part, self.position)
+            self.position += len(part)
+        return logits
+
+    def decode(self, token: int) -> Logits:
+        """See `Engine.decode`."""
+        return self.prefill([token])
+
+    def reset(self) -> None:
+        """See `Engine.reset`."""
+        self.position = 0
+
+
+def open_engine(bundle: Bundle, threads: int | None = None) -> Engine:
+    """The engine of a bundle's target.
+
+    Args:
+        threads: of the runtime; None: one per core.
+
+    Raises:
+        BundleError: the target is unknown to this version.
+        MissingPartError: the runtime is not installed.
+    """
+    target = bundle.manifest.target
+    if target not in ENGINES:
+        raise BundleError(f"bundle {bundle.manifest.name} is for target {target!r}, this lobit runs {', '.join(ENGINES)}")
+    return cast(Engine, importlib.import_module(ENGINES[target]).open_engine(bundle, threads))

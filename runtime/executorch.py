@@ -1,0 +1,188 @@
+"""Target `xnnpack` at run time: ExecuTorch's own runtime in this process, and its program files read back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lobit.errors import BundleError, MissingPartError
+from lobit.runtime.bundle import Bundle
+from lobit.runtime.engine import Logits, SteppingEngine
+from lobit.runtime.verify import StoredLayer
+
+EMBEDDINGS = {"quantized_decomposed::embedding_4bit": 4, "quantized_decomposed::embedding_byte": 8, "aten::embedding": 32}
+"""Operator of the embedding and the bits of an entry."""
+
+
+@contextlib.contextmanager
+def quiet_native() -> Iterator[None]:
+    """Drops what native code writes to the standard error stream: the runtime logs several lines in every call."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def open_engine(bundle: Bundle, threads: int | None = None) -> SteppingEngine:
+    """Loads the program of a bundle.
+
+    Args:
+        bundle: for target xnnpack.
+        threads: of the process-wide pool that all ExecuTorch engines share; None: one per core.
+
+    Raises:
+        MissingPartError: executorch is not installed.
+        BundleError: the runtime refuses the program.
+    """
+    try:
+        import executorch.extension.llm.custom_ops.custom_ops
+        import executorch.kernels.quantized  # noqa: F401 (registers the kernels)
+        import torch
+        from executorch.extension.pybindings import portable_lib
+    except ImportError as error:
+        raise MissingPartError(f"target xnnpack needs executorch ({error}): pip install 'lobit[xnnpack]'") from None
+    manifest = bundle.manifest
+    with quiet_native():
+        portable_lib._unsafe_reset_threadpool(threads or os.cpu_count() or 1)
+        try:
+            module = portable_lib._load_for_executorch(str(bundle.path("program")))
+        except RuntimeError as error:
+            raise BundleError(f"ExecuTorch cannot load {bundle.path('program')} ({error}): export it again") from None
+
+    def step(tokens: list[int], position: int) -> Logits:
+        inputs = (torch.tensor([tokens], dtype=torch.int64), torch.tensor([position], dtype=torch.int64))
+        with quiet_native():
+            (logits,) = module.forward(inputs)
+        return np.array(logits.reshape(-1), dtype=np.float32)
+
+    return SteppingEngine(step, manifest.context, manifest.chunk, manifest.model.vocab_size)
+
+
+class ProgramFile:
+    """A `.pte` file taken apart: its instructions, its constants, its delegates' graphs.
+
+    Args:
+        path: the file. Only ExecuTorch's own schema readers touch it.
+
+    Raises:
+        BundleError: the file is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from executorch.exir._serialize._program import deserialize_pte_binary
+
+        try:
+            file = deserialize_pte_binary(path.read_bytes())
+            self.program = file.program
+            self.plan = self.program.execution_plan[0]
+            self.named = file.named_data
+            self.graphs = _decode_graphs([bytes(blob.data) for blob in self.program.backend_delegate_data])
+        except Exception as error:  # the schema readers raise many kinds, all of them mean a damaged file
+            raise BundleError(f"{path} cannot be taken apart ({type(error).__name__}: {error}): export it again") from None
+
+    def operators(self) -> list[str]:
+        """Every operator outside the delegates, as `namespace::name.overload`."""
+        return sorted(f"{op.name}.{op.overload}" if op.overload else op.name for op in self.plan.operators)
+
+    def data(self, key: str) -> bytes:
+        """A named constant of the delegates."""
+        return bytes(self.named.buffers[self.named.pte_data[key].buffer_index])
+
+    def constant(self, value: int) -> NDArray[Any]:
+        """A constant tensor of the program as bytes [rows, …] of its own type."""
+        tensor = self.plan.values[value].val
+        dtype = {0: np.uint8, 1: np.int8, 6: np.float32}[int(tensor.scalar_type)]
+        buffer = bytes(self.program.constant_buffer[tensor.data_buffer_idx].storage)
+        count = int(np.prod(tensor.sizes))
+        return np.frombuffer(buffer, dtype=dtype, count=count).reshape(tensor.sizes)
+
+    def layers(self) -> Iterator[StoredLayer]:
+        """Embeddings and fully connected nodes in the order of execution."""
+        for instruction in self.plan.chains[0].instructions:
+            call = instruction.instr_args
+            if hasattr(call, "delegate_index"):
+                blob = self.plan.delegates[call.delegate_index].processed.index
+                yield from self._products(self.graphs[blob], f"delegate {call.delegate_index}")
+            elif hasattr(call, "op_index") and self.plan.operators[call.op_index].name in EMBEDDINGS:
+                yield self._embedding(EMBEDDINGS[self.plan.operators[call.op_index].name], call.args)
+
+    def _embedding(self, bits: int, arguments: list[int]) -> StoredLayer:
+        table = self.constant(arguments[0])
+        if bits == 32:
+            return StoredLayer("embedding", table, None)
+        scale = self.constant(arguments[1])
+        if bits == 4:
+            table = np.stack([table >> 4, table & 15], axis=2).reshape(table.shape[0], -1).astype(np.int8) - np.int8(8)
+        return StoredLayer("embedding", table, scale.reshape(scale.shape[0], -1))
+
+    def _products(self, graph: dict[str, Any], where: str) -> Iterator[StoredLayer]:
+        values = {_tensor(value)["id_out"]: value for value in graph["xvalues"]}
+        for number, node in enumerate(graph["xnodes"]):
+            if node["xnode_union_type"] != "XNNFullyConnected":
+                continue
+            value = values[node["xnode_union"]["filter_id"]]
+            yield self._product(graph["constant_data"], value, f"{where}, node {number}")
+
+    def _product(self, constants: list[dict[str, Any]], value: dict[str, Any], name: str) -> StoredLayer:
+        tensor = _tensor(value)
+        rows, columns = tensor["dims"]
+        data = self.data(constants[tensor["constant_buffer_idx"]]["named_key"])
+        if tensor["datatype"] == "xnn_datatype_fp32":
+            return StoredLayer(name, np.frombuffer(data, np.float32).reshape(rows, columns), None)
+        parameters = value["xvalue_union"]["quant_params"]
+        stored = self.data(constants[parameters["scale_buffer_idx"]]["named_key"])
+        if value["xvalue_union"]["quant_params_type"] == "PerChannelGroupQuant":
+            scale = (np.frombuffer(stored, np.uint16).astype(np.uint32) << 16).view(np.float32)  # bfloat16
+        else:
+            scale = np.frombuffer(stored, np.float32)
+        if tensor["datatype"] in ("xnn_datatype_qbint4", "xnn_datatype_qcint4"):
+            packed = np.frombuffer(data, np.uint8).reshape(rows, -1)
+            integers = np.stack([packed & 15, packed >> 4], axis=2).reshape(rows, -1)[:, :columns].astype(np.int8) - np.int8(8)
+        else:
+            integers = np.frombuffer(data, np.int8).reshape(rows, columns)
+        return StoredLayer(name, integers, scale.reshape(rows, -1))
+
+
+def _tensor(value: dict[str, Any]) -> dict[str, Any]:
+    inner: dict[str, Any] = value["xvalue_union"]
+    return inner.get("tensor_value", inner)
+
+
+def _decode_graphs(blobs: list[bytes]) -> list[dict[str, Any]]:
+    """XNNPACK's flatbuffers as JSON, by the schema and the compiler that executorch ships."""
+    from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for i, blob in enumerate(blobs):
+            header = XNNHeader.from_bytes(blob[: XNNHeader.EXPECTED_LENGTH])
+            end = header.flatbuffer_offset + header.flatbuffer_size
+            (folder / f"{i}.bin").write_bytes(blob[header.flatbuffer_offset : end])
+        schema = resources.files("executorch.backends.xnnpack.serialization") / "schema.fbs"
+        flatc = resources.files("executorch.data.bin") / "flatc"
+        options = ["--json", "--strict-json", "--defaults-json", "--raw-binary", "-o", name, str(schema), "--"]
+        files = [str(folder / f"{i}.bin") for i in range(len(blobs))]
+        if files:
+            subprocess.run([str(flatc), *options, *files], check=True, capture_output=True)
+        return [json.loads((folder / f"{i}.json").read_text()) for i in range(len(blobs))]
+
+
+def read_weights(bundle: Bundle) -> Iterator[StoredLayer]:
+    """The program's embedding and linear layers in the order of execution (`verify.WeightReader`)."""
+    return ProgramFile(bundle.path("program")).layers()

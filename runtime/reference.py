@@ -1,0 +1,76 @@
+"""The reference engine: the model in float32 PyTorch, as trained or as a recipe rounds it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lobit.model import CausalAttention, Config, Transformer, dot_product_attention, rotary_tables, visible
+from lobit.quant_recipes.apply import layers_of
+from lobit.quant_recipes.fake_quant import FakeQuantizedAttention
+from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
+from lobit.quant_recipes.recipe import Recipe
+from lobit.runtime.engine import Logits, SteppingEngine
+from lobit.runtime.verify import StoredLayer
+
+
+class FloatCache:
+    """Keys and values of every position in float32, per layer [1, context, K, E]; layers with a window mask what they forget."""
+
+    def __init__(self, config: Config, context: int) -> None:
+        shape = (len(config.layers), 1, context, config.kv_heads, config.head_dim)
+        self.config = config
+        self.keys, self.values = torch.zeros(shape), torch.zeros(shape)
+        self.position = 0
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        start, end = self.position, self.position + q.shape[1]
+        self.keys[layer, :, start:end], self.values[layer, :, start:end] = k, v
+        seen = visible(torch.arange(start, end), torch.arange(end), self.config.layers[layer].window)
+        return dot_product_attention(self.config, q, self.keys[layer, :, :end], self.values[layer, :, :end], seen)
+
+
+class ReferenceEngine(SteppingEngine):
+    """A float or converted model behind the three verbs.
+
+    Args:
+        model: as `load_model` or `load_checkpoint` gives it.
+        recipe: of a converted model; None: the float model.
+        context: positions to hold; None: the model's own.
+    """
+
+    def __init__(self, model: Transformer, recipe: Recipe | None = None, context: int | None = None) -> None:
+        config = model.config
+        context = context or config.max_context
+        super().__init__(self._step, context, context, config.vocab_size)
+        self.model = model
+        self.rounds_cache = recipe is not None and recipe.kv_bits is not None
+        self.cache: FloatCache | None = None
+
+    @torch.inference_mode()
+    def _step(self, tokens: list[int], position: int) -> Logits:
+        if self.cache is None:
+            self.cache = FloatCache(self.model.config, self.context)
+        self.cache.position = position
+        tables = rotary_tables(self.model.config, torch.arange(position, position + len(tokens)))
+        attend = FakeQuantizedAttention(self.cache) if self.rounds_cache else self.cache
+        x = self.model.hidden(torch.tensor([tokens]), tables, attend)
+        return self.model.logits(x[:, -1:]).reshape(-1).numpy()  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def score(self, tokens: list[int]) -> Logits:
+        """Logits [T, V] after every token of a sequence that begins at position 0; what was read before is not changed."""
+        causal = CausalAttention(self.model.config)
+        attend = FakeQuantizedAttention(causal) if self.rounds_cache else causal
+        return self.model(torch.tensor([tokens]), None, attend)[0].numpy()  # type: ignore[no-any-return]
+
+
+def stored_layers(model: Transformer) -> list[StoredLayer]:
+    """The model's embedding and linear layers in the order of execution, for `verify`."""
+    layers = []
+    for name, module in layers_of(model):
+        if isinstance(module, (IntegerLinear, IntegerEmbedding)):
+            layers.append(StoredLayer(name, module.integers.numpy(), module.scale.numpy()))
+        else:
+            layers.append(StoredLayer(name, module.weight.detach().numpy(), None))
+    return layers

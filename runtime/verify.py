@@ -1,0 +1,111 @@
+"""`lobit verify`: the integers and scales of an artifact, read back out and compared with the checkpoint, one by one."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lobit.errors import BundleError
+from lobit.runtime.bundle import Bundle
+from lobit.runtime.engine import ENGINES
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """Weights as an artifact, or a checkpoint, holds them."""
+
+    name: str
+    """The checkpoint's name; of an artifact, where in the program it is."""
+    values: NDArray[Any]
+    """Integers int8 [out, in], or float32 where the layer is not quantized."""
+    scale: NDArray[np.float32] | None
+    """[out, groups]; None where the layer is not quantized."""
+
+
+class WeightReader(Protocol):
+    """What a target's runtime module has beside `open_engine`."""
+
+    def read_weights(self, bundle: Bundle) -> Iterator[StoredLayer]:
+        """The program's embedding and linear layers in the order of execution; joined products have the rows of all parts."""
+
+
+def read_weights(bundle: Bundle) -> Iterator[StoredLayer]:
+    """The weights that a bundle holds, read by its target's module."""
+    module: WeightReader = importlib.import_module(ENGINES[bundle.manifest.target])
+    return module.read_weights(bundle)
+
+
+def verify(bundle: Bundle, checkpoint: Sequence[StoredLayer], fingerprint: str | None = None) -> dict[str, Any]:
+    """Compares every integer and every scale, bit for bit; float layers value for value.
+
+    Args:
+        bundle: the artifact.
+        checkpoint: its layers in the order of execution (`reference.stored_layers`).
+        fingerprint: of the checkpoint; a difference to the manifest's is reported.
+
+    Returns:
+        `{"kind", "bundle", "tensors", "integers", "differing_integers", "scales", "differing_scales", "floats",
+        "differing_floats", "checkpoint_matches", "layers": [...], "passed"}`.
+
+    Raises:
+        BundleError: the program does not have the checkpoint's layers.
+    """
+    expected = list(checkpoint)
+    rows: list[dict[str, Any]] = []
+    position = 0
+    for stored in read_weights(bundle):
+        taken = 0
+        while taken < stored.values.shape[0]:
+            if position == len(expected):
+                raise BundleError(f"{stored.name} has more weights than the checkpoint: is it this bundle's checkpoint?")
+            part = expected[position]
+            if part.values.shape[1:] != stored.values.shape[1:] or taken + part.values.shape[0] > stored.values.shape[0]:
+                raise BundleError(
+                    f"{stored.name} {stored.values.shape} stands where the checkpoint has {part.name} {part.values.shape}: "
+                    "is it this bundle's checkpoint?"
+                )
+            cut = slice(taken, taken + part.values.shape[0])
+            scale = None if stored.scale is None else stored.scale[cut]
+            rows.append(_compare(part, stored.values[cut], scale))
+            taken += part.values.shape[0]
+            position += 1
+    if position < len(expected):
+        raise BundleError(f"the program lacks {', '.join(layer.name for layer in expected[position:])}: export it again")
+    return _summary(bundle, rows, fingerprint)
+
+
+def _compare(part: StoredLayer, values: NDArray[Any], scale: NDArray[np.float32] | None) -> dict[str, Any]:
+    """One layer's row of the result."""
+    row: dict[str, Any] = dict.fromkeys(
+        ("integers", "differing_integers", "scales", "differing_scales", "floats", "differing_floats"), 0
+    )
+    row["name"] = part.name
+    kind = "integers" if part.scale is not None else "floats"
+    row[kind] = part.values.size
+    same_kind = part.values.dtype == values.dtype
+    row[f"differing_{kind}"] = int(np.count_nonzero(part.values != values)) if same_kind else part.values.size
+    if part.scale is not None:
+        row["scales"] = part.scale.size
+        same_shape = scale is not None and scale.shape == part.scale.shape
+        row["differing_scales"] = int(np.count_nonzero(part.scale != scale)) if same_shape else part.scale.size
+    return row
+
+
+def _summary(bundle: Bundle, rows: list[dict[str, Any]], fingerprint: str | None) -> dict[str, Any]:
+    counts = {name: sum(row[name] for row in rows) for name in rows[0] if name != "name"}
+    manifest = bundle.manifest
+    differing = sum(count for name, count in counts.items() if name.startswith("differing"))
+    return {
+        "kind": "verify",
+        "bundle": {"name": manifest.name, "target": manifest.target, "recipe": manifest.recipe["name"]},
+        "tensors": len(rows),
+        **counts,
+        "checkpoint_matches": None if fingerprint is None else fingerprint == manifest.checkpoint_sha256,
+        "layers": rows,
+        "passed": differing == 0,
+    }

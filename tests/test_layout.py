@@ -1,0 +1,132 @@
+"""What the tree promises: who imports whom, the links, the packages, files that read in one sitting."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("lobit", "quant_recipes", "export", "runtime")
+LINKED = FOLDERS[1:]
+LONGEST_FILE = 400
+"""Lines: a file reads in one sitting."""
+
+PARTS = {
+    "lobit": "core",  # errors, tokenizer, the demo's grammar: whatever is not named below
+    "lobit.model": "model",
+    "lobit.families": "model",
+    "lobit.checkpoint": "model",
+    "lobit.cli": "cli",
+    "lobit.verbs": "cli",
+    "lobit.quant_recipes": "quant_recipes",
+    "lobit.export": "export",
+    "lobit.runtime": "runtime",
+    "lobit.runtime.manifest": "manifest",
+}
+"""A module's part is that of its longest prefix here."""
+
+ALLOWED = (
+    ("lobit/__main__.py", {"cli"}),
+    ("lobit/cli*", {"core", "model", "cli", "quant_recipes", "export", "runtime", "manifest"}),
+    ("lobit/verbs.py", {"core", "model", "cli", "quant_recipes", "export", "runtime", "manifest"}),
+    ("lobit/*", {"core", "model"}),
+    ("quant_recipes/*", {"core", "model", "quant_recipes"}),
+    ("export/*", {"core", "model", "quant_recipes", "export", "manifest"}),
+    ("runtime/manifest.py", {"core"}),
+    ("runtime/reference.py", {"core", "model", "quant_recipes", "runtime", "manifest"}),
+    ("runtime/parity.py", {"core", "model", "quant_recipes", "runtime", "manifest"}),
+    ("runtime/verify.py", {"core", "model", "quant_recipes", "runtime", "manifest"}),
+    ("runtime/*", {"core", "runtime", "manifest"}),
+)
+"""Which parts a file may import; the first pattern that fits counts."""
+
+
+def python_files() -> list[Path]:
+    return sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("**/*.py") if not is_linked(path))
+
+
+def is_linked(path: Path) -> bool:
+    return path.relative_to(ROOT).parts[0] == "lobit" and path.relative_to(ROOT).parts[1] in LINKED
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def module_exists(module: str) -> bool:
+    path = ROOT.joinpath(*module.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of ours that a file imports, wherever in the file it does."""
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            modules |= {name if module_exists(name) else node.module for name in inner}
+    return {module for module in modules if module.split(".")[0] == "lobit"}
+
+
+def part(module: str) -> str:
+    return PARTS[max((prefix for prefix in PARTS if f"{module}.".startswith(f"{prefix}.")), key=len)]
+
+
+@pytest.mark.parametrize("path", python_files(), ids=relative)
+def test_imports_go_one_way(path):
+    allowed = next(parts for pattern, parts in ALLOWED if fnmatchcase(relative(path), pattern))
+    assert sorted(module for module in imported(path) if part(module) not in allowed) == []
+
+
+@pytest.mark.parametrize("path", python_files(), ids=relative)
+def test_imports_name_the_whole_path(path):
+    """A relative import means one thing in export/ and another through lobit/export."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    assert [node.lineno for node in nodes if isinstance(node, ast.ImportFrom) and node.level] == []
+
+
+@pytest.mark.parametrize("folder", LINKED)
+def test_link_is_relative_and_points_to_its_folder(folder):
+    link = ROOT / "lobit" / folder
+    assert link.readlink() == Path("..") / folder
+
+
+def test_lists_every_package():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in python_files() if path.name == "__init__.py"}
+    named = {folder if folder.split(".")[0] == "lobit" else f"lobit.{folder}" for folder in found}
+    assert set(setuptools["packages"]) == named
+    assert setuptools["package-dir"] == {"lobit": "lobit"} | {f"lobit.{folder}": folder for folder in LINKED}
+
+
+def test_every_folder_with_code_is_a_package():
+    assert sorted({relative(path.parent) for path in python_files() if not (path.parent / "__init__.py").is_file()}) == []
+
+
+def source_files() -> list[Path]:
+    """Everything that a person writes: no links, no build outputs."""
+    tests = [*(ROOT / "tests").glob("**/*.py"), *(ROOT / "android_demo").glob("**/src/**/*.kt")]
+    return [*python_files(), *sorted(tests)]
+
+
+def test_files_read_in_one_sitting():
+    lengths = {relative(path): len(path.read_text(encoding="utf-8").splitlines()) for path in source_files()}
+    assert {path: lines for path, lines in lengths.items() if lines > LONGEST_FILE} == {}
+
+
+def test_no_file_is_called_utils():
+    assert [relative(path) for path in source_files() if path.stem.lower() in {"util", "utils", "helpers", "misc"}] == []
+
+
+def test_no_path_of_one_machine():
+    absolute = re.compile(r"""(?<![\w.}])/(home|root|work|Users)/\w""")
+    names = ("*.md", "*.toml", "*.txt", "Makefile", ".ci/*", ".gitignore")
+    texts = [*source_files(), *(path for name in names for path in ROOT.glob(name))]
+    assert [relative(path) for path in texts if absolute.search(path.read_text(encoding="utf-8"))] == []
