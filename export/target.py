@@ -12,6 +12,7 @@ from torch import nn
 from lobit.errors import MissingPartError, TargetError, listed
 from lobit.model import Config, Transformer
 from lobit.quant_recipes.recipe import Recipe
+from lobit.quiet import quiet_python
 from lobit.runtime.manifest import Delegation, FileEntry, Port, TensorGroup
 
 TARGETS = {"xnnpack": "lobit.export.xnnpack"}
@@ -75,7 +76,8 @@ def find_target(name: str) -> Target:
     if name not in TARGETS:
         raise TargetError(f"there is no target {name!r}: choose one of {', '.join(TARGETS)}")
     try:
-        return cast(Target, importlib.import_module(TARGETS[name]))
+        with quiet_python():
+            return cast(Target, importlib.import_module(TARGETS[name]))
     except ImportError as error:
         raise MissingPartError(f"target {name} needs a package that is not installed ({error}): pip install 'lobit[{name}]'") from None
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from importlib import metadata, resources
@@ -30,6 +28,7 @@ from lobit.quant_recipes.apply import fates
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
 from lobit.quant_recipes.packing import pack_int4
 from lobit.quant_recipes.recipe import Recipe
+from lobit.quiet import quiet_python
 from lobit.runtime.manifest import Delegation, FileEntry, Port, TensorGroup
 
 PROGRAM_FILE = "model.pte"
@@ -167,8 +166,19 @@ def trace(program: nn.Module, spec: Spec) -> ExportedProgram:
     length = Dim("tokens", min=1, max=spec.chunk)
     example = (torch.zeros(1, min(4, spec.chunk), dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     shapes = {"tokens": {1: length if spec.chunk > 1 else None}, "input_pos": None}
-    with _quiet():
-        return torch.export.export(program, example, dynamic_shapes=shapes, strict=False)
+    with quiet_python():
+        graph = torch.export.export(program, example, dynamic_shapes=shapes, strict=False)
+    _drop_assertions(graph.graph_module)
+    return graph
+
+
+def _drop_assertions(module: torch.fx.GraphModule) -> None:
+    """Removes the checks of positions: tracing takes a length of two or more for granted, and the engine checks anyway."""
+    for node in list(module.graph.nodes):
+        if node.target is torch.ops.aten._assert_scalar.default:
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
 
 
 def lower(graph: ExportedProgram, spec: Spec) -> Lowered:
@@ -190,7 +200,7 @@ def lower(graph: ExportedProgram, spec: Spec) -> Lowered:
         "enable_dynamic_shape": True,
         "use_sdpa_with_kv_cache": True,
     } | ({} if spec.bos is None else {"get_bos_id": spec.bos})
-    with _quiet():
+    with quiet_python():
         edge = to_edge_transform_and_lower(
             graph,
             partitioner=[XnnpackPartitioner()],
@@ -271,15 +281,3 @@ def _operator_name(node: torch.fx.Node) -> list[str]:
     name = target.name() if hasattr(target, "name") and callable(target.name) else ""
     return [name.split(".")[0]] if "::" in name else []
 
-
-class _quiet(warnings.catch_warnings):
-    """Silences what torch.export and ExecuTorch say about themselves."""
-
-    def __enter__(self) -> None:  # type: ignore[override]
-        super().__enter__()
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-
-    def __exit__(self, *exc_info: object) -> None:
-        logging.disable(logging.NOTSET)
-        super().__exit__(*exc_info)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -200,7 +200,17 @@ def run(
     from lobit import tables, verbs
 
     if prompt is None:
-        verbs.chat(bundle, sys.stdin, _stream, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, threads=threads)
+        lines = _typed_lines() if sys.stdin.isatty() else sys.stdin
+        verbs.chat(
+            bundle,
+            lines,
+            _stream,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            threads=threads,
+            on_turn=lambda stats: typer.echo(tables.speed(stats), err=True),
+        )
         return
     if not as_json:
         _stream(prompt)
@@ -218,6 +228,15 @@ def run(
     else:
         typer.echo()
         typer.echo(tables.speed(result["stats"]), err=True)
+
+
+def _typed_lines() -> Iterator[str]:
+    """Lines typed at a prompt, until end of input."""
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            return
 
 
 def _stream(text: str) -> None:

@@ -129,7 +129,7 @@ def speed(stats: dict[str, Any]) -> str:
     """One line on a generation."""
     return (
         f"prefill {stats['prompt_tokens']} tokens at {stats['prefill_tokens_per_second']:.0f} t/s, first token after "
-        f"{stats['seconds_to_first_token'] * 1e3:.1f} ms, decode {stats['new_tokens']} tokens at {stats['decode_tokens_per_second']:.1f} t/s"
+        f"{stats['first_token_seconds'] * 1e3:.1f} ms, decode {stats['decode_steps']} tokens at {stats['decode_tokens_per_second']:.1f} t/s"
     )
 
 

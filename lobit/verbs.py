@@ -6,7 +6,7 @@ Imports are inside the functions: what a verb does not need is not loaded.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from lobit.quant_recipes.recipe import Recipe
     from lobit.runtime.bundle import Bundle
     from lobit.runtime.engine import Engine
+    from lobit.runtime.generate import GenerationStats
     from lobit.runtime.manifest import Manifest
     from lobit.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 2048
 DEFAULT_CHUNK = 512
+PARTS = {"lobit": ("torch", "safetensors", "tokenizers", "huggingface_hub"), "xnnpack": ("executorch", "torchao")}
+"""Packages that the core and each target need."""
 STAGES = ("fake_quant", "graph", "artifact")
 KVCache = Literal["int8", "float"]
 Progress = Callable[[str, int, int], None]
@@ -269,6 +272,7 @@ def _graph_engine(model: Transformer, recipe: Recipe, manifest: Manifest) -> Eng
     import torch
 
     from lobit.export.target import Spec, find_target
+    from lobit.quiet import quiet_native
     from lobit.runtime.engine import Logits, SteppingEngine
 
     module, spec = find_target(manifest.target), Spec(recipe, manifest.context, manifest.chunk)
@@ -276,7 +280,9 @@ def _graph_engine(model: Transformer, recipe: Recipe, manifest: Manifest) -> Eng
 
     @torch.inference_mode()
     def step(tokens: list[int], position: int) -> Logits:
-        return graph(torch.tensor([tokens]), torch.tensor([position])).reshape(-1).numpy()  # type: ignore[no-any-return]
+        with quiet_native():
+            logits: torch.Tensor = graph(torch.tensor([tokens]), torch.tensor([position]))
+        return logits.reshape(-1).numpy()
 
     return SteppingEngine(step, manifest.context, manifest.chunk, manifest.model.vocab_size)
 
@@ -336,30 +342,109 @@ def run(
     Returns:
         `{"prompt", "text", "tokens", "stats"}`.
     """
-    import dataclasses
-
     from lobit.runtime.bundle import open_bundle
     from lobit.runtime.engine import open_engine
-    from lobit.runtime.generate import GenerationStats, generate
+    from lobit.runtime.generate import generate, text_pieces
 
     opened = open_bundle(bundle)
     tokenizer, engine = bundle_tokenizer(opened), open_engine(opened, threads)
-    stats, stream = GenerationStats(), tokenizer.stream()
-    tokens, pieces = [], []
-    for token in generate(
+    generation = generate(
         engine,
         tokenizer.encode(prompt),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
         stop=tokenizer.stop,
-        stats=stats,
-    ):
-        tokens.append(token)
-        pieces.append(stream.push(token))
+    )
+    pieces = []
+    for piece in text_pieces(generation, tokenizer.stream()):
+        pieces.append(piece)
         if on_text:
-            on_text(pieces[-1])
-    return {"prompt": prompt, "text": "".join(pieces), "tokens": tokens, "stats": dataclasses.asdict(stats)}
+            on_text(piece)
+    return {"prompt": prompt, "text": "".join(pieces), "tokens": generation.tokens, "stats": _speed(generation.stats)}
+
+
+def _speed(stats: GenerationStats) -> dict[str, Any]:
+    """Counts, seconds and tokens per second."""
+    import dataclasses
+
+    rates = ("prefill_tokens_per_second", "decode_tokens_per_second")
+    return dataclasses.asdict(stats) | {name: getattr(stats, name) for name in rates}
+
+
+def chat(
+    bundle: Path,
+    lines: Iterable[str],
+    on_text: Callable[[str], None],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    threads: int | None = None,
+    on_turn: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
+    """A conversation: a line is a turn of the user's; the answer comes in pieces.
+
+    Args:
+        bundle: the bundle's folder; its tokenizer must have a chat template.
+        lines: the user's turns.
+        on_text: called with each piece of an answer, and with a line break after it.
+        max_new_tokens: of an answer, at most.
+        temperature: 0: the most probable token each time.
+        seed: of the sampling.
+        threads: of the runtime.
+        on_turn: called with the counts and speed of each turn.
+
+    Raises:
+        InputError: the model has no chat template.
+    """
+    from lobit.runtime.bundle import open_bundle
+    from lobit.runtime.engine import open_engine
+    from lobit.runtime.generate import Chat, Sampling
+
+    opened = open_bundle(bundle)
+    tokenizer = bundle_tokenizer(opened)
+    if tokenizer.chat_template is None:
+        raise InputError(f"{bundle} has no chat template, its model continues text: give one with --prompt")
+    conversation = Chat(open_engine(opened, threads), tokenizer)
+    for line in lines:
+        if line.strip():
+            for piece in conversation.say(line.strip(), max_new_tokens=max_new_tokens, sampling=Sampling(temperature, seed=seed)):
+                on_text(piece)
+            on_text("\n")
+            if on_turn:
+                on_turn(_speed(conversation.stats))
+
+
+def doctor(target: str | None = None) -> dict[str, Any]:
+    """What is installed and what is missing.
+
+    Args:
+        target: one target; None: all.
+
+    Returns:
+        `{"parts": [{"for", "part", "found", "way_out"}], "passed"}`; `found` is a version, or None.
+
+    Raises:
+        TargetError: there is no such target.
+    """
+    import os
+    from importlib import metadata
+
+    from lobit.errors import TargetError
+
+    if target is not None and target not in PARTS:
+        raise TargetError(f"there is no target {target!r}: choose one of {', '.join(name for name in PARTS if name != 'lobit')}")
+    rows: list[dict[str, Any]] = []
+    for name in ("lobit", target) if target else PARTS:
+        for package in PARTS[name]:
+            try:
+                found: str | None = metadata.version(package)
+            except metadata.PackageNotFoundError:
+                found = None
+            rows.append({"for": name, "part": package, "found": found, "way_out": f"pip install 'lobit[{name}]'"})
+    rows.append({"for": "lobit", "part": "processor cores", "found": str(os.cpu_count() or 1), "way_out": ""})
+    return {"parts": rows, "passed": all(row["found"] for row in rows)}
 
 
 def demo(out: Path, *, on_step: Callable[[str], None] | None = None, repetitions: int = 3) -> Path:

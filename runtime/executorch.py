@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from importlib import resources
@@ -17,26 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lobit.errors import BundleError, MissingPartError
+from lobit.quiet import quiet_native, quiet_python
 from lobit.runtime.bundle import Bundle
 from lobit.runtime.engine import Logits, SteppingEngine
 from lobit.runtime.verify import StoredLayer
 
 EMBEDDINGS = {"quantized_decomposed::embedding_4bit": 4, "quantized_decomposed::embedding_byte": 8, "aten::embedding": 32}
 """Operator of the embedding and the bits of an entry."""
-
-
-@contextlib.contextmanager
-def quiet_native() -> Iterator[None]:
-    """Drops what native code writes to the standard error stream: the runtime logs several lines in every call."""
-    sys.stderr.flush()
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    os.close(null)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def open_engine(bundle: Bundle, threads: int | None = None) -> SteppingEngine:
@@ -51,10 +36,11 @@ def open_engine(bundle: Bundle, threads: int | None = None) -> SteppingEngine:
         BundleError: the runtime refuses the program.
     """
     try:
-        import executorch.extension.llm.custom_ops.custom_ops
-        import executorch.kernels.quantized  # noqa: F401 (registers the kernels)
-        import torch
-        from executorch.extension.pybindings import portable_lib
+        with quiet_python():
+            import executorch.extension.llm.custom_ops.custom_ops
+            import executorch.kernels.quantized  # noqa: F401 (registers the kernels)
+            import torch
+            from executorch.extension.pybindings import portable_lib
     except ImportError as error:
         raise MissingPartError(f"target xnnpack needs executorch ({error}): pip install 'lobit[xnnpack]'") from None
     manifest = bundle.manifest

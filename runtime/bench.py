@@ -1,0 +1,232 @@
+"""`lobit bench`: llama-bench's table, each row from a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import lobit
+from lobit.errors import InputError, LobitError
+from lobit.runtime.bench_row import Answer, Request, Workload
+from lobit.runtime.bundle import Bundle, open_bundle
+from lobit.runtime.host import cpu, memory_bandwidth, usable_cores
+from lobit.runtime.manifest import CacheInfo, Manifest
+
+Progress = Callable[[str, int, int], None]
+"""(what, done, of how many)"""
+READ_BY_ROW = {"embedding", "tables"}
+"""Kinds of weights of which a token reads only its own row."""
+VERSIONED = ("torch", "executorch", "onnxruntime")
+WHAT = (
+    "ppN: a prompt of N tokens is read at once; tgN: N tokens are read one by one; @dD: with D tokens in the cache before. "
+    "Timed: the engine's prefill or decode calls, until the logits are in Python. Not timed: loading, one warm-up, tokenizing, "
+    "sampling, filling the cache to its depth. Tokens are pseudo-random and always the same. Each row ran in a fresh process; "
+    "its peak memory is the whole process's (base_rss_bytes: before the model was loaded). first_token_ms: from the start of the "
+    "prompt until the likeliest token is chosen. gigabytes_per_second: the weights and the filled part of the cache that a token "
+    "must read, over its time; bandwidth_share: that over the memory bandwidth measured in the same run with as many threads, "
+    "above 1 where the processor's caches hold the model."
+)
+
+
+def bench(
+    bundles: Sequence[Path | str],
+    prompts: Sequence[int] = (128,),
+    generates: Sequence[int] = (64,),
+    depths: Sequence[int] = (0,),
+    threads: int | None = None,
+    repetitions: int = 5,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Times every bundle; for each test the bundles take turns, so that a drift of the machine's speed hits all alike.
+
+    Args:
+        bundles: folders.
+        prompts: lengths of prompts in tokens, may be empty.
+        generates: numbers of generated tokens, may be empty.
+        depths: tokens in the cache before the timed ones.
+        threads: of the runtime; None: one per core.
+        repetitions: timed samples of each row.
+        progress: called before each row and at the end.
+
+    Returns:
+        `{"kind", "rows", "skipped", "what", "device", "cpu", "memory_bandwidth_gb_s", "memory_bandwidth", "versions"}`; a row as
+        in `row_of`, in the order of the bundles; `skipped` names each row that does not fit its context, and why.
+
+    Raises:
+        InputError: a number is out of range, nothing is to be timed, or two bundles have the same name.
+        BundleError: a bundle cannot be opened or run.
+        MissingPartError: a runtime is not installed.
+    """
+    works = workloads(prompts, generates, depths)
+    threads = usable_cores() if threads is None else threads
+    if threads < 1 or repetitions < 1:
+        raise InputError(f"{threads} threads and {repetitions} repetitions: give at least 1 of each")
+    opened = [open_bundle(folder) for folder in bundles]
+    _check_names(opened)
+    fitting, skipped = _fitting(opened, works)
+    host, bandwidth = cpu(), memory_bandwidth(threads)
+    measured: list[tuple[int, dict[str, Any]]] = []
+    for done, (number, work) in enumerate(fitting):
+        bundle = opened[number]
+        if progress:
+            progress(f"{bundle.manifest.name} {work.name}", done, len(fitting))
+        answer = run_row(Request(str(bundle.folder), work, threads, repetitions))
+        measured.append((number, row_of(bundle.manifest, work, answer, threads, bandwidth.gb_s)))
+    if progress:
+        progress("all rows", len(fitting), len(fitting))
+    return {
+        "kind": "bench",
+        "rows": [row_of(opened[number].manifest, test, answer, threads, bandwidth.gb_s) for number, work, answer in measured],
+        "skipped": skipped,
+        "what": WHAT,
+        "device": f"host: {host['name']}",
+        "cpu": host,
+        "memory_bandwidth_gb_s": bandwidth.gb_s,
+        "memory_bandwidth": asdict(bandwidth),
+        "versions": _versions(),
+    }
+
+
+def workloads(prompts: Sequence[int], generates: Sequence[int], depths: Sequence[int]) -> list[Workload]:
+    """Every prompt and every generation at every depth.
+
+    Raises:
+        InputError: a length below 1, a depth below 0, or no test at all.
+    """
+    wrong = [str(n) for n in (*prompts, *generates) if n < 1] + [f"depth {depth}" for depth in depths if depth < 0]
+    if wrong:
+        raise InputError(f"{', '.join(wrong)} cannot be timed: lengths are at least 1, depths at least 0")
+    works = [Workload("pp", n, depth) for depth in depths for n in prompts]
+    works += [Workload("tg", n, depth) for depth in depths for n in generates]
+    if not works:
+        raise InputError("there is nothing to time: give lengths of prompts (-p) or of generated texts (-n), and depths (-d)")
+    return list(dict.fromkeys(works))
+
+
+def _check_names(bundles: Sequence[Bundle]) -> None:
+    """Rows are told apart by the bundle's name."""
+    names = [bundle.manifest.name for bundle in bundles]
+    if not names:
+        raise InputError("there is no bundle to time: give the folder of at least one")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"{len(names)} bundles, and more than one is named {', '.join(twice)}: time them in separate runs")
+
+
+def _fitting(bundles: Sequence[Bundle], works: Sequence[Workload]) -> tuple[list[tuple[int, Workload]], list[dict[str, str]]]:
+    """The rows to run as (number of the bundle, test), and those that are longer than the context."""
+    rows, skipped = [], []
+    for work in works:
+        for number, bundle in enumerate(bundles):
+            needed, context = work.depth + work.tokens, bundle.manifest.context
+            if needed <= context:
+                rows.append((number, work))
+            else:
+                why = f"{needed} tokens are more than the context of {context}"
+                skipped.append({"model": bundle.manifest.name, "test": work.name, "why": why})
+    return rows, skipped
+
+
+def run_row(request: Request) -> Answer:
+    """Measures one row in a fresh process.
+
+    Raises:
+        LobitError: the row's own error, or the process ended without an answer.
+    """
+    paths = [str(Path(lobit.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "lobit.runtime.bench_row"],
+        input=json.dumps(asdict(request)),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        check=False,
+    )
+    try:
+        values = json.loads(done.stdout)
+    except ValueError:
+        last = done.stderr.strip().splitlines()[-3:]
+        raise LobitError(
+            f"{request.work.name} of {request.bundle} ended without an answer, exit code {done.returncode} (-9: mostly no memory "
+            "left): try a shorter one, or a smaller model\n" + "\n".join(f"  {line}" for line in last)
+        ) from None
+    if "error" in values:
+        raise LobitError(values["error"])
+    return Answer(**values)
+
+
+def row_of(manifest: Manifest, work: Workload, answer: Answer, threads: int, bandwidth: float) -> dict[str, Any]:
+    """A row of the result.
+
+    Args:
+        manifest: of the bundle.
+        work: what was timed.
+        answer: what was measured.
+        threads: of the runtime.
+        bandwidth: of the memory, in GB/s.
+    """
+    speeds = [work.tokens / nanoseconds * 1e9 for nanoseconds in answer.samples_ns]
+    speed = statistics.fmean(speeds)
+    read = bytes_per_token(manifest, work) * speed / 1e9 if work.phase == "tg" else None
+    first = answer.first_token_ns
+    return {
+        "model": manifest.name,
+        "model_bytes": sum(entry.bytes for entry in manifest.files if entry.role == "program"),
+        "params": manifest.model.parameters,
+        "target": manifest.target,
+        "recipe": manifest.recipe.get("name"),
+        "threads": threads,
+        "test": work.name,
+        "tokens": work.tokens,
+        "depth": work.depth,
+        "samples_ns": answer.samples_ns,
+        "tokens_per_second": speed,
+        "stddev": statistics.stdev(speeds) if len(speeds) > 1 else 0.0,
+        "first_token_ms": statistics.fmean(first) / 1e6 if first else None,
+        "load_seconds": answer.load_seconds,
+        "base_rss_bytes": answer.base_rss_bytes,
+        "peak_rss_bytes": answer.peak_rss_bytes,
+        "kv_cache_bytes": manifest.cache.bytes,
+        "gigabytes_per_second": read,
+        "bandwidth_share": None if read is None else read / bandwidth,
+    }
+
+
+def bytes_per_token(manifest: Manifest, work: Workload) -> float:
+    """What decoding a token must read from memory, in bytes: the mean over the test's tokens.
+
+    Every weight once, but of an embedding and of tables one row, which is left out; where the bundle has no weights of kind `head`,
+    the embedding is the head and is read whole. And the keys and values of every token that the new one sees, itself included, in
+    each layer at most as many as the layer has slots. A runtime that reads more (a whole cache, weights twice) has a lower share
+    of the bandwidth than it uses.
+    """
+    tied = all(group.kind != "head" for group in manifest.weights)
+    by_row = READ_BY_ROW - {"embedding"} if tied else READ_BY_ROW
+    weights = sum(group.bytes for group in manifest.weights if group.kind not in by_row)
+    positions = range(work.depth + 1, work.depth + work.tokens + 1)
+    return weights + statistics.fmean(_cache_bytes(manifest.cache, position) for position in positions)
+
+
+def _cache_bytes(cache: CacheInfo, tokens: int) -> float:
+    """Keys, values and scales of `tokens` tokens, all layers having the same size of a slot."""
+    slots = sum(cache.slots)
+    return cache.bytes * sum(min(tokens, size) for size in cache.slots) / slots if slots else 0.0
+
+
+def _versions() -> Mapping[str, str]:
+    """Of Python, lobit and the runtimes that are installed."""
+    found = {"python": sys.version.split()[0], "lobit": lobit.__version__}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,280 @@
+"""Generation: tokens chosen one by one from an engine's logits, and conversations that stay in its cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Protocol
+
+import numpy as np
+
+from lobit.errors import BundleError, InputError
+from lobit.runtime.engine import Engine, Logits, check_tokens
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from the logits."""
+
+    temperature: float = 0.0
+    """0: the likeliest token, the lowest id of equal ones; else logits are divided by it."""
+    top_p: float = 1.0
+    """Only the fewest likeliest tokens whose probabilities reach this share are drawn from."""
+    seed: int = 0
+    """The same seed, prompt and engine give the same tokens."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature is {self.temperature}: give 0 for the likeliest token, or a positive number")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}: give a share above 0 and at most 1")
+        if self.seed < 0:
+            raise InputError(f"seed is {self.seed}: give a whole number from 0")
+
+
+GREEDY = Sampling()
+
+
+class Sampler:
+    """Chooses tokens, one after the other, from one stream of random numbers."""
+
+    def __init__(self, sampling: Sampling = GREEDY) -> None:
+        self.sampling = sampling
+        self._random = np.random.default_rng(sampling.seed)
+
+    def choose(self, logits: Logits) -> int:
+        """A token for logits [V].
+
+        Raises:
+            BundleError: the logits are not numbers.
+        """
+        best = int(logits.argmax())
+        if not np.isfinite(logits[best]):
+            raise BundleError(f"the logits are not finite (token {best}: {logits[best]}): check the bundle with `lobit parity`")
+        temperature, top_p = self.sampling.temperature, self.sampling.top_p
+        if temperature == 0:
+            return best
+        with np.errstate(over="ignore"):
+            weights = np.exp((logits.astype(np.float64) - float(logits[best])) / temperature)
+        share = weights / weights.sum()
+        tokens = np.arange(len(share))
+        if top_p < 1:
+            # Tokens below this bound together have less than 1 - top_p, so the nucleus is among the others: few to sort.
+            tokens = np.flatnonzero(share >= (1 - top_p) / len(share))
+            tokens = tokens[np.argsort(-share[tokens], kind="stable")]
+            reached = np.cumsum(share[tokens])
+            tokens = tokens[: int(np.searchsorted(reached, top_p)) + 1]
+        sums = np.cumsum(share[tokens])
+        return int(tokens[min(int(np.searchsorted(sums, self._random.random() * sums[-1], side="right")), len(tokens) - 1)])
+
+
+@dataclass
+class GenerationStats:
+    """What a generation took so far; the time that its consumer spends between tokens is not in it."""
+
+    prompt_tokens: int = 0
+    """Tokens read by prefill."""
+    new_tokens: int = 0
+    """Tokens given out, without the stop token."""
+    prefill_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    """From the start of prefill until the first token was chosen."""
+    decode_steps: int = 0
+    decode_seconds: float = 0.0
+    """Reading and choosing, all steps."""
+    stopped: bool = False
+    """The model ended it with a stop token; otherwise a limit did, or it is not over."""
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """0 where nothing was timed."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """0 where nothing was timed."""
+        return self.decode_steps / self.decode_seconds if self.decode_seconds else 0.0
+
+
+class Generation(Iterator[int]):
+    """New tokens, computed as they are asked for; `generate` makes it.
+
+    Attributes:
+        tokens: given out so far.
+        stats: what it took so far.
+    """
+
+    def __init__(
+        self, engine: Engine, prompt_tokens: Sequence[int], max_new_tokens: int, sampling: Sampling, stop: Collection[int]
+    ) -> None:
+        self.tokens: list[int] = []
+        self.stats = GenerationStats()
+        self._engine, self._prompt, self._stop = engine, list(prompt_tokens), frozenset(stop)
+        self._left = max_new_tokens
+        self._sampler = Sampler(sampling)
+
+    def __next__(self) -> int:
+        if self._left == 0 or (self.tokens and self._engine.position >= self._engine.context):
+            raise StopIteration
+        token = self._following(self.tokens[-1]) if self.tokens else self._first()
+        if token in self._stop:
+            self._left, self.stats.stopped = 0, True
+            raise StopIteration
+        self.tokens.append(token)
+        self._left -= 1
+        self.stats.new_tokens += 1
+        return token
+
+    def _first(self) -> int:
+        start = perf_counter()
+        logits = self._engine.prefill(self._prompt)
+        self.stats.prefill_seconds = perf_counter() - start
+        token = self._sampler.choose(logits)
+        self.stats.first_token_seconds = perf_counter() - start
+        self.stats.prompt_tokens = len(self._prompt)
+        return token
+
+    def _following(self, last: int) -> int:
+        start = perf_counter()
+        token = self._sampler.choose(self._engine.decode(last))
+        self.stats.decode_seconds += perf_counter() - start
+        self.stats.decode_steps += 1
+        return token
+
+
+def generate(
+    engine: Engine,
+    prompt_tokens: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Collection[int] = (),
+) -> Generation:
+    """Continues a prompt, after what the engine has already read.
+
+    Ends at a stop token, which is not given out, after `max_new_tokens`, or where the context is full. The last token is not read
+    back into the engine.
+
+    Args:
+        engine: its cache holds the prompt and the new tokens afterwards.
+        prompt_tokens: at least one.
+        max_new_tokens: at least one.
+        temperature: see `Sampling`.
+        top_p: see `Sampling`.
+        seed: see `Sampling`.
+        stop: tokens that end it.
+
+    Raises:
+        InputError: an argument is out of its range, or the prompt does not fit the engine.
+    """
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}: give at least 1")
+    check_tokens(engine, prompt_tokens)
+    return Generation(engine, prompt_tokens, max_new_tokens, Sampling(temperature, top_p, seed), stop)
+
+
+class TextStream(Protocol):
+    """As `lobit.tokenizer.TextStream`."""
+
+    def push(self, token: int) -> str: ...
+    def finish(self) -> str: ...
+
+
+class ChatTokenizer(Protocol):
+    """What a conversation needs of `lobit.tokenizer.Tokenizer`."""
+
+    stop: list[int]
+
+    def encode(self, text: str, bos: bool = True) -> list[int]: ...
+    def stream(self) -> TextStream: ...
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str: ...
+
+
+def text_pieces(tokens: Iterable[int], stream: TextStream) -> Iterator[str]:
+    """The text of tokens as soon as it is final; never an empty piece."""
+    for token in tokens:
+        if piece := stream.push(token):
+            yield piece
+    if rest := stream.finish():
+        yield rest
+
+
+class Chat:
+    """A conversation that stays in the engine's cache: a turn reads only what is new in the rendered conversation.
+
+    Where the tokens that were read are no beginning of the rendered conversation's tokens (a template that rewrites old turns, an
+    answer that the tokenizer would have cut otherwise), the engine is reset and reads all of it.
+
+    Attributes:
+        messages: the conversation; an answer that was cut short is in it as far as it came.
+        stats: of the last turn.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: ChatTokenizer, system: str | None = None) -> None:
+        self.engine, self.tokenizer = engine, tokenizer
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
+        self.stats = GenerationStats()
+        self._read: list[int] = []
+
+    def say(self, text: str, *, max_new_tokens: int, sampling: Sampling = GREEDY) -> Iterator[str]:
+        """One turn of the user's; the pieces of the answer as they become final.
+
+        A turn that fails or is interrupted inside the engine leaves the conversation as it was.
+
+        Raises:
+            InputError: the conversation is longer than the context, or the template refuses it.
+            ModelError: the template is broken.
+        """
+        turn = {"role": "user", "content": text}
+        tokens = self.tokenizer.encode(self.tokenizer.render_chat([*self.messages, turn]), bos=False)
+        context = self.engine.context
+        if len(tokens) > context:
+            raise InputError(
+                f"the conversation has {len(tokens)} tokens, more than the context of {context}: begin a new one, "
+                "or export with a larger --context"
+            )
+        generation = generate(
+            self.engine,
+            tokens[self._reusable(tokens) :],
+            max_new_tokens=max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            stop=self.tokenizer.stop,
+        )
+        self.stats = generation.stats
+        return self._answer(turn, tokens, generation)
+
+    def _answer(self, turn: dict[str, str], tokens: list[int], generation: Generation) -> Iterator[str]:
+        pieces: list[str] = []
+        try:
+            for piece in text_pieces(generation, self.tokenizer.stream()):
+                pieces.append(piece)
+                yield piece
+        except GeneratorExit:
+            self._keep(turn, pieces, tokens + generation.tokens)
+            raise
+        except BaseException:  # the engine may have been stopped between two of its states
+            self._forget()
+            raise
+        self._keep(turn, pieces, tokens + generation.tokens)
+
+    def _reusable(self, tokens: list[int]) -> int:
+        """How many of `tokens` the engine has read; resets it where it has read something else."""
+        known = len(self._read)
+        if self.engine.position == known < len(tokens) and tokens[:known] == self._read:
+            return known
+        self._forget()
+        return 0
+
+    def _forget(self) -> None:
+        self._read = []
+        self.engine.reset()
+
+    def _keep(self, turn: dict[str, str], pieces: list[str], tokens: list[int]) -> None:
+        self.messages += [turn, {"role": "assistant", "content": "".join(pieces)}]
+        self._read = tokens[: self.engine.position]
