@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -9,11 +10,18 @@ from lobit.quant_recipes.grid import choose_scale, dequantize, fake_quantize_tok
 from lobit.quant_recipes.recipe import Rule, WeightGrid
 
 
+ROWS = 1024
+"""Rows that are rounded at once: their temporaries stay in the processor's cache."""
+
+
 def quantize_linear(weight: Tensor, grid: WeightGrid) -> tuple[Tensor, Tensor]:
     """Integers [out, in], int8, and scales [out, groups], float32, of a float weight."""
-    weight = weight.float()
-    scale = choose_scale(weight, grid)
-    return quantize(weight, scale, grid), scale
+    scale = choose_scale(weight.float(), grid)
+    integers = torch.empty(weight.shape, dtype=torch.int8)
+    for start in range(0, len(weight), ROWS):
+        rows = slice(start, start + ROWS)
+        integers[rows] = quantize(weight[rows].float(), scale[rows], grid)
+    return integers, scale
 
 
 class IntegerLinear(nn.Module):

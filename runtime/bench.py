@@ -16,6 +16,7 @@ from typing import Any
 import lobit
 from lobit.errors import InputError, LobitError
 from lobit.runtime.bench_row import Answer, Request, Workload
+from lobit.runtime.bench_table import bench_table as bench_table
 from lobit.runtime.bundle import Bundle, open_bundle
 from lobit.runtime.host import cpu, memory_bandwidth, usable_cores
 from lobit.runtime.manifest import CacheInfo, Manifest
@@ -62,8 +63,8 @@ def bench(
 
     Raises:
         InputError: a number is out of range, nothing is to be timed, or two bundles have the same name.
-        BundleError: a bundle cannot be opened or run.
-        MissingPartError: a runtime is not installed.
+        BundleError: a bundle is not as export wrote it.
+        LobitError: a row's process failed; the message is the row's own.
     """
     works = workloads(prompts, generates, depths)
     threads = usable_cores() if threads is None else threads
@@ -84,7 +85,7 @@ def bench(
         progress("all rows", len(fitting), len(fitting))
     return {
         "kind": "bench",
-        "rows": [row_of(opened[number].manifest, test, answer, threads, bandwidth.gb_s) for number, work, answer in measured],
+        "rows": [row for _, row in sorted(measured, key=lambda entry: entry[0])],
         "skipped": skipped,
         "what": WHAT,
         "device": f"host: {host['name']}",
@@ -203,10 +204,10 @@ def row_of(manifest: Manifest, work: Workload, answer: Answer, threads: int, ban
 def bytes_per_token(manifest: Manifest, work: Workload) -> float:
     """What decoding a token must read from memory, in bytes: the mean over the test's tokens.
 
-    Every weight once, but of an embedding and of tables one row, which is left out; where the bundle has no weights of kind `head`,
-    the embedding is the head and is read whole. And the keys and values of every token that the new one sees, itself included, in
-    each layer at most as many as the layer has slots. A runtime that reads more (a whole cache, weights twice) has a lower share
-    of the bandwidth than it uses.
+    Every weight once, but of an embedding and of tables one row, which is left out; where the bundle has no weights of kind
+    `head`, the embedding is the head and is read whole. And the keys and values of every token that the new one sees, itself
+    included, in each layer at most as many as the layer has slots. A runtime that reads more (a whole cache, weights twice) uses
+    more of the bandwidth than this shows.
     """
     tied = all(group.kind != "head" for group in manifest.weights)
     by_row = READ_BY_ROW - {"embedding"} if tied else READ_BY_ROW

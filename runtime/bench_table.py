@@ -47,13 +47,13 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def size(value: int) -> str:
-    """Bytes as `74.6 MiB`."""
+    """Bytes as `78.2 MB` (10⁶ bytes)."""
     number = float(value)
-    for unit in ("B", "KiB", "MiB"):
-        if number < 1024:
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
             return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.2f} GiB"
+        number /= 1000
+    return f"{number:.2f} GB"
 
 
 def count(value: int) -> str:

@@ -1,0 +1,402 @@
+"""The report's plots, as SVG that takes its colours and font from the page, and figures as people read them."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.style
+from markupsafe import Markup, escape
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, Rectangle
+
+if TYPE_CHECKING:
+    from lobit.runtime.report import Results, Speed
+
+WIDTH = 380
+"""Pixels of every plot: a phone's width, so that text stays readable there."""
+COLOURS = 8
+"""Bundles that have a colour of their own; the ninth has the first one's again."""
+TOKENS = (*(f"bundle-{i}" for i in range(COLOURS)), "ink", "quiet", "line", "surface", "left", "limit")
+"""Custom properties of the page's style sheet that plots are drawn in."""
+STAND_INS = {token: f"#0a0b{i:02x}" for i, token in enumerate(TOKENS)}
+"""Colours that are drawn, then replaced by the custom property."""
+TINTS = (1.0, 0.62, 0.44, 0.3, 0.2, 0.12)
+"""Opacity of each kind in `KINDS`."""
+KINDS = ("mlp", "attention", "embedding", "head", "norms", "tables")
+STAGES = {"fake_quant": "Quantization", "graph": "Exported graph", "artifact": "Runtime"}
+PHASES = {"prefill": "Prefill", "decode": "Decode", "wrapped": "Decode, cache wrapped"}
+MOST_OPERATORS = 8
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "lobit", "font.family": "sans-serif", "text.parse_math": False}
+
+
+def number(value: float) -> str:
+    """Three significant digits: `0.0213`, `41.7`, `12,300`, `4.2×10⁻⁷`."""
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "∞" if value > 0 else "−∞"
+    sign, value = "−" if value < 0 else "", abs(value)
+    rounded = float(f"{value:.3g}")
+    if rounded and rounded < 1e-3:
+        mantissa, exponent = f"{rounded:.2e}".split("e")
+        return f"{sign}{float(mantissa):g}×10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    digits = 0 if rounded >= 100 or not rounded else 2 - math.floor(math.log10(rounded))
+    return f"{sign}{rounded:,.{digits}f}"
+
+
+def size(count: float) -> str:
+    """Bytes, decimal: `71.2 MB` is 71.2 × 10⁶ bytes."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 999.5 or unit == "GB":
+            return f"{count:,.0f} bytes" if unit == "bytes" else f"{number(count)} {unit}"
+        count /= 1000
+    raise AssertionError("the loop returns at GB")
+
+
+def percent(share: float) -> str:
+    """`96.3 %`; never rounded up to 100 % or down to 0 %."""
+    if not math.isfinite(share):
+        return number(share)
+    if share in (0, 1):
+        return f"{share:.0%}".replace("%", " %")
+    if 0.9999 < share < 1 or 0 < share < 0.0001:
+        return "> 99.99 %" if share > 0.5 else "< 0.01 %"
+    return f"{math.floor(share * 10000) / 100:.2f} %" if 0.99 < share < 1 else f"{share * 100:.3g} %"
+
+
+def seconds(value: float) -> str:
+    """`412 ms`, `12.3 s`, `4 min 12 s`, `1 h 03 min`."""
+    if not math.isfinite(value) or value < 1:
+        return f"{number(value * 1000)} ms"
+    if value < 99.95:
+        return f"{number(value)} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02d} min"
+
+
+def clipped(text: str, most: int) -> str:
+    """One line of at most `most` characters, the middle left out; no characters that a plot cannot hold."""
+    line = "".join(" " if c.isspace() else c for c in text if c.isprintable() or c.isspace())
+    return line if len(line) <= most else f"{line[: (most - 1) // 2]}…{line[-(most // 2) :]}"
+
+
+class Canvas:
+    """A plot in pixels, y downwards."""
+
+    def __init__(self, height: float) -> None:
+        self.figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
+        self.axes = self.figure.add_axes((0, 0, 1, 1))
+        self.axes.set(xlim=(0, WIDTH), ylim=(height, 0))
+        self.axes.axis("off")
+        self.figure.patch.set_visible(False)
+
+    def box(self, x: float, y: float, width: float, height: float, colour: str, opacity: float = 1) -> None:
+        """A filled rectangle."""
+        self.axes.add_patch(Rectangle((x, y), width, height, facecolor=STAND_INS[colour], alpha=opacity, linewidth=0, clip_on=False))
+
+    def dot(self, x: float, y: float, colour: str, radius: float = 2.5, opacity: float = 1) -> None:
+        """A filled circle."""
+        self.axes.add_patch(Circle((x, y), radius, facecolor=STAND_INS[colour], alpha=opacity, linewidth=0, clip_on=False))
+
+    def line(self, xs: Sequence[float], ys: Sequence[float], colour: str, width: float = 1, dashes: str = "-") -> None:
+        """A line through points."""
+        self.axes.plot(xs, ys, dashes, color=STAND_INS[colour], linewidth=width, clip_on=False)
+
+    def text(self, x: float, y: float, text: str, colour: str = "ink", side: str = "left", points: float = 11, bold: bool = False) -> None:
+        """Text on the base line y, starting (`left`) or ending (`right`) at x, or around it (`center`)."""
+        weight = "bold" if bold else "normal"
+        self.axes.text(x, y, clipped(text, 80), color=STAND_INS[colour], ha=side, fontsize=points, fontweight=weight)
+
+    def svg(self, label: str) -> Markup:
+        """The plot to put into a page; `label` tells what it shows to those who cannot see it."""
+        buffer = io.StringIO()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a glyph that is missing here is the browser's to find
+            FigureCanvasSVG(self.figure).print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        return _inline(buffer.getvalue(), label)
+
+
+def _inline(svg: str, label: str) -> Markup:
+    """Matplotlib's file without its header and fonts; changes tags only, never text."""
+    box = re.search(r'viewBox="[^"]*"', svg)
+    assert box is not None
+    body = svg[svg.index(">", svg.index("<svg")) + 1 :]
+    body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, count=1, flags=re.DOTALL)
+    body = re.sub(r"<[^<>]*>", lambda tag: _retouched(tag[0]), body)
+    return Markup(f'<svg role="img" aria-label="{escape(label)}" {box[0]}>') + Markup(re.sub(r"\s*\n\s*", " ", body).strip())
+
+
+def _retouched(tag: str) -> str:
+    """A tag without its id, font and empty rotation, in the page's colours."""
+    tag = re.sub(r' id="[^"]*"| transform="rotate\(-0 [^"]*"|font-family:[^;"]*;? ?', "", tag)
+    return re.sub(r"#0a0b[0-9a-f]{2}", lambda colour: f"var(--{TOKENS[int(colour[0][-2:], 16)]})", tag)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a bar."""
+
+    length: float
+    colour: str
+    opacity: float = 1
+    text: str = ""
+    """In the piece, where there is room."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A labelled bar, or a heading where it has no parts."""
+
+    label: str
+    value: str = ""
+    parts: Sequence[Part] = ()
+    chip: str = ""
+    """The colour of a square before the label."""
+    mark: float | None = None
+    dots: Sequence[float] = ()
+
+    @property
+    def thickness(self) -> int:
+        """Pixels of the bar: more where it has to hold text."""
+        return 20 if any(part.text for part in self.parts) else 9 if self.parts else 0
+
+    @property
+    def height(self) -> int:
+        """Pixels, with the space below."""
+        return 24 + self.thickness
+
+    @property
+    def longest(self) -> float:
+        """What must fit."""
+        return max(sum(_finite(part.length) for part in self.parts), *map(_finite, (self.mark or 0, *self.dots)))
+
+
+def _finite(value: float) -> float:
+    return max(0.0, value) if math.isfinite(value) else 0.0
+
+
+def bars(label: str, rows: Sequence[Row], legend: Sequence[Part] = (), longest: float = 0) -> Markup:
+    """Horizontal bars on one scale, each under its label and value; the legend above them.
+
+    Args:
+        label: what the plot shows.
+        rows: from top to bottom.
+        legend: pieces whose text is explained.
+        longest: of another plot on the same scale.
+    """
+    scale = WIDTH / (max([longest, *(row.longest for row in rows)]) or 1)
+    top = 18.0 * math.ceil(len(legend) / 3) + (6 if legend else 0)
+    canvas = Canvas(top + sum(row.height for row in rows))
+    for i, part in enumerate(legend):
+        x, y = (i % 3) * WIDTH / 3, 18 * (i // 3)
+        canvas.box(x, y + 3, 9, 9, part.colour, part.opacity)
+        canvas.text(x + 14, y + 12, clipped(part.text, 18), "quiet")
+    for row in rows:
+        _draw_row(canvas, row, top, scale)
+        top += row.height
+    return canvas.svg(label)
+
+
+def _draw_row(canvas: Canvas, row: Row, top: float, scale: float) -> None:
+    heading = not row.parts
+    if row.chip:
+        canvas.box(0, top + 3.5, 9, 9, row.chip)
+    room = int((WIDTH - 7 * len(row.value) - 24) / (7.4 if heading else 6.7))
+    canvas.text(14 if row.chip else 0, top + 12, clipped(row.label, max(room, 8)), bold=heading)
+    canvas.text(WIDTH, top + 12, row.value, "quiet" if heading else "ink", "right")
+    if heading:
+        return
+    canvas.box(0, top + 17, WIDTH, row.thickness, "line", 0.55)
+    x = 0.0
+    for part in row.parts:
+        width = _finite(part.length) * scale
+        _draw_part(canvas, part, x, top + 17, width, row.thickness)
+        x += width
+    for dot in row.dots:
+        canvas.dot(_finite(dot) * scale, top + 21.5, "ink", 2, 0.45)
+    if row.mark is not None:
+        canvas.box(min(_finite(row.mark) * scale, WIDTH - 2), top + 14.5, 2, 14, "limit")
+
+
+def _draw_part(canvas: Canvas, part: Part, x: float, y: float, width: float, height: float) -> None:
+    if width and part.opacity:
+        canvas.box(x, y, max(width - 1 if width > 3 and part.text else width, 0.75), height, part.colour, part.opacity)
+    if part.text and width > 6.5 * len(part.text) + 8:
+        canvas.text(x + 6, y + 14, part.text, "surface" if part.opacity > 0.9 else "ink", points=10)
+
+
+def plots(bundles: Sequence[Results]) -> dict[str, Any]:
+    """Every plot that the results have the figures for, by name; `delegation` holds one for each bundle."""
+    with matplotlib.style.context(["default", STYLE]):
+        described = [one for one in bundles if one.manifest]
+        compared = [one for one in bundles if one.phases]
+        blamed = [one for one in bundles if one.steps]
+        held = [one for one in bundles if one.file_bytes or one.peak_bytes or one.cache_bytes]
+        return {
+            "sizes": sizes(described) if described else None,
+            "against_float": against_float(described) if described else None,
+            "blame": blame(blamed) if blamed else None,
+            "phases": phases(compared) if compared else None,
+            "prefill": speed(bundles, "prefill"),
+            "decode": speed(bundles, "decode"),
+            "memory": memory(held) if held else None,
+            "delegation": [delegation(one) for one in described],
+        }
+
+
+def _tint(kind: str) -> float:
+    return TINTS[KINDS.index(kind)] if kind in KINDS else TINTS[-1]
+
+
+def sizes(bundles: Sequence[Results]) -> Markup:
+    """Bytes of each kind of tensor, stacked, one bar a bundle."""
+    rows, kinds = [], set()
+    for one in bundles:
+        groups = sorted(one.manifest.weights, key=lambda group: -_tint(group.kind)) if one.manifest else []
+        parts = [Part(group.bytes, one.colour, _tint(group.kind), group.kind) for group in groups]
+        kinds |= {group.kind for group in groups}
+        rows.append(Row(one.name, size(sum(part.length for part in parts)), parts, one.colour))
+    colour = bundles[0].colour if len(bundles) == 1 else "ink"
+    legend = [Part(0, colour, _tint(kind), kind) for kind in sorted(kinds, key=lambda kind: (-_tint(kind), kind))]
+    return bars("Bytes of the weights by kind of tensor", rows, legend)
+
+
+def against_float(bundles: Sequence[Results]) -> Markup:
+    """Program files beside the same parameters in float32 and bfloat16."""
+    rows = [Row(one.name, size(one.file_bytes), [Part(one.file_bytes, one.colour)], one.colour) for one in bundles if one.file_bytes]
+    for parameters in sorted({one.manifest.model.parameters for one in bundles if one.manifest}):
+        for name, width in (("bfloat16", 2), ("float32", 4)):
+            label = f"{parameters:,} parameters in {name}"
+            rows.append(Row(label, size(width * parameters), [Part(width * parameters, "quiet", 0.45)]))
+    return bars("Program files beside the parameters in bfloat16 and float32", rows)
+
+
+def blame(bundles: Sequence[Results]) -> Markup:
+    """KL that each stage adds: bars that begin where the one before ends."""
+    rows: list[Row] = []
+    for one in bundles:
+        rows += _heading(one, bundles)
+        before = 0.0
+        for name, step in one.steps:
+            rows.append(Row(STAGES.get(name, name), number(step), [Part(before, "line", 0), Part(step, one.colour)]))
+            before += step
+    return bars("KL that each stage adds, in nats a token", rows)
+
+
+def phases(bundles: Sequence[Results]) -> Markup:
+    """Mean KL of prefill, decode and the wrapped cache; the limit where it is near enough to leave the bars readable."""
+    rows: list[Row] = []
+    largest = max(_finite(phase["kl_mean"]) for one in bundles for _, phase in one.phases)
+    for one in bundles:
+        rows += _heading(one, bundles)
+        limit = one.limit("kl_mean")
+        far = limit is not None and limit > 4 * largest
+        for name, phase in one.phases:
+            value = f"{number(phase['kl_mean'])} · p99 {number(phase['kl_p99'])}"
+            rows.append(Row(PHASES.get(name, name), value, [Part(phase["kl_mean"], one.colour)], mark=None if far else limit))
+        rows += [Row("", f"the limit, {limit:g}, is beyond this scale")] if far else []
+    return bars("Mean KL in each phase, in nats a token", rows)
+
+
+def _heading(one: Results, bundles: Sequence[Results]) -> list[Row]:
+    return [Row(one.name, chip=one.colour)] if len(bundles) > 1 else []
+
+
+def memory(bundles: Sequence[Results]) -> Markup:
+    """Program file, peak resident memory (faint: before the model was loaded) and key-value cache."""
+    rows: list[Row] = []
+    for one in bundles:
+        rows += _heading(one, bundles)
+        base = min(one.base_bytes or 0, one.peak_bytes or 0)
+        for name, count in (("Program file", one.file_bytes), ("Peak resident", one.peak_bytes), ("Key-value cache", one.cache_bytes)):
+            before = base if name == "Peak resident" else 0
+            value = size(count or 0) + (f", {size(before)} before loading" if before else "")
+            parts = [Part(before, one.colour, TINTS[2]), Part((count or 0) - before, one.colour)]
+            rows += [Row(name, value, parts)] if count is not None else []
+    return bars("Program file, peak resident memory and key-value cache", rows)
+
+
+def delegation(one: Results) -> tuple[Results, Markup | None, Markup | None]:
+    """Operators left behind and operators on the delegate, the most frequent ones, on one scale."""
+    assert one.manifest is not None
+    kinds = one.manifest.delegation.left, one.manifest.delegation.delegated
+    most = max((count for counts in kinds for count in counts.values()), default=0)
+    left, on = (_operators(one, counts, most, "left" if i == 0 else one.colour) for i, counts in enumerate(kinds))
+    return one, left, on
+
+
+def _operators(one: Results, counts: dict[str, int], most: int, colour: str) -> Markup | None:
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    rows = [Row(name, f"{count:,}", [Part(count, colour)]) for name, count in ranked[:MOST_OPERATORS]]
+    rest = [Row("", f"and {len(ranked) - MOST_OPERATORS} more")] if len(ranked) > MOST_OPERATORS else []
+    return bars(f"Operators of {one.name}", rows + rest, longest=most) if rows else None
+
+
+def speed(bundles: Sequence[Results], phase: str) -> Markup | None:
+    """Tokens a second of `prefill` or `decode`: against depth where there are several, as bars otherwise."""
+    rows = [(one, row) for one in bundles for row in one.speeds if row.phase == phase]
+    if not rows:
+        return None
+    series: dict[tuple[str, str], list[tuple[Results, Speed]]] = {}
+    for one, row in rows:
+        series.setdefault((one.name, _setting(row, [row for _, row in rows])), []).append((one, row))
+    label = f"Tokens a second in {phase}"
+    if len({row.depth for _, row in rows}) > 1:
+        return _against_depth(label, series)
+    return bars(
+        label,
+        [
+            Row(name + setting, number(row.mean), [Part(row.mean, one.colour, 0.8)], one.colour, dots=row.samples)
+            for (name, setting), members in series.items()
+            for one, row in members
+        ],
+    )
+
+
+def _setting(row: Speed, rows: Sequence[Speed]) -> str:
+    """What sets a row apart from the others of its plot, beside the bundle and the depth."""
+    texts: list[tuple[Any, str]] = [(r.tokens, f"{r.tokens} tokens") for r in rows]
+    parts = [f"{row.tokens} tokens"] if len({value for value, _ in texts}) > 1 else []
+    parts += [f"{row.threads} threads"] if len({other.threads for other in rows}) > 1 else []
+    parts += [row.device] if len({other.device for other in rows}) > 1 else []
+    return "".join(f" · {part}" for part in parts)
+
+
+def _against_depth(label: str, series: dict[tuple[str, str], list[tuple[Results, Speed]]]) -> Markup:
+    """Lines of the means over faint dots of the samples."""
+    rows = [row for members in series.values() for _, row in members]
+    deepest = max(row.depth for row in rows)
+    highest = _nice(max(_finite(value) for row in rows for value in (row.mean, *row.samples)))
+    top, left, height = 20.0 * len(series) + 14, 34, 150
+    canvas = Canvas(top + height + 36)
+    for i in range(5):
+        y = top + height * (1 - i / 4)
+        canvas.line((left, WIDTH), (y, y), "line")
+        canvas.text(left - 6, y + 3.5, f"{highest * i / 4:,.6g}", "quiet", "right", 10)
+    for depth in sorted({row.depth for row in rows}):
+        side = "right" if depth == deepest else "center"
+        canvas.text(left + (WIDTH - left) * depth / deepest, top + height + 15, f"{depth:,}", "quiet", side, 10)
+    canvas.text((WIDTH + left) / 2, top + height + 31, "tokens already in the cache", "quiet", "center", 10)
+    for i, ((name, setting), members) in enumerate(series.items()):
+        dashes, colour = ("-", "--", ":", "-.")[sum(key[0] == name for key in list(series)[:i]) % 4], members[0][0].colour
+        points = sorted((left + (WIDTH - left) * row.depth / deepest, row) for _, row in members)
+        ys = [top + height * (1 - _finite(row.mean) / highest) for _, row in points]
+        canvas.line([x for x, _ in points], ys, colour, 1.8, dashes)
+        for (x, row), y in zip(points, ys, strict=True):
+            canvas.dot(x, y, colour, 3)
+            for sample in row.samples:
+                canvas.dot(x, top + height * (1 - _finite(sample) / highest), colour, 2, 0.35)
+        canvas.line((0, 18), (20 * i + 8, 20 * i + 8), colour, 1.8, dashes)
+        canvas.text(24, 20 * i + 12, clipped(name + setting, 54))
+    return canvas.svg(label)
+
+
+def _nice(value: float) -> float:
+    """The next of 1, 2, 4, 6, 8 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(value)) if value > 0 else 1.0
+    return next(power * factor for factor in (1, 2, 4, 6, 8, 10) if value <= power * factor or factor == 10)
