@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from lobit.memory import peak_rss_bytes
+
 OnStage = Callable[[str, float], None]
 """(stage, seconds that it should take), called as each begins."""
-
-
-def peak_rss() -> int:
-    """The most memory that this process has held so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @dataclass
@@ -39,4 +33,4 @@ class Stages:
             self.on_stage(name, expected)
         begin = time.perf_counter()
         yield
-        self.rows.append({"name": name, "seconds": round(time.perf_counter() - begin, 3), "peak_rss_bytes": peak_rss()})
+        self.rows.append({"name": name, "seconds": round(time.perf_counter() - begin, 3), "peak_rss_bytes": peak_rss_bytes()})

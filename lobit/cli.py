@@ -186,7 +186,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command(epilog="Examples: lobit run bundle --prompt 'Once upon a time'  |  lobit run bundle   (a chat, where the model has a template)")
+@app.command(epilog="Examples: lobit run bundle --prompt 'Once upon a time'  |  lobit run bundle   (a chat)")
 def run(
     bundle: BundleArgument,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Text to continue; without it: a chat.")] = None,

@@ -114,7 +114,8 @@ def parity(result: dict[str, Any]) -> Table:
         table.add_row(name, *figures, f"{row['top1_agreement']:.2%}", f"{row['perplexity']:.3f}")
     artifact = result["stages"][-1]
     for metric, limit in result["limits"].items():
-        table.add_row(f"limit on {metric}", f"{limit['limit']:g}", "", "", "", "kept" if artifact[metric] <= limit["limit"] else "PASSED OVER")
+        kept = "kept" if artifact[metric] <= limit["limit"] else "EXCEEDED"
+        table.add_row(f"limit on {metric}", f"{limit['limit']:g}", "", "", kept)
     return table
 
 

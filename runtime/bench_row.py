@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 
 from lobit.errors import LobitError
+from lobit.memory import peak_rss_bytes
 from lobit.runtime.bundle import open_bundle
 from lobit.runtime.engine import ENGINES, Engine, open_engine
-from lobit.runtime.host import peak_rss_bytes
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,8 @@ class ProgramFile:
     """
 
     def __init__(self, path: Path) -> None:
-        from executorch.exir._serialize._program import deserialize_pte_binary
+        with quiet_python():
+            from executorch.exir._serialize._program import deserialize_pte_binary
 
         try:
             file = deserialize_pte_binary(path.read_bytes())

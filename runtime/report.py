@@ -3,180 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from lobit.errors import InputError, LobitError, listed
+from lobit.errors import InputError
 from lobit.runtime import report_plots
-from lobit.runtime.manifest import Manifest
+from lobit.runtime.report_canvas import number, percent, seconds, size
+from lobit.runtime.report_results import ACCEPTED, Result, group, read, text_of
 
-LARGEST_RESULT = 64 << 20
-"""Bytes that are read of one file at most."""
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-ACCEPTED = "the JSON of `lobit parity`, `lobit bench`, `lobit verify` and `lobit export`, and a bundle's manifest.json"
-
-_BUNDLE = {"name": str, "target": str, "recipe": object}
-_METRICS = {"kl_mean": float, "kl_p99": float, "top1_agreement": float, "perplexity": float}
-_COUNTS = {"integers": int, "differing_integers": int, "scales": int, "differing_scales": int, "floats?": int, "differing_floats?": int}
-_PHASE = {**_METRICS, "tokens?": int, "positions?": int}
-_ROW = {
-    "model": str, "target": str, "recipe": object, "bundle?": str, "test": str, "tokens?": int, "depth?": int, "threads?": int,
-    "samples_ns": [float], "tokens_per_second": float, "stddev?": float, "first_token_ms?": float, "load_seconds?": float,
-    "model_bytes?": int, "params?": int, "peak_rss_bytes?": int, "base_rss_bytes?": int, "kv_cache_bytes?": int,
-    "gigabytes_per_second?": float, "bandwidth_share?": float,
-}  # fmt: skip
-SHAPES: dict[str, dict[str, Any]] = {
-    "parity": {
-        "bundle": _BUNDLE, "model": str, "text?": object, "tokens": int, "positions?": int, "reference_perplexity": float,
-        "stages": [{"name": str, **_METRICS, "kl_step?": float}],
-        "phases": {"prefill?": _PHASE, "decode?": _PHASE, "wrapped?": _PHASE},
-        "limits": {"*": {"limit": float, "reason": str}}, "passed": bool, "entropy?": {"nats_per_token": float, "what": str},
-    },
-    "bench": {
-        "rows": [_ROW], "device": object, "versions": {"*": object}, "memory_bandwidth_gb_s?": float, "cpu?": {"*": object},
-        "what?": object, "skipped?": [object],
-    },
-    "verify": {
-        "bundle": _BUNDLE, "tensors": int, **_COUNTS, "checkpoint_matches?": bool, "layers": [{"name": str, **_COUNTS}], "passed": bool,
-    },
-    "build": {"bundle": str, "command": str, "stages": [{"name": str, "seconds": float, "peak_rss_bytes?": int}]},
-}  # fmt: skip
-"""What each kind of result must have: a type, a list of one shape, or keys; `?`: may be absent or null; `*`: any key."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """A file that was read."""
-
-    file: str
-    kind: str
-    values: Any
-    """A `Manifest`, or the JSON of another kind."""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """A row of `bench`."""
-
-    phase: str
-    """`prefill`, `decode`, or empty where the test has another name."""
-    tokens: int
-    depth: int
-    device: str
-    threads: int | None
-    mean: float
-    """Tokens a second."""
-    samples: list[float]
-    """Tokens a second of each run."""
-    row: dict[str, Any]
-
-
-@dataclass
-class Results:
-    """All that is known of one bundle."""
-
-    name: str
-    target: str
-    recipe: str
-    colour: str
-    manifest: Manifest | None = None
-    parity: dict[str, Any] | None = None
-    verify: dict[str, Any] | None = None
-    build: dict[str, Any] | None = None
-    speeds: list[Speed] = field(default_factory=list)
-    files: dict[str, str] = field(default_factory=dict)
-    """The file of each kind but `bench`."""
-
-    @property
-    def verdict(self) -> str:
-        """`pass`, `fail`, or `open` where nothing was compared with the trained model."""
-        passed = [result["passed"] for result in (self.parity, self.verify) if result]
-        return "fail" if not all(passed) else "pass" if self.parity else "open"
-
-    @property
-    def last(self) -> dict[str, Any] | None:
-        """The parity stage nearest to the phone."""
-        return self.parity["stages"][-1] if self.parity and self.parity["stages"] else None
-
-    @property
-    def steps(self) -> list[tuple[str, float]]:
-        """Stages and the KL that each adds, in nats a token; empty where a stage's is unknown."""
-        steps = [(stage["name"], stage.get("kl_step")) for stage in self.parity["stages"]] if self.parity else []
-        known = [(name, max(0.0, step)) for name, step in steps if step is not None and math.isfinite(step)]
-        return known if len(known) == len(steps) else []
-
-    @property
-    def phases(self) -> list[tuple[str, dict[str, Any]]]:
-        """The phases that were measured."""
-        return [(name, phase) for name, phase in self.parity["phases"].items() if phase] if self.parity else []
-
-    def limit(self, name: str) -> float | None:
-        """Parity's limit on a figure of its last stage."""
-        found = self.parity["limits"].get(name) if self.parity else None
-        return None if found is None else float(found["limit"])
-
-    @property
-    def model(self) -> str:
-        """The trained model as parity names it; of a path no more than its end."""
-        name = str(self.parity["model"]) if self.parity else ""
-        parts = re.split(r"[/\\]", name.rstrip("/\\"))
-        return name if len(parts) < 3 else "/".join(parts[-2:])
-
-    @property
-    def limits(self) -> list[tuple[str, float | None, dict[str, Any], bool | None]]:
-        """Each limit: what, measured, limit and reason, whether it holds."""
-        rows = []
-        for name, entry in (self.parity["limits"] if self.parity else {}).items():
-            phase, _, figure = name.rpartition(".")
-            source = self.parity["phases"].get(phase) if phase and self.parity else self.last
-            measured = source.get(figure) if source else None
-            holds = None if measured is None else measured >= entry["limit"] if "top1" in figure else measured <= entry["limit"]
-            rows.append((name, measured, entry, holds))
-        return rows
-
-    @property
-    def file_bytes(self) -> int | None:
-        """Of the program."""
-        programs = [entry.bytes for entry in self.manifest.files if entry.role == "program"] if self.manifest else []
-        return sum(programs) if programs else self._largest("model_bytes")
-
-    @property
-    def peak_bytes(self) -> int | None:
-        """The most resident memory that a benchmark saw."""
-        return self._largest("peak_rss_bytes")
-
-    @property
-    def base_bytes(self) -> int | None:
-        """Of that process, before the model was loaded."""
-        return next((speed.row.get("base_rss_bytes") for speed in self.speeds if speed.row.get("peak_rss_bytes") == self.peak_bytes), None)
-
-    @property
-    def cache_bytes(self) -> int | None:
-        """Keys, values and their scales."""
-        return self.manifest.cache.bytes if self.manifest else self._largest("kv_cache_bytes")
-
-    def _largest(self, key: str) -> int | None:
-        return max((speed.row[key] for speed in self.speeds if speed.row.get(key) is not None), default=None)
-
-    def fastest(self, phase: str) -> Speed | None:
-        """The best row of a phase at the least depth."""
-        return min((speed for speed in self.speeds if speed.phase == phase), key=lambda speed: (speed.depth, -speed.mean), default=None)
-
-    @property
-    def on_delegate(self) -> tuple[int, int] | None:
-        """Operators on the delegate, and all."""
-        if not self.manifest:
-            return None
-        delegated = sum(self.manifest.delegation.delegated.values())
-        return delegated, delegated + sum(self.manifest.delegation.left.values())
 
 
 def report(paths: list[Path], out: Path, command: str = "") -> Path:
@@ -210,160 +50,18 @@ def report(paths: list[Path], out: Path, command: str = "") -> Path:
     return out
 
 
-def read(paths: Sequence[Path]) -> list[Result]:
-    """The results in the files.
-
-    Raises:
-        InputError: files that are no results, all of them named.
-    """
-    results, problems = [], []
-    for path in paths:
-        try:
-            results.append(_read(path))
-        except OSError as error:
-            problems.append(f"{path} cannot be read ({error.strerror})")
-        except (LobitError, ValueError, RecursionError) as error:
-            problems.append(f"{path}: {error}")
-    if problems:
-        raise InputError(listed(problems, f"these files cannot be reported; what can is {ACCEPTED}:"))
-    return results
-
-
-def _read(path: Path) -> Result:
-    if path.stat().st_size > LARGEST_RESULT:
-        raise ValueError(f"{path.stat().st_size} bytes, at most {LARGEST_RESULT} are read")
-    text = path.read_text(encoding="utf-8")
-    values = json.loads(text)
-    if not isinstance(values, dict):
-        raise ValueError("not a JSON object")
-    if "schema_version" in values:
-        return Result(path.name, "manifest", Manifest.from_json(text))
-    kind = values.get("kind")
-    if kind not in list(SHAPES):
-        raise ValueError(f"kind {kind!r} is none of {', '.join(SHAPES)}, and it is no manifest")
-    problem = _problem(values, SHAPES[kind], kind)
-    if problem:
-        raise ValueError(problem)
-    return Result(path.name, kind, values)
-
-
-def _problem(value: Any, shape: Any, where: str) -> str | None:
-    """Where a value does not have the shape that it should have."""
-    if isinstance(shape, list):
-        parts = [(item, shape[0], f"{where}[{i}]") for i, item in enumerate(value)] if isinstance(value, list) else None
-    elif isinstance(shape, dict):
-        parts = _members(value, shape, where) if isinstance(value, dict) else None
-    else:
-        kinds = (int, float) if shape is float else shape
-        fits = isinstance(value, kinds) and (shape in (bool, object) or not isinstance(value, bool))
-        if fits and isinstance(value, int) and (abs(value) >= 1 << 63 or (shape is int and value < 0)):
-            return f"{where} is {str(value)[:30]}, which is out of range"
-        parts = [] if fits else None
-    if parts is None:
-        wanted = "a list" if isinstance(shape, list) else "an object" if isinstance(shape, dict) else shape.__name__
-        return f"{where} should be {wanted} and is {str(value)[:60]!r}"
-    return next((problem for part in parts if (problem := _problem(*part))), None)
-
-
-def _members(value: dict[str, Any], shape: dict[str, Any], where: str) -> list[tuple[Any, Any, str]]:
-    if "*" in shape:
-        return [(item, shape["*"], f"{where}.{key}") for key, item in value.items()]
-    names = [(key.rstrip("?"), inner, key.endswith("?")) for key, inner in shape.items()]
-    missing = [name for name, _, optional in names if not optional and name not in value]
-    if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)}")
-    return [(value[name], inner, f"{where}.{name}") for name, inner, optional in names if not (optional and value.get(name) is None)]
-
-
-def name_of(recipe: Any) -> str:
-    """A recipe's name, given its name or the recipe itself."""
-    return str(recipe.get("name", "unnamed")) if isinstance(recipe, dict) else str(recipe)
-
-
-def group(results: Sequence[Result]) -> list[Results]:
-    """The results of each bundle together, in the order in which the files name the bundles.
-
-    Raises:
-        InputError: two files of one kind for one bundle, or files that disagree on its target or recipe.
-    """
-    bundles: dict[str, Results] = {}
-    for result in results:
-        if result.kind != "bench":
-            _place(bundles, result)
-    benches = [result.values for result in results if result.kind == "bench"]
-    kinds = {(row["model"], row["target"], name_of(row["recipe"])) for bench in benches for row in bench["rows"]}
-    models = [model for model, _, _ in sorted(kinds)]
-    crowded = {model for model in models if models.count(model) > 1}
-    for bench in benches:
-        for row in bench["rows"]:
-            _bundle_of(bundles, row, crowded).speeds.append(_speed(row, text_of(bench["device"])))
-    return list(bundles.values())
-
-
-def _bundle(bundles: dict[str, Results], name: str, target: str = "", recipe: str = "") -> Results:
-    colour = f"bundle-{len(bundles) % report_plots.COLOURS}"
-    one = bundles.setdefault(name, Results(name, target, recipe, colour))
-    for key, value in (("target", target), ("recipe", recipe)):
-        if value and getattr(one, key) not in ("", value):
-            raise InputError(f"bundle {name} has {key} {getattr(one, key)!r} in one file and {value!r} in another: report them apart")
-        setattr(one, key, value or getattr(one, key))
-    return one
-
-
-def _place(bundles: dict[str, Results], result: Result) -> None:
-    values = result.values
-    if result.kind == "manifest":
-        one = _bundle(bundles, values.name, values.target, name_of(values.recipe))
-    elif result.kind == "build":
-        one = _bundle(bundles, values["bundle"])
-    else:
-        one = _bundle(bundles, values["bundle"]["name"], values["bundle"]["target"], name_of(values["bundle"]["recipe"]))
-    if result.kind in one.files and getattr(one, result.kind) != values:
-        both = f"{one.files[result.kind]} and {result.file}"
-        raise InputError(f"{both} are both the {result.kind} of bundle {one.name}, and differ: leave one of them out")
-    one.files[result.kind] = result.file
-    setattr(one, result.kind, values)
-
-
-def _bundle_of(bundles: dict[str, Results], row: dict[str, Any], crowded: set[str]) -> Results:
-    """The bundle of a row of `bench`: by its name, or by target, recipe and model; a new one where none fits."""
-    name, key = row.get("bundle") or row["model"], (row["target"], name_of(row["recipe"]))
-    alike = [one.name for one in bundles.values() if (one.target, one.recipe) == key and _same_model(one, row)]
-    if name not in bundles and len(alike) == 1:
-        name = alike[0]
-    elif name in crowded and not row.get("bundle"):
-        name = f"{name} {key[1]} {key[0]}"
-    return _bundle(bundles, name, *key)
-
-
-def _same_model(one: Results, row: dict[str, Any]) -> bool:
-    parameters = one.manifest.model.parameters if one.manifest else None
-    return (one.parity is not None and one.parity["model"] == row["model"]) or (parameters is not None and parameters == row.get("params"))
-
-
-def _speed(row: dict[str, Any], device: str) -> Speed:
-    found = re.fullmatch(r"(pp|tg)(\d{1,9})(?:@d(\d{1,9}))?", row["test"])
-    phase = {"pp": "prefill", "tg": "decode"}[found[1]] if found else ""
-    tokens = row.get("tokens") or (int(found[2]) if found else 0)
-    depth = row.get("depth") if row.get("depth") is not None else int(found[3] or 0) if found else 0
-    samples = [tokens * 1e9 / sample for sample in row["samples_ns"] if sample > 0]
-    return Speed(phase, tokens, int(depth or 0), device, row.get("threads"), row["tokens_per_second"], samples, row)
-
-
-def text_of(value: Any) -> str:
-    """JSON of any kind in one line for people."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {text_of(item)}" for key, item in value.items() if item not in (None, "", [], {}))
-    return ", ".join(map(text_of, value)) if isinstance(value, list) else "" if value is None else str(value)
-
-
 def render(results: Sequence[Result], command: str = "") -> str:
     """The page's text."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
-        number=report_plots.number, size=report_plots.size, percent=report_plots.percent, seconds=report_plots.seconds,
-        plain=text_of, pretty=lambda value: json.dumps(value, indent=2, ensure_ascii=False), tally=lambda items: Counter(items).items(),
-    )  # fmt: skip
+        number=number,
+        size=size,
+        percent=percent,
+        seconds=seconds,
+        plain=text_of,
+        pretty=lambda value: json.dumps(value, indent=2, ensure_ascii=False),
+        tally=lambda items: Counter(items).items(),
+    )
     bundles = group(results)
     told = [{**result.values, "rows": None} for result in results if result.kind == "bench"]
     conditions = [one for i, one in enumerate(told) if one not in told[:i]]

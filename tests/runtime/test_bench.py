@@ -20,7 +20,7 @@ from lobit.runtime.bench import bench, bytes_per_token, row_of, run_row, workloa
 from lobit.runtime.bench_row import Answer, Request, Workload, answer, measure, tokens_to_read
 from lobit.runtime.bench_table import bench_table, count, size
 from lobit.runtime.engine import Logits, SteppingEngine
-from lobit.runtime.host import cpu, last_level_cache_bytes, memory_bandwidth, peak_rss_bytes
+from lobit.runtime.host import cpu, last_level_cache_bytes, memory_bandwidth
 from lobit.runtime.manifest import CacheInfo, Delegation, FileEntry, Manifest, ModelInfo, TensorGroup, Tokens
 
 CONTEXT = 64
@@ -332,12 +332,6 @@ def test_last_level_caches_are_counted_once_each(tmp_path: Path, monkeypatch: py
             (folder / "shared_cpu_list").write_text("0-1\n" if processor < 2 else "2-3\n")
     monkeypatch.setattr("lobit.runtime.host.SYSTEM", tmp_path)
     assert last_level_cache_bytes() == 2 * (32 << 20)
-
-
-def test_peak_memory_is_what_was_held() -> None:
-    before = peak_rss_bytes()
-    held = np.ones(before + HELD, dtype=np.uint8)
-    assert peak_rss_bytes() > held.nbytes
 
 
 @pytest.mark.parametrize(("value", "text"), [(512, "512 B"), (1500, "1.5 kB"), (78_231_552, "78.2 MB"), (3 * 10**9, "3.00 GB")])

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from lobit.errors import InputError
-from lobit.runtime import report as page
 from lobit.runtime import report_plots
 from lobit.runtime.report import report
-from lobit.runtime.report_plots import clipped, number, percent, seconds, size
+from lobit.runtime.report_canvas import clipped, number, percent, seconds, size
+from lobit.runtime.report_results import group, read
 
 HOSTILE = "x id=\"</text><script>alert(1)</script> style=' $x^2$ & é \ud800 https://example.org/x.js"
 SECTIONS = {
@@ -202,21 +202,21 @@ def test_bundles_stand_side_by_side_in_colours_of_their_own(tmp_path: Path) -> N
     paths = [*written(tmp_path, results("one"), "1-"), *written(tmp_path, results("two", 0.3, "w4-channel"), "2-")]
     text = report(paths, tmp_path / "report.html").read_text(encoding="utf-8")
     assert "two is not what was trained" in Page(text).words
-    assert [one.colour for one in page.group(page.read(paths))] == ["bundle-0", "bundle-1"]
+    assert [one.colour for one in group(read(paths))] == ["bundle-0", "bundle-1"]
     assert "var(--bundle-1)" in text
 
 
 def test_rows_of_a_benchmark_find_their_bundle(tmp_path: Path) -> None:
     values = results("one")
     values["bench"]["rows"][0]["model"] = "org/stories"
-    bundles = page.group(page.read(written(tmp_path, values)))
+    bundles = group(read(written(tmp_path, values)))
     assert [(one.name, len(one.speeds)) for one in bundles] == [("one", 4)]
 
 
 def test_one_model_with_two_recipes_makes_two_bundles(tmp_path: Path) -> None:
     bench = results()["bench"]
     bench["rows"] += results(recipe="8da8w")["bench"]["rows"]
-    bundles = page.group(page.read(written(tmp_path, {"bench": bench})))
+    bundles = group(read(written(tmp_path, {"bench": bench})))
     assert [one.name for one in bundles] == ["stories 8da4w-g32 xnnpack", "stories 8da8w xnnpack"]
 
 

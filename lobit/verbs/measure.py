@@ -1,0 +1,115 @@
+"""Bench, report, doctor, and the demo that uses every verb."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lobit.verbs.make import Progress, choose_recipe, export, quantize
+from lobit.verbs.prove import parity, verify
+
+PARTS = {"lobit": ("torch", "safetensors", "tokenizers", "huggingface_hub"), "xnnpack": ("executorch", "torchao")}
+"""Packages that the core and each target need."""
+
+
+def bench(
+    bundles: Sequence[Path],
+    *,
+    prompts: Sequence[int] = (128,),
+    generates: Sequence[int] = (64,),
+    depths: Sequence[int] = (0,),
+    threads: int | None = None,
+    repetitions: int = 5,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Prefill and decode speed, time to first token, memory: each row in a process of its own."""
+    from lobit.runtime import bench as benchmark
+
+    return benchmark.bench(
+        list(bundles),
+        prompts=tuple(prompts),
+        generates=tuple(generates),
+        depths=tuple(depths),
+        threads=threads,
+        repetitions=repetitions,
+        progress=progress,
+    )
+
+
+def report(results: Sequence[Path], out: Path) -> Path:
+    """One HTML page from the JSON of parity, bench, verify, and from manifests."""
+    from lobit.runtime import report as page
+
+    return page.report(list(results), out, command=" ".join(sys.argv))
+
+
+def doctor(target: str | None = None) -> dict[str, Any]:
+    """What is installed and what is missing.
+
+    Args:
+        target: one target; None: all.
+
+    Returns:
+        `{"parts": [{"for", "part", "found", "way_out"}], "passed"}`; `found` is a version, or None.
+
+    Raises:
+        TargetError: there is no such target.
+    """
+    import os
+    from importlib import metadata
+
+    from lobit.errors import TargetError
+
+    if target is not None and target not in PARTS:
+        raise TargetError(f"there is no target {target!r}: choose one of {', '.join(name for name in PARTS if name != 'lobit')}")
+    rows: list[dict[str, Any]] = []
+    for name in ("lobit", target) if target else PARTS:
+        for package in PARTS[name]:
+            try:
+                found: str | None = metadata.version(package)
+            except metadata.PackageNotFoundError:
+                found = None
+            rows.append({"for": name, "part": package, "found": found, "way_out": f"pip install 'lobit[{name}]'"})
+    rows.append({"for": "lobit", "part": "processor cores", "found": str(os.cpu_count() or 1), "way_out": ""})
+    return {"parts": rows, "passed": all(row["found"] for row in rows)}
+
+
+def demo(out: Path, *, on_step: Callable[[str], None] | None = None, repetitions: int = 3) -> Path:
+    """The shipped model through everything: quantize, export, verify, parity, bench, report. Returns the report.
+
+    Raises:
+        BundleError: something is at `out`.
+    """
+    import json
+
+    from lobit.demo import FOLDER, held_out_text
+    from lobit.export.bundle import check_place
+    from lobit.runtime.manifest import FILE_NAME
+
+    say = on_step or (lambda _: None)
+    check_place(out)
+    out.mkdir()
+    recipe = choose_recipe("8da4w-g32")
+    checkpoint, bundle = out / "checkpoint", out / "demo-8da4w-g32"
+    say("quantize: INT4 weights in groups of 32")
+    quantize("demo", recipe, checkpoint)
+    say("export: ExecuTorch, XNNPACK (about half a minute)")
+    export(str(checkpoint), "xnnpack", bundle, context=512, chunk=128, command=["lobit", "demo"])
+    results: dict[str, dict[str, Any]] = {}
+    say("verify: every integer and scale, read back out of the program")
+    results["verify"] = verify(bundle, str(checkpoint))
+    say("parity: against the float model, on stories it has not seen")
+    results["parity"] = parity(bundle, str(FOLDER), held_out_text(8), tokens=600, checkpoint=str(checkpoint))
+    training = json.loads((FOLDER / "training.json").read_text(encoding="utf-8"))
+    results["parity"]["text"] = "held-out stories of the demo's grammar"
+    results["parity"]["entropy"] = {"nats_per_token": training["entropy"], "what": "the story grammar, exact"}
+    say("bench: prefill and decode, each row in a process of its own")
+    results["bench"] = bench([bundle], prompts=(128,), generates=(32,), depths=(0, 256), repetitions=repetitions)
+    paths = [bundle / FILE_NAME, bundle / "build.json"]
+    for name, result in results.items():
+        paths.append(out / f"{name}.json")
+        paths[-1].write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    say("report")
+    return report(paths, out / "report.html")

@@ -1,0 +1,126 @@
+"""Verify and parity: is what runs there what was trained?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lobit.errors import InputError
+from lobit.verbs.make import Progress, converted_like
+
+if TYPE_CHECKING:
+    from lobit.model import Transformer
+    from lobit.quant_recipes.recipe import Recipe
+    from lobit.runtime.engine import Engine
+    from lobit.runtime.manifest import Manifest
+
+STAGES = ("fake_quant", "graph", "artifact")
+
+
+def verify(bundle: Path, checkpoint: str) -> dict[str, Any]:
+    """Reads the integers and scales back out of a bundle and compares them with a checkpoint.
+
+    Args:
+        bundle: the bundle's folder.
+        checkpoint: a checkpoint folder, or the float model that the bundle's own recipe is applied to again.
+    """
+    from lobit.checkpoint import resolve
+    from lobit.quant_recipes.quantized import fingerprint
+    from lobit.quant_recipes.recipe import Recipe
+    from lobit.runtime import verify as verification
+    from lobit.runtime.bundle import open_bundle
+    from lobit.runtime.reference import stored_layers
+
+    opened = open_bundle(bundle)
+    model, _ = converted_like(resolve(checkpoint), Recipe.from_json(opened.manifest.recipe))
+    return verification.verify(opened, stored_layers(model), fingerprint(model))
+
+
+def parity(
+    bundle: Path,
+    reference: str,
+    text: str,
+    *,
+    tokens: int = 2048,
+    checkpoint: str | None = None,
+    stages: Sequence[str] = STAGES,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compares a bundle with the float model on a text, stage by stage.
+
+    Args:
+        bundle: the bundle's folder.
+        reference: the float model.
+        text: what to read.
+        tokens: of the text, at most.
+        checkpoint: the quantized checkpoint; None: the bundle's recipe is applied to the reference again.
+        stages: which of `STAGES` to compare; `artifact` always is.
+        threads: of the artifact's runtime.
+        progress: called with (stage, tokens done, tokens in all).
+
+    Raises:
+        InputError: the checkpoint is not the one that the bundle was made from, or a stage is unknown.
+    """
+    from lobit.checkpoint import load_config, load_model, resolve
+    from lobit.quant_recipes.quantized import fingerprint
+    from lobit.quant_recipes.recipe import Recipe
+    from lobit.runtime import parity as comparison
+    from lobit.runtime.bundle import open_bundle
+    from lobit.runtime.engine import open_engine
+    from lobit.runtime.reference import ReferenceEngine
+    from lobit.verbs.talk import bundle_tokenizer
+
+    unknown = sorted(set(stages) - set(STAGES))
+    if unknown:
+        raise InputError(f"there is no stage {', '.join(unknown)}: choose of {', '.join(STAGES)}")
+    opened = open_bundle(bundle)
+    manifest, source = opened.manifest, resolve(reference)
+    ids = bundle_tokenizer(opened).encode(text, bos=False)[:tokens]
+    config, recipe = load_config(source), Recipe.from_json(manifest.recipe)
+    model, _ = converted_like(resolve(checkpoint) if checkpoint else source, recipe)
+    if fingerprint(model) != manifest.checkpoint_sha256:
+        raise InputError(
+            f"{checkpoint or reference} does not hold the weights that bundle {bundle} was made from: give the model it was exported "
+            "from, and with --checkpoint its quantized checkpoint where it was trained"
+        )
+    engines: dict[str, Any] = {}
+    if "fake_quant" in stages:
+        engines["fake_quant"] = ReferenceEngine(model, recipe, manifest.context)
+    if "graph" in stages:
+        again, _ = converted_like(resolve(checkpoint) if checkpoint else source, recipe)
+        engines["graph"] = _graph_engine(again, recipe, manifest)
+    engines["artifact"] = open_engine(opened, threads)
+    result = comparison.parity(
+        ReferenceEngine(load_model(source, config), None, manifest.context),
+        engines,
+        ids,
+        context=manifest.context,
+        bos=manifest.tokens.bos,
+        window=manifest.model.largest_window if manifest.model.largest_window < manifest.context else 0,
+        recipe=recipe.name,
+        progress=progress,
+    )
+    described = {"name": manifest.name, "target": manifest.target, "recipe": recipe.name}
+    return {**result, "bundle": described, "model": reference, "entropy": None}
+
+
+def _graph_engine(model: Transformer, recipe: Recipe, manifest: Manifest) -> Engine:
+    """The exported graph, run by PyTorch: the artifact's operators before lowering."""
+    import torch
+
+    from lobit.export.target import Spec, find_target
+    from lobit.quiet import quiet_native
+    from lobit.runtime.engine import Logits, SteppingEngine
+
+    module, spec = find_target(manifest.target), Spec(recipe, manifest.context, manifest.chunk)
+    graph = module.trace(module.program(model, spec), spec).module(check_guards=False)
+
+    @torch.inference_mode()
+    def step(tokens: list[int], position: int) -> Logits:
+        with quiet_native():
+            logits: torch.Tensor = graph(torch.tensor([tokens]), torch.tensor([position]))
+        return logits.reshape(-1).numpy()
+
+    return SteppingEngine(step, manifest.context, manifest.chunk, manifest.model.vocab_size)
