@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ class InPlaceCaches(nn.Module):
         context: positions that a layer without a window keeps.
         chunk: the most tokens in one call.
     """
+
+    steps: Tensor
 
     def __init__(self, config: Config, context: int, chunk: int) -> None:
         super().__init__()
@@ -49,7 +52,7 @@ class InPlaceCaches(nn.Module):
 
     def at(self, input_pos: Tensor, length: int) -> Attend:
         """The attention of one call whose first token is at `input_pos` [1]."""
-        position = input_pos.item()
+        position = cast(int, input_pos.item())
         torch._check(position >= 0)
         torch._check(position < max(self.slots))
         views = {window: self._view(window, input_pos, length) for window in self.windows}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from lobit.export.attention import InPlaceCaches
-from lobit.model import Attention, Config, MLP, Table, Tables, Transformer, rotary_tables
+from lobit.model import MLP, Attention, Config, Table, Tables, Transformer, bias_of, rotary_tables, weight_of
 from lobit.quant_recipes.integer import IntegerLinear
 
 
@@ -46,27 +46,29 @@ class FusedMLP(MLP):
         return gate, up
 
 
-def join_linears(parts: list[nn.Module]) -> nn.Module | None:
+def join_linears(parts: Sequence[nn.Module]) -> nn.Module | None:
     """One linear layer with the rows of all parts, or None where they are not of one kind."""
-    biases = [part.bias for part in parts]
-    if len({bias is None for bias in biases}) > 1:
+    biases = [bias for bias in map(bias_of, parts) if bias is not None]
+    if len(biases) not in (0, len(parts)):
         return None
-    bias = None if biases[0] is None else torch.cat(cast("list[Tensor]", biases))
-    if all(isinstance(part, IntegerLinear) for part in parts) and len({part.rule for part in parts}) == 1:
-        integers = torch.cat([cast(Tensor, part.integers) for part in parts])
-        return IntegerLinear(integers, torch.cat([cast(Tensor, part.scale) for part in parts]), bias, parts[0].rule)
+    bias = torch.cat(biases) if biases else None
+    integer = [part for part in parts if isinstance(part, IntegerLinear)]
+    if len(integer) == len(parts) and len({part.rule for part in integer}) == 1:
+        integers, scale = torch.cat([part.integers for part in integer]), torch.cat([part.scale for part in integer])
+        return IntegerLinear(integers, scale, bias, integer[0].rule)
     if all(isinstance(part, nn.Linear) for part in parts):
-        weight = torch.cat([cast(Tensor, part.weight) for part in parts])
+        weight = torch.cat([weight_of(part) for part in parts])
         joined = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
         joined.weight = nn.Parameter(weight, requires_grad=False)
-        joined.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        if bias is not None:
+            joined.bias = nn.Parameter(bias, requires_grad=False)
         return joined
     return None
 
 
 def fuse(model: Transformer) -> None:
     """Makes q, k, v one product and gate, up one product in every block where they are of one kind. In place."""
-    for block in model.layers:
+    for block in model.blocks:
         attention, mlp = block.attention, block.mlp
         qkv = join_linears([attention.q, attention.k, attention.v])
         if qkv is not None:
@@ -120,10 +122,10 @@ class Program(nn.Module):
         return self.model.logits(x[:, -1:])
 
 
-Replace = Callable[[nn.Module], nn.Module]
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
-def replace_layers(model: Transformer, kind: type[nn.Module], replace: Replace) -> None:
+def replace_layers(model: Transformer, kind: type[Kind], replace: Callable[[Kind], nn.Module]) -> None:
     """Puts `replace(module)` where a module of `kind` is; a module in two places stays one. In place."""
     made: dict[nn.Module, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):

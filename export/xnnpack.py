@@ -11,11 +11,11 @@ from typing import Any, cast
 import executorch.exir.passes._quant_patterns_and_replacements
 import executorch.kernels.quantized  # noqa: F401 (both register operators of quantized_decomposed)
 import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
+from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec
-from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 from torch import Tensor, nn
@@ -143,9 +143,9 @@ def check(recipe: Recipe, config: Config) -> list[str]:
 def program(model: Transformer, spec: Spec) -> Program:
     """The model with fused products, packed embedding and caches that are written in place."""
     fuse(model)
-    replace_layers(model, IntegerLinear, lambda layer: DelegatedLinear(cast(IntegerLinear, layer)))
-    replace_layers(model, IntegerEmbedding, lambda layer: PackedEmbedding(cast(IntegerEmbedding, layer)))
-    replace_layers(model, RMSNorm, lambda layer: DelegatedNorm(cast(RMSNorm, layer)))
+    replace_layers(model, IntegerLinear, DelegatedLinear)
+    replace_layers(model, IntegerEmbedding, PackedEmbedding)
+    replace_layers(model, RMSNorm, DelegatedNorm)
     caches = in_place_caches(spec.recipe.kv_bits)(model.config, spec.context, spec.chunk)
     return Program(model, caches, spec.context, spec.chunk).eval()
 
@@ -162,7 +162,7 @@ def weights(program: nn.Module) -> list[TensorGroup]:
             size, scale, grid = module.packed.numel() * 8 // module.grid.bits, module.scale.numel() * 4, str(module.grid)
             size_bytes = module.packed.numel()
         else:
-            own = [tensor for tensor in (*module.parameters(recurse=False), *_tables(module))]
+            own = [*module.parameters(recurse=False), *_tables(module)]
             size = sum(tensor.numel() for tensor in own)
             size_bytes = size * 4
         if size:
@@ -213,7 +213,7 @@ def lower(graph: ExportedProgram, spec: Spec) -> Lowered:
     Raises:
         TargetError: an operator outside the delegate is not in the Android library.
     """
-    logits = graph.graph.output_node().args[0][-1].meta["val"]  # type: ignore[index, union-attr]
+    logits = graph.graph.output_node().args[0][-1].meta["val"]
     vocabulary = int(logits.shape[-1])
     methods = {
         "get_max_seq_len": spec.chunk,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +172,16 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (self.size,), self.weight, self.eps)
 
 
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight [out, in] of a linear or embedding, float, fake-quantized or of integers: all kinds have one."""
+    return cast(Tensor, layer.weight)
+
+
+def bias_of(linear: nn.Module) -> Tensor | None:
+    """The bias [out] of a linear of any kind, or None."""
+    return cast("Tensor | None", linear.bias)
+
+
 class Attention(nn.Module):
     """Grouped-query attention: projections, head norms and rotary embedding; the products of q, k, v are the caller's."""
 
@@ -269,6 +279,11 @@ class Transformer(nn.Module):
         if config.tied:
             self.head.weight = self.embedding.weight
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, each once however often it runs."""
+        return cast("list[Block]", list(self.layers))
+
     def hidden(self, tokens: Tensor, tables: Tables, attend: Attend) -> Tensor:
         """The stream before the final norm [B, T, D] for tokens [B, T]."""
         x = self.embedding(tokens)
@@ -282,7 +297,7 @@ class Transformer(nn.Module):
         """Scores [B, T, V] of the stream x [B, T, D]."""
         scores = self.head(self.norm(x))
         cap = self.config.logits_softcap
-        return scores if cap is None else torch.tanh(scores / cap) * cap  # type: ignore[no-any-return]
+        return scores if cap is None else torch.tanh(scores / cap) * cap
 
     def forward(self, tokens: Tensor, tables: Tables | None = None, attend: Attend | None = None) -> Tensor:
         """Scores [B, T, V] of tokens [B, T]; without tables and attention, of a whole sequence that begins at position 0."""

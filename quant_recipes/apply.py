@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lobit.errors import RecipeError, listed
-from lobit.model import Config, Transformer
+from lobit.model import Config, Transformer, bias_of, weight_of
 from lobit.quant_recipes.fake_quant import FakeQuantizedEmbedding, FakeQuantizedLinear
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear, quantize_linear
 from lobit.quant_recipes.recipe import Recipe, Rule
@@ -43,7 +43,7 @@ class Fate:
 def layers_of(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
     """Every linear and embedding, in the order of execution."""
     yield "embedding", model.embedding
-    for i, block in enumerate(model.layers):
+    for i, block in enumerate(model.blocks):
         for part in "qkvo":
             yield f"layers.{i}.attention.{part}", getattr(block.attention, part)
         for part in ("gate", "up", "down"):
@@ -61,11 +61,11 @@ def fates(config: Config, recipe: Recipe) -> list[Fate]:
     """What the recipe does to each layer, in the order of execution."""
     rows = []
     for name, module in layers_of(skeleton(config)):
-        shape = (module.weight.shape[0], module.weight.shape[1])
+        out, inner = weight_of(module).shape
         rule, excluded = recipe.rule_for(name), recipe.excluded_by(name)
         why = f"excluded by {excluded}" if excluded else str(rule.weights) if rule else "no rule"
         shared = "embedding" if name == "head" and config.tied and not recipe.untied else None
-        rows.append(Fate(name, shape, rule, why, shared))
+        rows.append(Fate(name, (out, inner), rule, why, shared))
     return rows
 
 
@@ -95,7 +95,7 @@ def problems(config: Config, recipe: Recipe) -> list[str]:
 
 
 def _pattern(name: str) -> str:
-    """layers.3.mlp.down -> layers.*.mlp.down"""
+    """The name with any layer's number: layers.3.mlp.down -> layers.*.mlp.down."""
     parts = name.split(".")
     return ".".join("*" if part.isdigit() else part for part in parts)
 
@@ -154,13 +154,14 @@ def convert(model: Transformer, recipe: Recipe, progress: Progress | None = None
 def _to_integers(model: Transformer, name: str, module: nn.Module, rule: Rule) -> nn.Module:
     if name == "head" and model.config.tied and isinstance(model.embedding, IntegerEmbedding):
         return IntegerLinear(model.embedding.integers, model.embedding.scale, None, rule)
-    integers, scale = quantize_linear(module.weight.detach(), rule.weights)
+    integers, scale = quantize_linear(weight_of(module).detach(), rule.weights)
     if name == "embedding":
         return IntegerEmbedding(integers, scale, rule)
-    return IntegerLinear(integers, scale, module.bias, rule)
+    return IntegerLinear(integers, scale, bias_of(module), rule)
 
 
 def _untie(model: Transformer) -> None:
     """Gives the head a weight of its own."""
-    model.head.weight = nn.Parameter(model.head.weight.detach().clone(), requires_grad=model.head.weight.requires_grad)
+    shared = weight_of(model.head)
+    model.head.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
     model.config = replace(model.config, tied=False)

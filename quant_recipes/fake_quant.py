@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lobit.model import Attend
+from lobit.model import Attend, bias_of, weight_of
 from lobit.quant_recipes.grid import choose_scale, dequantize, fake_quantize_tokens, quantize
 from lobit.quant_recipes.recipe import Rule, WeightGrid
 
@@ -24,8 +24,8 @@ class FakeQuantizedLinear(nn.Module):
     def __init__(self, linear: nn.Module, rule: Rule) -> None:
         super().__init__()
         self.rule = rule
-        self.weight = linear.weight
-        self.bias = linear.bias
+        self.weight = weight_of(linear)
+        self.bias = bias_of(linear)
 
     def forward(self, x: Tensor) -> Tensor:
         x = fake_quantize_tokens(x) if self.rule.activation_bits else x
@@ -38,7 +38,7 @@ class FakeQuantizedEmbedding(nn.Module):
     def __init__(self, embedding: nn.Module, rule: Rule) -> None:
         super().__init__()
         self.rule = rule
-        self.weight = embedding.weight
+        self.weight = weight_of(embedding)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, fake_quantize_weight(self.weight, self.rule.weights))

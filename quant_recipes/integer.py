@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from lobit.quant_recipes.grid import choose_scale, dequantize, fake_quantize_tokens, quantize
 from lobit.quant_recipes.recipe import Rule, WeightGrid
 
-
 ROWS = 1024
 """Rows that are rounded at once: their temporaries stay in the processor's cache."""
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lobit.checkpoint import TOKENIZER_FILES, load_config, read_json
 from lobit.errors import ModelError, listed
-from lobit.model import Config, Transformer
+from lobit.model import Config, Transformer, bias_of, weight_of
 from lobit.quant_recipes.apply import check, layers_of, skeleton
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
 from lobit.quant_recipes.packing import pack_int4, unpack_int4
@@ -105,14 +105,14 @@ def _empty(config: Config, recipe: Recipe) -> Transformer:
         rule = recipe.rule_for(name)
         if rule is None:
             continue
-        out, inner = module.weight.shape
+        out, inner = weight_of(module).shape
         integers = torch.empty(out, inner, dtype=torch.int8, device="meta")
         scale = torch.empty(out, inner // (rule.weights.group_size or inner), device="meta")
         layer: nn.Module
         if name == "embedding":
             layer = IntegerEmbedding(integers, scale, rule)
         else:
-            layer = IntegerLinear(integers, scale, module.bias, rule)
+            layer = IntegerLinear(integers, scale, bias_of(module), rule)
         model.set_submodule(name, layer)
     return model
 
@@ -121,7 +121,7 @@ def _share_head(model: Transformer) -> None:
     if isinstance(model.embedding, IntegerEmbedding):
         model.head = IntegerLinear(model.embedding.integers, model.embedding.scale, None, model.embedding.rule)
     else:
-        model.head.weight = model.embedding.weight
+        model.head.weight = weight_of(model.embedding)
 
 
 def _read(path: Path, model: Transformer, recipe: Recipe) -> dict[str, Tensor]:

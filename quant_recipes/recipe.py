@@ -99,7 +99,7 @@ class Recipe:
                 else replace(rule, weights=replace(rule.weights, group_size=group_size))
                 for rule in rules
             )
-        kv_bits = self.kv_bits if kv_cache is None else cast("Literal[8] | None", 8 if kv_cache == "int8" else None)
+        kv_bits: Literal[8] | None = self.kv_bits if kv_cache is None else 8 if kv_cache == "int8" else None
         return replace(self, rules=rules, exclude=self.exclude + exclude, kv_bits=kv_bits)
 
     def to_json(self) -> dict[str, Any]:

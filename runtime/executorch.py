@@ -37,9 +37,10 @@ def import_runtime() -> Any:
             import torch
             from executorch.extension.pybindings import _C
 
-            (operators,) = (resources.files("executorch") / "extension/llm/custom_ops").glob("*custom_ops_aot_lib*")
+            folder = Path(str(resources.files("executorch") / "extension/llm/custom_ops"))
+            (operators,) = folder.glob("*custom_ops_aot_lib*")
             torch.ops.load_library(str(operators))
-            import executorch.kernels.quantized
+            import executorch.kernels.quantized  # noqa: F401 (registers operators of quantized_decomposed)
     except (ImportError, ValueError) as error:
         raise MissingPartError(f"target xnnpack needs executorch ({error}): pip install 'lobit[xnnpack]'") from None
     return _C
@@ -166,7 +167,8 @@ class ProgramFile:
 
 def _tensor(value: dict[str, Any]) -> dict[str, Any]:
     inner: dict[str, Any] = value["xvalue_union"]
-    return inner.get("tensor_value", inner)
+    tensor: dict[str, Any] = inner.get("tensor_value", inner)
+    return tensor
 
 
 def _decode_graphs(blobs: list[bytes]) -> list[dict[str, Any]]:

@@ -53,7 +53,11 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         CONVERSION,
     ),
     "8da4w-g32": (
-        Limit("kl_mean", 0.75, "four bits without training cost up to 0.3 on a model of width 64 and less on wider ones; a broken one loses over 1"),
+        Limit(
+            "kl_mean",
+            0.75,
+            "four bits without training cost up to 0.3 on a model of width 64 and less on wider ones; a broken one loses over 1",
+        ),
         CONVERSION,
     ),
 }
@@ -141,7 +145,8 @@ class Comparison:
 
 def kl_divergence(reference: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
     """KL(reference ‖ other) [n] of log-probabilities [n, V]; rounding below zero is cut off."""
-    return np.maximum((np.exp(reference) * (reference - other)).sum(axis=1), 0.0)
+    divergences: NDArray[np.float64] = (np.exp(reference) * (reference - other)).sum(axis=1)
+    return np.maximum(divergences, 0.0)
 
 
 def _surprise(scores: NDArray[np.float64], plan: Walk) -> NDArray[np.float64]:
@@ -231,7 +236,7 @@ def parity(
                 )
             )
             before = scores
-    rows = [{"name": name, **(_summary(parts) or {})} for name, parts in compared.items()]
+    rows: list[dict[str, Any]] = [{"name": name, **(_summary(parts) or {})} for name, parts in compared.items()]
     limits = LIMITS.get(recipe, DEFAULT_LIMITS)
     all_surprises = np.concatenate(surprises)
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lobit.model import CausalAttention, Config, Transformer, dot_product_attention, rotary_tables, visible
+from lobit.model import CausalAttention, Config, Transformer, dot_product_attention, rotary_tables, visible, weight_of
 from lobit.quant_recipes.apply import layers_of
 from lobit.quant_recipes.fake_quant import FakeQuantizedAttention
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
@@ -55,7 +55,7 @@ class ReferenceEngine(SteppingEngine):
         tables = rotary_tables(self.model.config, torch.arange(position, position + len(tokens)))
         attend = FakeQuantizedAttention(self.cache) if self.rounds_cache else self.cache
         x = self.model.hidden(torch.tensor([tokens]), tables, attend)
-        return self.model.logits(x[:, -1:]).reshape(-1).numpy()  # type: ignore[no-any-return]
+        return self.model.logits(x[:, -1:]).reshape(-1).numpy()
 
     @torch.inference_mode()
     def score(self, tokens: list[int]) -> Logits:
@@ -72,5 +72,5 @@ def stored_layers(model: Transformer) -> list[StoredLayer]:
         if isinstance(module, (IntegerLinear, IntegerEmbedding)):
             layers.append(StoredLayer(name, module.integers.numpy(), module.scale.numpy()))
         else:
-            layers.append(StoredLayer(name, module.weight.detach().numpy(), None))
+            layers.append(StoredLayer(name, weight_of(module).detach().numpy(), None))
     return layers

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
+
+if TYPE_CHECKING:
+    from lobit.quant_recipes.recipe import Recipe
+
+KVCache = Literal["int8", "float"]
 
 SHARED = Path(os.environ.get("LOBIT_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 
@@ -32,3 +39,105 @@ def shared() -> Callable[[str], Path]:
 def stories(shared: Callable[[str], Path]) -> Path:
     """A real trained Llama of 264 128 parameters, as a Hugging Face folder."""
     return shared("models/stories260k")
+
+
+EXCLUDED = "layers.*.mlp.down"
+"""Stays in floating point where stories260k is quantized in groups: 172 does not divide by 32."""
+SMALL_CONFIG: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+"""All widths divide by 32, and the heads together are wider than the stream."""
+RANDOM_MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
+    "mobilellm_p1": {
+        "model_type": "mobilellm_p1",
+        "tie_word_embeddings": True,
+        "use_qk_norm": True,
+        "num_hidden_layers": 3,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 16,
+    },
+}
+"""What each family has of its own: biases and a head of its own, weighted norms of q and k, windows."""
+SIZES = {"stories260k": (192, 64), "demo": (192, 64), "llama": (64, 16), "qwen3": (64, 16), "mobilellm_p1": (128, 32)}
+"""Context and chunk of each model's bundles: contexts that a test fills, prefill calls longer than a chunk, chunks longer than a
+window."""
+
+
+@pytest.fixture(scope="session")
+def models(shared: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`models(name)`: the folder of stories260k, demo, or a random model of each family."""
+    root, made = tmp_path_factory.mktemp("models"), {}
+
+    def find(name: str) -> Path:
+        if name not in made:
+            made[name] = _model(name, shared, root / name)
+        return made[name]
+
+    return find
+
+
+def _model(name: str, shared: Callable[[str], Path], folder: Path) -> Path:
+    if name == "stories260k":
+        return shared("models/stories260k")
+    if name == "demo":
+        from lobit.demo import FOLDER
+
+        return Path(shutil.copytree(FOLDER, folder))
+    import torch
+
+    from lobit.checkpoint import save_model
+    from lobit.families import read_config
+    from lobit.model import Transformer
+
+    values = SMALL_CONFIG | RANDOM_MODELS[name]
+    model, generator = Transformer(read_config(values)), torch.Generator().manual_seed(0)
+    for key, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = 1 + 0.2 * noise if "norm" in key else 0.15 * noise
+    save_model(model, values, folder, torch.float32)
+    return folder
+
+
+class Bundles:
+    """Exports each bundle once a session, when a test first asks for it."""
+
+    def __init__(self, models: Callable[[str], Path], root: Path) -> None:
+        self.models, self.root = models, root
+        self._made: dict[tuple[str, str, KVCache | None], Path] = {}
+
+    @staticmethod
+    def recipe(model: str, name: str, kv_cache: KVCache | None = None) -> Recipe:
+        """The recipe, with what stories260k needs excluded."""
+        from lobit import verbs
+
+        exclude = [EXCLUDED] if (model, name) == ("stories260k", "8da4w-g32") else []
+        return verbs.choose_recipe(name, exclude, None, kv_cache)
+
+    def __call__(self, model: str, recipe: str, kv_cache: KVCache | None = None) -> Path:
+        """The bundle of a model under a recipe. Tests must not change it."""
+        from lobit import verbs
+
+        key = (model, recipe, kv_cache)
+        if key not in self._made:
+            out = self.root / "-".join(filter(None, key))
+            context, chunk = SIZES[model]
+            chosen = self.recipe(*key)
+            verbs.export(str(self.models(model)), "xnnpack", out, recipe=chosen, context=context, chunk=chunk)
+            self._made[key] = out
+        return self._made[key]
+
+
+@pytest.fixture(scope="session")
+def bundles(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Bundles:
+    """`bundles(model, recipe, kv_cache=None)`: a bundle for target xnnpack, exported once a session."""
+    return Bundles(models, tmp_path_factory.mktemp("bundles"))

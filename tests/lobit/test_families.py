@@ -41,7 +41,9 @@ ORACLES: dict[str, Any] = {
         **SMALL, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
     ),
     "llama-biases": transformers.LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
-    "smollm2": transformers.LlamaConfig(**{**SMALL, "num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 96}, tie_word_embeddings=True),
+    "smollm2": transformers.LlamaConfig(
+        **{**SMALL, "num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 96}, tie_word_embeddings=True
+    ),
     "llama-wide-heads": transformers.LlamaConfig(**SMALL, head_dim=32),
     "qwen3": transformers.Qwen3Config(**SMALL, head_dim=32, tie_word_embeddings=True),
 }
@@ -188,7 +190,7 @@ def test_missing_misshapen_and_unused_tensors_are_named_in_one_error(tmp_path: P
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ModelError, match="mamba.*llama"):
+    with pytest.raises(ModelError, match=r"mamba.*llama"):
         read_config({"model_type": "mamba"})
 
 
