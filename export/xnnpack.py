@@ -116,7 +116,7 @@ class PackedEmbedding(nn.Module):
 
 
 def check(recipe: Recipe, config: Config) -> list[str]:
-    """Every reason why XNNPACK through ExecuTorch cannot hold the model under the recipe (`facts` in the target's README)."""
+    """Every reason why XNNPACK through ExecuTorch cannot hold the model under the recipe."""
     problems = []
     rows = [fate for fate in fates(config, recipe) if fate.rule]
     weight_only = [fate.name for fate in rows if fate.rule and not fate.rule.activation_bits and fate.name != "embedding"]
