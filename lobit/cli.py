@@ -37,6 +37,9 @@ BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub name, or 'demo'.")]
 
 
+INTERRUPTED = 130
+
+
 def _print_json(result: dict[str, Any]) -> None:
     typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
 
@@ -123,12 +126,12 @@ def quantize(
 ) -> None:
     """Post-training quantization into a checkpoint folder."""
     from lobit import tables, verbs
-    from lobit.progress import counting
+    from lobit.progress import bar
 
     chosen = verbs.choose_recipe(recipe, exclude or (), group_size, kv_cache)
     tables.show(tables.fates(verbs.recipes(chosen, model)), error=True)
-    with counting() as progress:
-        path = verbs.quantize(model, chosen, out, progress)
+    with bar() as shown:
+        path = verbs.quantize(model, chosen, out, shown.count)
     _print_json({"checkpoint": str(path), "recipe": chosen.to_json()}) if as_json else typer.echo(f"checkpoint: {path}")
 
 
@@ -149,14 +152,14 @@ def export(
     import dataclasses
 
     from lobit import tables, verbs
-    from lobit.progress import counting, staging
+    from lobit.progress import bar
 
     if recipe is None and (exclude or group_size or kv_cache):
         raise InputError("--except, --group-size and --kv-cache change a recipe: name it with --recipe")
     chosen = None if recipe is None else verbs.choose_recipe(recipe, exclude or (), group_size, kv_cache)
     if chosen is not None:
         tables.show(tables.fates(verbs.recipes(chosen, model)), error=True)
-    with counting() as progress, staging() as on_stage:
+    with bar() as shown:
         manifest = verbs.export(
             model,
             target,
@@ -165,8 +168,8 @@ def export(
             context=context,
             chunk=chunk,
             command=["lobit", *sys.argv[1:]],
-            progress=progress,
-            on_stage=on_stage,
+            progress=shown.count,
+            on_stage=shown.stage,
         )
     _print_json(dataclasses.asdict(manifest)) if as_json else tables.show(tables.manifest(manifest))
 
@@ -257,9 +260,9 @@ def parity(
 ) -> None:
     """Is what runs there what was trained? Exit 1 where a limit is passed."""
     from lobit import tables, verbs
-    from lobit.progress import counting
+    from lobit.progress import bar
 
-    with counting() as progress:
+    with bar() as shown:
         result = verbs.parity(
             bundle,
             reference,
@@ -268,7 +271,7 @@ def parity(
             checkpoint=checkpoint,
             stages=stages.split(","),
             threads=threads,
-            progress=progress,
+            progress=shown.count,
         )
     result["text"] = text.name
     _print_json(result) if as_json else tables.show(tables.parity(result))
@@ -288,9 +291,9 @@ def bench(
 ) -> None:
     """Prefill and decode speed, time to first token, memory; each row in a process of its own."""
     from lobit import tables, verbs
-    from lobit.progress import counting
+    from lobit.progress import bar
 
-    with counting() as progress:
+    with bar() as shown:
         result = verbs.bench(
             bundles,
             prompts=_numbers(prompts, "-p"),
@@ -298,7 +301,7 @@ def bench(
             depths=_numbers(depths, "-d", least=0),
             threads=threads,
             repetitions=repetitions,
-            progress=progress,
+            progress=shown.count,
         )
     _print_json(result) if as_json else tables.show(tables.bench(result))
 
@@ -333,11 +336,13 @@ def main() -> None:
     command: Callable[..., Any] = typer.main.get_command(app)
     try:
         code = command(standalone_mode=False)
+        if code == INTERRUPTED:  # typer's answer to Ctrl-C
+            raise KeyboardInterrupt
     except LobitError as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted: nothing half-written is left", err=True)
-        sys.exit(130)
+        typer.echo("lobit: interrupted, nothing half-written is left", err=True)
+        sys.exit(INTERRUPTED)
     except MemoryError:
         _fail("there is not enough memory: close other programs, or take a smaller model or context")
     except BrokenPipeError:

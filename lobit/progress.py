@@ -15,7 +15,32 @@ TICK = 0.5
 """Seconds between two movements of a bar that follows the clock."""
 
 
-def _bar() -> Progress:
+class Bar:
+    """One bar: it counts what is done, or follows the clock where a library does all of a stage's work in one call."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar, self._task = bar, bar.add_task("", total=None, visible=False)
+        self._started = self._expected = 0.0
+
+    def count(self, what: str, done: int, total: int) -> None:
+        """Shows that `done` of `total` are done."""
+        self._expected = 0.0
+        self._bar.update(self._task, description=what, completed=done, total=total, visible=done < total)
+
+    def stage(self, what: str, expected: float) -> None:
+        """Begins a stage that should take `expected` seconds; the bar waits at 99 % for its end."""
+        self._started, self._expected = time.monotonic(), expected
+        self._bar.reset(self._task, description=what, total=max(expected, TICK), visible=expected >= 1)
+
+    def tick(self) -> None:
+        """Moves the bar of a stage on."""
+        if self._expected:
+            self._bar.update(self._task, completed=min(time.monotonic() - self._started, 0.99 * self._expected))
+
+
+@contextlib.contextmanager
+def bar() -> Iterator[Bar]:
+    """A bar for long work."""
     console = Console(file=sys.stderr)
     columns = (
         TextColumn("{task.description:<24}"),
@@ -25,40 +50,17 @@ def _bar() -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
-@contextlib.contextmanager
-def counting() -> Iterator[Callable[[str, int, int], None]]:
-    """A function (what, done, of how many) that moves one bar."""
-    with _bar() as bar:
-        task = bar.add_task("", total=None, visible=False)
-
-        def advance(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total, visible=done < total)
-
-        yield advance
-
-
-@contextlib.contextmanager
-def staging() -> Iterator[Callable[[str, float], None]]:
-    """A function (stage, seconds it should take); the bar of the stage follows the clock and waits at 99 % for its end."""
-    with _bar() as bar:
-        task, stop = bar.add_task("", total=None, visible=False), threading.Event()
-        current: list[float] = [0.0, 1.0]
-
-        def begin(stage: str, expected: float) -> None:
-            current[:] = [time.monotonic(), max(expected, TICK)]
-            bar.reset(task, description=stage, total=current[1], visible=expected >= 1)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        shown, stop = Bar(progress), threading.Event()
 
         def tick() -> None:
             while not stop.wait(TICK):
-                bar.update(task, completed=min(time.monotonic() - current[0], 0.99 * current[1]))
+                shown.tick()
 
         thread = threading.Thread(target=tick, daemon=True)
         thread.start()
         try:
-            yield begin
+            yield shown
         finally:
             stop.set()
             thread.join()

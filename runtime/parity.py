@@ -21,6 +21,8 @@ Progress = Callable[[str, int, int], None]
 """(what, done, of how many)"""
 PREFILL_LENGTHS = (16, 1, 7, 64, 2, 33, 3, 128, 5, 20)
 """Tokens per prefill call, in turn: short and long, odd and even; longer than a program's chunk where the chunk is short."""
+COST = {"float": 1, "fake_quant": 2, "graph": 60}
+"""Time that a token takes in a stage, relative, for the estimate of the time left; 1 where a stage is not listed."""
 SHORTEST_TEXT = 16
 """Tokens below which the figures say nothing."""
 
@@ -196,7 +198,7 @@ def parity(
         bos: begins every sequence.
         window: the longest window of the model; 0 where there is none. Positions from it on are the phase `wrapped`.
         recipe: name that chooses the limits.
-        progress: called with (stage, tokens done, tokens in all).
+        progress: called with (stage, work done, work in all).
 
     Returns:
         The JSON of `parity` in the design: KL in nats a token, reference first; agreement as a share.
@@ -207,12 +209,12 @@ def parity(
     walks = plan_walks(tokens, context, bos)
     compared: dict[str, list[Comparison]] = {name: [] for name in stages}
     surprises = []
-    total, done = sum(len(plan.tokens) for plan in walks) * (len(stages) + 1), 0
+    total, done = sum(len(plan.tokens) for plan in walks) * sum(COST.get(name, 1) for name in ("float", *stages)), 0
 
     def advance(name: str) -> Callable[[int], None]:
         def step(count: int) -> None:
             nonlocal done
-            done += count
+            done += count * COST.get(name, 1)
             if progress:
                 progress(name, done, total)
 
