@@ -9,10 +9,11 @@ from importlib import metadata
 from pathlib import Path
 
 from lobit.checkpoint import TOKENIZER_FILES
-from lobit.errors import BundleError, InputError
+from lobit.errors import InputError
 from lobit.export.stages import OnStage, Stages
 from lobit.export.target import Lowered, Spec, check_target, find_target
 from lobit.model import Config, Transformer
+from lobit.place import new_folder
 from lobit.quant_recipes.quantized import fingerprint
 from lobit.quant_recipes.recipe import Recipe
 from lobit.runtime.manifest import FILE_NAME, CacheInfo, FileEntry, Manifest, ModelInfo, Tokens
@@ -20,18 +21,6 @@ from lobit.runtime.manifest import FILE_NAME, CacheInfo, FileEntry, Manifest, Mo
 BUILD_FILE = "build.json"
 """The command, seconds and memory of the export; beside the manifest, because they differ from run to run."""
 VERSIONED = ("torch", "safetensors", "tokenizers")
-
-
-def check_place(out: Path) -> None:
-    """Refuses to write where something is.
-
-    Raises:
-        BundleError: `out` exists, or its parent is no folder.
-    """
-    if out.exists() or out.is_symlink():
-        raise BundleError(f"{out} is already there and is left as it is: remove it, or choose another place with -o")
-    if not out.parent.is_dir():
-        raise BundleError(f"{out.parent} is no folder: make it first, or choose another place with -o")
 
 
 def check_context(config: Config, context: int, chunk: int) -> None:
@@ -98,33 +87,28 @@ def export(
         BundleError: something is at `out`.
     """
     config, layers = model.config, len(model.config.layers)
-    check_place(out)
     check_context(config, context, chunk)
     check_target(target, recipe, config)
     module, stages = find_target(target), Stages(on_stage)
     spec = Spec(recipe, context, chunk, tokens.bos, tuple(tokens.stop))
     parameters = parameter_count(model)
-    with stages.stage("fingerprint", parameters * 1e-9):
-        digest = fingerprint(model)
-    with stages.stage("trace", 0.3 * layers):
-        program = module.program(model, spec)
-        weights = module.weights(program)
-        graph = module.trace(program, spec)
-        del program
-    with stages.stage("lower", 5 * layers):
-        lowered = module.lower(graph, spec)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    info = ModelInfo(config.family, parameters, layers, config.hidden_size, config.vocab_size, config.max_context, config.largest_window)
+    with new_folder(out) as folder:
+        with stages.stage("fingerprint", parameters * 1e-9):
+            digest = fingerprint(model)
+        with stages.stage("trace", 0.3 * layers):
+            program = module.program(model, spec)
+            weights = module.weights(program)
+            graph = module.trace(program, spec)
+            del program
+        with stages.stage("lower", 4 * layers):
+            lowered = module.lower(graph, spec)
         with stages.stage("write", parameters * 2e-9):
-            files = module.write(lowered, partial) + _copy_tokenizer(source, partial)
+            files = module.write(lowered, folder) + _copy_tokenizer(source, folder)
         manifest = Manifest(
             name=out.name,
             target=target,
-            model=ModelInfo(
-                config.family, parameters, layers, config.hidden_size, config.vocab_size, config.max_context, config.largest_window
-            ),
+            model=info,
             recipe=recipe.to_json(),
             checkpoint_sha256=digest,
             context=context,
@@ -138,14 +122,9 @@ def export(
             files=files,
             versions=_versions(lowered),
         )
-        (partial / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
         build = {"kind": "build", "bundle": out.name, "command": " ".join(command), "stages": stages.rows}
-        (partial / BUILD_FILE).write_text(json.dumps(build, indent=2) + "\n", encoding="utf-8")
-        check_place(out)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        (folder / BUILD_FILE).write_text(json.dumps(build, indent=2) + "\n", encoding="utf-8")
     return manifest
 
 

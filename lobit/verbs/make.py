@@ -52,24 +52,14 @@ def quantize(model: str, recipe: Recipe, out: Path, progress: Progress | None = 
         RecipeError: the recipe does not fit.
         ModelError: the model cannot be read.
     """
-    import shutil
-
     from lobit.checkpoint import resolve
-    from lobit.export.bundle import check_place
+    from lobit.place import new_folder
     from lobit.quant_recipes.quantized import save_checkpoint
 
-    check_place(out)
     source = resolve(model)
-    integer, _ = converted(source, recipe, progress)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        save_checkpoint(integer, recipe, source, partial)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with new_folder(out) as folder:
+        integer, _ = converted(source, recipe, progress)
+        save_checkpoint(integer, recipe, source, folder)
     return out
 
 
@@ -119,6 +109,7 @@ def export(
     from lobit.checkpoint import load_config, resolve
     from lobit.export import bundle
     from lobit.export.target import check_target
+    from lobit.place import check_place
     from lobit.quant_recipes.apply import check
     from lobit.quant_recipes.quantized import is_checkpoint, load_recipe
     from lobit.runtime.manifest import Tokens
@@ -127,7 +118,7 @@ def export(
     config = load_config(source)
     context = min(config.max_context, DEFAULT_CONTEXT) if context is None else context
     chunk = min(context, DEFAULT_CHUNK) if chunk is None else chunk
-    bundle.check_place(out)
+    check_place(out)
     bundle.check_context(config, context, chunk)
     asked = load_recipe(source) if recipe is None and is_checkpoint(source) else recipe
     if asked is not None:

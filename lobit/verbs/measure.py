@@ -85,7 +85,7 @@ def demo(out: Path, *, on_step: Callable[[str], None] | None = None, repetitions
     import json
 
     from lobit.demo import FOLDER, held_out_text
-    from lobit.export.bundle import check_place
+    from lobit.place import check_place
     from lobit.runtime.manifest import FILE_NAME
 
     say = on_step or (lambda _: None)
