@@ -345,9 +345,7 @@ def test_every_reason_is_given_at_once(models: Any) -> None:
 
 
 @pytest.mark.parametrize("name", CATALOG)
-def test_every_recipe_of_the_catalogue_is_held_or_refused_before_anything_is_written(
-    name: str, models: Any, tmp_path: Path
-) -> None:
+def test_every_recipe_of_the_catalogue_is_held_or_refused_before_anything_is_written(name: str, models: Any, tmp_path: Path) -> None:
     problems = xnnpack.check(find_recipe(name), load_config(models("llama")))
     assert bool(problems) == (name == "w4-channel")
     if problems:

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lobit.demo import held_out_text
 from lobit.errors import InputError
 from lobit.quant_recipes.apply import convert
 from lobit.quant_recipes.catalog import CATALOG, find_recipe
-from lobit.runtime.engine import Logits
+from lobit.runtime.engine import Logits, SteppingEngine
 from lobit.runtime.parity import CONVERSION, LIMITS, SHORTEST_TEXT, Walk, kl_divergence, log_softmax, parity, plan_walks, walk
 from lobit.runtime.reference import ReferenceEngine
 
@@ -32,6 +33,15 @@ FLOAT_KL = 1e-6
 """Nats a token: nothing is rounded, only sums of float32 come in another order (1e-12 where it was measured)."""
 ORACLE = 1e-9
 """Between our double precision and PyTorch's."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # products this small are slower on more, much slower on a busy machine
+    yield
+    torch.set_num_threads(threads)
+
 
 # --- the figures ------------------------------------------------------------------------------------------------------------------
 
@@ -111,46 +121,180 @@ def folder(models: Callable[[str], Path]) -> Path:
     return models("mobilellm_p1")
 
 
-def engine(folder: Path) -> ReferenceEngine:
+def float_engine(folder: Path) -> ReferenceEngine:
+    """The model as trained."""
     return ReferenceEngine(load_model(folder), None, CONTEXT)
 
 
-def compare(folder: Path, artifact: Any, **options: Any) -> dict[str, Any]:
+Read = Callable[[ReferenceEngine, list[int], int], Logits]
+"""(engine, tokens, position) -> logits"""
+
+
+def walking(folder: Path, read: Read) -> SteppingEngine:
+    """An engine that can only be walked, as those of devices are, and reads in its own way."""
+    inner = float_engine(folder)
+    return SteppingEngine(lambda tokens, position: read(inner, tokens, position), CONTEXT, CONTEXT, inner.vocab_size)
+
+
+def right(inner: ReferenceEngine, tokens: list[int], position: int) -> Logits:
+    """As it should be."""
+    return inner.step(tokens, position)
+
+
+def compare(folder: Path, read: Read, **options: Any) -> dict[str, Any]:
+    """The result for one engine, in three walks: two as long as the context, a shorter one."""
     arguments = {"context": CONTEXT, "window": 16, "recipe": "fp", **options}
-    return parity(engine(folder), {"artifact": artifact}, TOKENS, **arguments)
-
-
-class Stepping(ReferenceEngine):
-    """Read call by call, as an engine of a device is, with one fault or none."""
-
-    score = None  # type: ignore[assignment]
-
-    def __init__(self, folder: Path, fault: str = "") -> None:
-        super().__init__(load_model(folder), None, CONTEXT)
-        del self.score
-        self.fault = fault
-        self.step = self.faulty
-
-    def faulty(self, tokens: list[int], position: int) -> Logits:
-        match self.fault:
-            case "decodes one position too far" if len(tokens) == 1:
-                return self._step(tokens, min(position + 1, self.context - 1))
-            case "prefills in reverse":
-                return self._step(tokens[::-1], position)
-            case "forgets one token of long calls" if len(tokens) > 20:
-                return self._step(tokens[:5] + tokens[5:6] + tokens[5:6] + tokens[7:], position)
-            case "is a little too sure":
-                return self._step(tokens, position) * np.float32(1.01)
-        return self._step(tokens, position)
-
-
-del Stepping.score
+    return parity(float_engine(folder), {"artifact": walking(folder, read)}, TOKENS, **arguments)
 
 
 def test_a_perfect_engine_differs_nowhere(folder: Path) -> None:
-    result = compare(folder, Stepped(folder))
+    result = compare(folder, right)
     (stage,) = result["stages"]
     assert stage["kl_mean"] < FLOAT_KL
     assert stage["top1_agreement"] == 1
     assert math.isclose(stage["perplexity"], result["reference_perplexity"], rel_tol=1e-4)
+    assert result["passed"]
+
+
+def late(inner: ReferenceEngine, tokens: list[int], position: int) -> Logits:
+    """Decodes one position too far: a key is missing between the prompt and the answer."""
+    return inner.step(tokens, min(position + (len(tokens) == 1 and position > 0), CONTEXT - 1))
+
+
+def reversed_chunks(inner: ReferenceEngine, tokens: list[int], position: int) -> Logits:
+    """The chunks are right, their order inside is not."""
+    return inner.step(tokens[::-1], position)
+
+
+def one_wrong_token(inner: ReferenceEngine, tokens: list[int], position: int) -> Logits:
+    """One token of each long call is read wrong."""
+    return inner.step([*tokens[:5], (tokens[5] + 1) % inner.vocab_size, *tokens[6:]] if len(tokens) > 5 else tokens, position)
+
+
+def too_sure(inner: ReferenceEngine, tokens: list[int], position: int) -> Logits:
+    """All logits one percent too large."""
+    return inner.step(tokens, position) * np.float32(1.01)
+
+
+def forgetful(inner: ReferenceEngine, tokens: list[int], position: int) -> Logits:
+    """The window is one token too short."""
+    config = inner.model.config
+    layers = tuple(replace(layer, window=None if layer.window is None else layer.window - 1) for layer in config.layers)
+    inner.model.config = replace(config, layers=layers) if config.layers[1].window == 16 else config
+    return inner.step(tokens, position)
+
+
+@pytest.mark.parametrize("fault", [late, reversed_chunks, one_wrong_token, too_sure, forgetful])
+def test_a_broken_engine_does_not_pass(fault: Read, folder: Path) -> None:
+    result = compare(folder, fault)
+    assert not result["passed"]
+    assert result["stages"][0]["kl_mean"] > result["limits"]["kl_mean"]["limit"]
+
+
+def test_a_window_that_is_too_short_shows_where_the_window_ends(folder: Path) -> None:
+    phases = compare(folder, forgetful)["phases"]
+    long = compare(folder, forgetful, window=CONTEXT - 1)["phases"]
+    assert phases["wrapped"]["kl_mean"] > FLOAT_KL
+    assert 0 < long["wrapped"]["positions"] < phases["wrapped"]["positions"]
+
+
+def test_a_fault_of_prefill_shows_in_the_phase_of_prefill(folder: Path) -> None:
+    def sure_in_prefill(inner: ReferenceEngine, tokens: list[int], position: int) -> Logits:
+        return inner.step(tokens, position) * np.float32(1 + (len(tokens) > 1))
+
+    phases = compare(folder, sure_in_prefill)["phases"]
+    assert phases["prefill"]["kl_mean"] > 0.01
+    assert phases["decode"]["kl_mean"] < FLOAT_KL
+
+
+def test_phases_count_every_position_once(folder: Path) -> None:
+    result = compare(folder, right)
+    phases = result["phases"]
+    assert phases["prefill"]["positions"] + phases["decode"]["positions"] == result["positions"]
+    assert 0 < phases["wrapped"]["positions"] < result["positions"]
+    assert compare(folder, right, window=0)["phases"]["wrapped"] is None
+
+
+def test_the_loss_is_shared_out_over_the_stages(folder: Path) -> None:
+    recipe = find_recipe("8da4w-g32")
+    rounded = ReferenceEngine(convert(load_model(folder), recipe), recipe, CONTEXT)
+    stages = {"fake_quant": rounded, "artifact": rounded}
+    result = parity(float_engine(folder), stages, TOKENS, context=CONTEXT, recipe=recipe.name)
+    first, last = result["stages"]
+    assert first["kl_step"] == first["kl_mean"] == last["kl_mean"] > 0
+    assert last["kl_step"] == last["kl_conversion"] == 0
+    assert first["perplexity"] == last["perplexity"] != result["reference_perplexity"]
+
+
+def test_an_artifact_that_leaves_its_rounded_model_does_not_pass(folder: Path) -> None:
+    """Near enough to the float model for four bits, but not what was quantized."""
+    recipe = find_recipe("8da4w-g32")
+    rounded = ReferenceEngine(convert(load_model(folder), recipe), recipe, CONTEXT)
+    stages = {"fake_quant": rounded, "artifact": float_engine(folder)}
+    result = parity(float_engine(folder), stages, TOKENS, context=CONTEXT, recipe=recipe.name)
+    assert result["stages"][1]["kl_mean"] == 0
+    assert result["stages"][1]["kl_conversion"] > CONVERSION.limit
+    assert not result["passed"]
+
+
+def test_progress_reaches_its_end_and_never_turns_back(folder: Path) -> None:
+    told: list[tuple[int, int]] = []
+    compare(folder, right, progress=lambda _, done, total: told.append((done, total)))
+    assert told == sorted(told)
+    assert told[-1][0] == told[-1][1]
+
+
+def test_a_walk_begins_anew(folder: Path) -> None:
+    engine, plan = walking(folder, right), Walk(TOKENS[:40], [16, 1, 3])
+    expected = walk(engine, plan, lambda _: None)
+    assert len(expected) == len(plan.positions)
+    assert np.array_equal(walk(engine, plan, lambda _: None), expected)
+
+
+# --- the verb ---------------------------------------------------------------------------------------------------------------------
+
+STAGE_KEYS = {"name", "kl_mean", "kl_p99", "top1_agreement", "perplexity"}
+"""Promised by the design's JSON."""
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe"),
+    [
+        ("stories260k", "fp"),
+        ("stories260k", "8da4w-g32"),
+        ("stories260k", "8da8w"),
+        pytest.param("demo", "8da4w-g32", marks=pytest.mark.slow),
+    ],
+)
+def test_what_runs_is_what_was_trained(model: str, recipe: str, bundles: Bundles, models: Any, shared: Any) -> None:
+    text = held_out_text(6) if model == "demo" else shared("text/tinystories_sample.txt").read_text(encoding="utf-8")
+    result = verbs.parity(bundles(model, recipe), str(models(model)), text, tokens=240, threads=1)
+    assert result["passed"]
+    assert [stage["name"] for stage in result["stages"]] == ["fake_quant", "graph", "artifact"]
+    assert all(set(stage) >= STAGE_KEYS for stage in result["stages"])
+    assert set(result) >= {"tokens", "reference_perplexity", "stages", "phases", "limits", "passed"}
+    assert set(result["phases"]) == {"prefill", "decode", "wrapped"}
+    assert (result["phases"]["wrapped"] is None) == (model != "demo")
+    assert set(result["limits"]) == {"kl_mean", "kl_conversion"}
+    assert result["stages"][-1]["kl_conversion"] < CONVERSION.limit
+    if recipe == "fp":
+        assert all(stage["kl_mean"] < FLOAT_KL and stage["top1_agreement"] == 1 for stage in result["stages"])
+    json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.parametrize("other", ["demo", "llama"])
+def test_a_reference_of_another_model_is_refused(other: str, bundles: Bundles, models: Any) -> None:
+    with pytest.raises(InputError, match="does not hold the weights"):
+        verbs.parity(bundles("stories260k", "8da8w"), str(models(other)), "Once upon a time there was a little dog. " * 9)
+
+
+def test_a_stage_that_does_not_exist_is_refused_with_those_that_do(bundles: Bundles, models: Any) -> None:
+    with pytest.raises(InputError, match=r"grpah.*fake_quant, graph, artifact"):
+        verbs.parity(bundles("stories260k", "fp"), str(models("stories260k")), "Once", stages=["grpah", "artifact"])
+
+
+def test_the_artifact_is_compared_whatever_the_stages_are(bundles: Bundles, models: Any, shared: Any) -> None:
+    text = shared("text/tinystories_sample.txt").read_text(encoding="utf-8")
+    result = verbs.parity(bundles("stories260k", "fp"), str(models("stories260k")), text, tokens=64, stages=[], threads=1)
+    assert [stage["name"] for stage in result["stages"]] == ["artifact"]
     assert result["passed"]

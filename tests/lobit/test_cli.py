@@ -1,0 +1,490 @@
+"""The command line: results on stdout, one message for a mistake, exit codes, options that do what they say."""
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lobit import cli
+from lobit.quant_recipes.catalog import CATALOG, find_recipe
+from lobit.runtime import parity as parity_module
+from lobit.runtime.executorch import import_runtime
+from lobit.runtime.parity import Limit
+
+Bundles = Any
+"""The fixture of tests/conftest.py: `bundles(model, recipe, kv_cache)`."""
+VERBS = ["demo", "recipes", "quantize", "export", "verify", "run", "parity", "bench", "report", "doctor"]
+HEAVY = ["torch", "numpy", "executorch", "transformers", "matplotlib", "tokenizers", "huggingface_hub"]
+"""Packages that `--help` has no use for; each takes a good part of a second, or several."""
+REPOSITORY = Path(__file__).parents[2]
+NATIVE = re.compile(r"^\[\w+\.(cpp|h):\d+\] .*\n", re.MULTILINE)
+"""What ExecuTorch's runtime says through Python's own stream: only here, where pytest has put that elsewhere than descriptor 2."""
+DONE, GATE_FAILED, MISTAKE = 0, 1, 2
+
+
+@dataclass
+class Answer:
+    """What a command gave."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Lobit = Callable[..., Answer]
+
+
+@pytest.fixture
+def lobit(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Lobit:
+    """`lobit(*arguments)`: the command in this process."""
+
+    def call(*arguments: Any) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["lobit", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capfd.readouterr()
+        return Answer(int(end.value.code or 0), out, NATIVE.sub("", err))
+
+    return call
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # products this small are slower on more, much slower on a busy machine
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def sample(shared: Callable[[str], Path]) -> Path:
+    """Stories that stories260k has not seen."""
+    return shared("text/tinystories_sample.txt")
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter, anywhere else than in the repository."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd="/", check=False)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+# --- help and start ---------------------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_verb() -> None:
+    done = python("-m", "lobit.cli", "--help")
+    assert done.returncode == DONE
+    listed = re.findall(r"^  ([a-z]+) ", done.stdout.partition("Commands:")[2], re.MULTILINE)
+    assert sorted(listed) == sorted(VERBS)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_with_an_example(verb: str, lobit: Lobit) -> None:
+    answer = lobit(verb, "--help")
+    assert answer.code == DONE
+    assert re.search(rf"Examples?: .*lobit {verb}", answer.out, re.DOTALL)
+
+
+def test_help_loads_nothing_heavy() -> None:
+    program = (
+        "import sys, lobit.cli; sys.argv = ['lobit', '--help']\ntry: lobit.cli.main()\nexcept SystemExit: pass\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    assert python("-c", program).stdout.splitlines()[-1] == "[]"
+
+
+def test_the_word_alone_shows_the_help(lobit: Lobit) -> None:
+    answer = lobit()
+    assert re.search(r"^Usage: .*lobit", answer.out + answer.err)
+    assert "Commands:" in answer.out + answer.err
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------------------
+
+
+def assert_one_message(answer: Answer, *parts: str) -> None:
+    """A mistake is one message on stderr, which has all the parts; stdout is empty."""
+    assert answer.code == MISTAKE, answer.err
+    assert answer.out == ""
+    assert "Traceback" not in answer.err
+    begins = [line for line in answer.err.splitlines() if line.startswith("lobit: ")]
+    assert len(begins) == 1
+    message = answer.err[answer.err.index(begins[0]) :]
+    for part in parts:
+        assert part in message
+
+
+@dataclass
+class Place:
+    """What a mistake may be made with."""
+
+    stories: Path
+    small: Path
+    bundle: Path
+    """Of stories260k."""
+    changed: Path
+    """The same, one byte changed."""
+    sample: Path
+    folder: Path
+    """Empty, for outputs."""
+
+
+@pytest.fixture
+def place(bundles: Bundles, models: Any, sample: Path, tmp_path: Path) -> Place:
+    bundle = bundles("stories260k", "fp")
+    changed = Path(shutil.copytree(bundle, tmp_path / "changed"))
+    tokenizer = bytearray((changed / "tokenizer.json").read_bytes())
+    tokenizer[-2] ^= 1
+    (changed / "tokenizer.json").write_bytes(tokenizer)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("Once.", encoding="utf-8")
+    (tmp_path / "latin.txt").write_bytes(b"na\xefve")
+    return Place(models("stories260k"), models("llama"), bundle, changed, sample, tmp_path / "out")
+
+
+Mistake = tuple[Callable[[Place], list[Any]], list[str]]
+TO_XNNPACK = ["--target", "xnnpack"]
+MISTAKES: dict[str, Mistake] = {
+    "no model": (
+        lambda p: ["export", p.folder / "nowhere", "--recipe", "fp", *TO_XNNPACK, "-o", p.folder / "b"],
+        ["there is no folder", "nowhere", "'demo'"],
+    ),
+    "a file for a model": (
+        lambda p: ["quantize", p.sample, "--recipe", "fp", "-o", p.folder / "c"],
+        ["is a file", "config.json"],
+    ),
+    "an empty model": (lambda p: ["quantize", p.folder, "--recipe", "fp", "-o", p.folder / "c"], ["config.json"]),
+    "unknown recipe": (lambda p: ["quantize", p.small, "--recipe", "int3", "-o", p.folder / "c"], ["'int3'", "8da4w-g32", "lobit recipes"]),
+    "unknown target": (
+        lambda p: ["export", p.small, "--recipe", "fp", "--target", "tpu", "-o", p.folder / "b"],
+        ["'tpu'", "xnnpack"],
+    ),
+    "no recipe": (lambda p: ["export", p.small, *TO_XNNPACK, "-o", p.folder / "b"], ["is a float model", "--recipe"]),
+    "a change without a recipe": (
+        lambda p: ["export", p.small, *TO_XNNPACK, "--group-size", "64", "-o", p.folder / "b"],
+        ["--group-size", "name it with --recipe"],
+    ),
+    "groups without groups": (
+        lambda p: ["quantize", p.small, "--recipe", "8da8w", "--group-size", "64", "-o", p.folder / "c"],
+        ["8da8w has no groups", "leave --group-size out"],
+    ),
+    "an exclusion of nothing": (
+        lambda p: ["quantize", p.small, "--recipe", "8da4w-g32", "--except", "layers.*.mlp.dwon", "-o", p.folder / "c"],
+        ["dwon", "matches no layer"],
+    ),
+    "a recipe that the target cannot hold": (
+        lambda p: ["export", p.small, "--recipe", "w4-channel", *TO_XNNPACK, "-o", p.folder / "b"],
+        ["layers.0.attention.q", "8da4w-g32"],
+    ),
+    "a context beyond the model's": (
+        lambda p: ["export", p.stories, "--recipe", "fp", *TO_XNNPACK, "--context", "513", "-o", p.folder / "b"],
+        ["513", "512"],
+    ),
+    "a chunk beyond the context": (
+        lambda p: ["export", p.stories, "--recipe", "fp", *TO_XNNPACK, "--context", "64", "--chunk", "65", "-o", p.folder / "b"],
+        ["65", "64"],
+    ),
+    "feed-forward of 172": (
+        lambda p: ["export", p.stories, "--recipe", "8da4w-g32", *TO_XNNPACK, "-o", p.folder / "b"],
+        ["5 layers", *(f"layers.{i}.mlp.down (in=172)" for i in range(5)), "--except 'layers.*.mlp.down'"],
+    ),
+    "a place in no folder": (
+        lambda p: ["quantize", p.small, "--recipe", "fp", "-o", p.folder / "no" / "where"],
+        ["is no folder"],
+    ),
+    "a place in a file": (lambda p: ["quantize", p.small, "--recipe", "fp", "-o", p.sample / "out"], ["is no folder"]),
+    "no bundle": (lambda p: ["run", p.folder, "--prompt", "Once"], ["is no bundle", "lobit export"]),
+    "a changed bundle": (lambda p: ["run", p.changed, "--prompt", "Once"], ["tokenizer.json", "export it again"]),
+    "a changed bundle to verify": (lambda p: ["verify", p.changed, p.stories], ["tokenizer.json"]),
+    "a changed bundle to time": (lambda p: ["bench", p.changed], ["tokenizer.json"]),
+    "a prompt longer than the context": (lambda p: ["run", p.bundle, "--prompt", "Once " * 400], ["context of 192"]),
+    "a chat with a model that continues text": (lambda p: ["run", p.bundle], ["no chat template", "--prompt"]),
+    "a negative seed": (
+        lambda p: ["run", p.bundle, "--prompt", "Once", "--temperature", "1", "--seed", "-1"],
+        ["seed is -1"],
+    ),
+    "no text": (
+        lambda p: ["parity", p.bundle, "--reference", p.stories, "--text", p.folder / "nowhere.txt"],
+        ["nowhere.txt cannot be read"],
+    ),
+    "an empty text": (
+        lambda p: ["parity", p.bundle, "--reference", p.stories, "--text", p.folder.parent / "empty.txt"],
+        ["0 tokens", "longer"],
+    ),
+    "a short text": (
+        lambda p: ["parity", p.bundle, "--reference", p.stories, "--text", p.folder.parent / "short.txt"],
+        ["tokens", "longer"],
+    ),
+    "a text that is none": (
+        lambda p: ["parity", p.bundle, "--reference", p.stories, "--text", p.folder.parent / "latin.txt"],
+        ["latin.txt is not UTF-8", "byte 2"],
+    ),
+    "another model for a reference": (
+        lambda p: ["parity", p.bundle, "--reference", p.small, "--text", p.sample],
+        ["does not hold the weights"],
+    ),
+    "an unknown stage": (
+        lambda p: ["parity", p.bundle, "--reference", p.stories, "--text", p.sample, "--stages", "artefact"],
+        ["artefact", "fake_quant, graph, artifact"],
+    ),
+    "another model's checkpoint": (lambda p: ["verify", p.bundle, p.small], ["is it this bundle's checkpoint?"]),
+    "words for numbers": (lambda p: ["bench", p.bundle, "-p", "8,many"], ["-p '8,many'", "128,512"]),
+    "a length of none": (lambda p: ["bench", p.bundle, "-n", "0"], ["-n '0'"]),
+    "the same bundle twice": (lambda p: ["bench", p.bundle, p.bundle], ["more than one is named stories260k-fp"]),
+    "no result": (lambda p: ["report", p.folder / "parity.json", "-o", p.folder / "report.html"], ["parity.json"]),
+    "a model without a recipe": (lambda p: ["recipes", "--model", "demo"], ["needs the name of a recipe"]),
+    "an unknown target's parts": (lambda p: ["doctor", "tpu"], ["'tpu'", "xnnpack"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_message_and_nothing_is_lost(name: str, place: Place, lobit: Lobit, monkeypatch: Any) -> None:
+    arguments, parts = MISTAKES[name]
+    before = contents(place.folder.parent)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert_one_message(lobit(*arguments(place)), *parts)
+    assert contents(place.folder.parent) == before
+    assert list(place.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["run", "b", "--max-new-tokens", "0"], ["run", "b", "--temperature", "-1"], ["export"], ["exprot"], ["run", "b", "--thread"]],
+    ids=" ".join,
+)
+def test_a_wrong_option_is_explained_without_a_traceback(arguments: list[str], lobit: Lobit) -> None:
+    answer = lobit(*arguments)
+    assert answer.code == MISTAKE
+    assert answer.out == ""
+    assert "Error" in answer.err
+    assert "Traceback" not in answer.err
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a place that not even root can write to")
+@pytest.mark.parametrize("verb", [["quantize"], ["export", *TO_XNNPACK]], ids=lambda verb: verb[0])
+def test_a_place_that_cannot_be_written_is_one_message(verb: list[str], models: Any, lobit: Lobit) -> None:
+    answer = lobit(verb[0], models("llama"), *verb[1:], "--recipe", "fp", "-o", "/proc/out")
+    assert_one_message(answer, "/proc/out")
+
+
+@pytest.mark.parametrize("verb", [["quantize"], ["export", *TO_XNNPACK]], ids=lambda verb: verb[0])
+def test_what_is_there_already_is_left_as_it_is(verb: list[str], bundles: Bundles, models: Any, lobit: Lobit) -> None:
+    bundle = bundles("stories260k", "fp")
+    before = contents(bundle)
+    answer = lobit(verb[0], models("stories260k"), *verb[1:], "--recipe", "fp", "-o", bundle)
+    assert_one_message(answer, str(bundle), "is already there and is left as it is")
+    assert contents(bundle) == before
+
+
+# --- recipes and doctor -------------------------------------------------------------------------------------------------------------
+
+
+def test_recipes_gives_the_catalogue(lobit: Lobit) -> None:
+    answer = lobit("recipes", "--json")
+    assert answer.code == DONE
+    assert answer.json == {"recipes": [recipe.to_json() for recipe in CATALOG.values()]}
+    table = lobit("recipes").out
+    assert all(name in table for name in CATALOG)
+
+
+def test_recipes_shows_one_recipe_with_its_changes(lobit: Lobit) -> None:
+    answer = lobit("recipes", "8da4w-g32", "--group-size", "64", "--kv-cache", "float", "--except", "head", "--json")
+    changed = find_recipe("8da4w-g32").with_changes(("head",), 64, "float")
+    assert answer.json == changed.to_json() != find_recipe("8da4w-g32").to_json()
+
+
+def test_recipes_shows_the_fate_of_every_layer(lobit: Lobit) -> None:
+    layers = lobit("recipes", "8da4w-g32", "--model", "demo", "--json").json["layers"]
+    names = [layer["name"] for layer in layers]
+    depth = json.loads((REPOSITORY / "lobit/demo/model/config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+    assert len(names) == len(set(names)) == 2 + 7 * depth
+    assert {layer["why"] for layer in layers} == {"int4 group 32"}
+    assert layers[-1]["shared_with"] == "embedding"
+    table = lobit("recipes", "8da4w-g32", "--model", "demo", "--except", "layers.*.mlp.down").out
+    assert re.search(rf"layers\.\*\.mlp\.down \(x{depth}\).*float \(excluded by layers\.\*\.mlp\.down\)", table)
+    assert "shared with embedding" in table
+
+
+def test_doctor_tells_versions_and_ways_out(lobit: Lobit) -> None:
+    answer = lobit("doctor", "--json")
+    assert answer.code == DONE
+    rows = {row["part"]: row for row in answer.json["parts"]}
+    assert rows["torch"]["found"].startswith("2.13")
+    assert rows["executorch"]["for"] == "xnnpack"
+    assert rows["executorch"]["way_out"] == "pip install 'lobit[xnnpack]'"
+    assert "executorch" in lobit("doctor", "xnnpack").out
+
+
+def test_doctors_ways_out_are_what_the_package_offers(lobit: Lobit) -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    commands = {row["way_out"] for row in lobit("doctor", "--json").json["parts"] if row["way_out"]}
+    extras = {extra for command in commands for extra in re.findall(r"\[(.+)\]", command)}
+    assert extras <= set(project["optional-dependencies"])
+
+
+def test_doctor_names_what_is_missing_and_fails(lobit: Lobit, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lobit.verbs import measure
+
+    monkeypatch.setitem(measure.PARTS, "xnnpack", ("no-such-package",))
+    answer = lobit("doctor", "xnnpack")
+    assert answer.code == MISTAKE
+    assert re.search(r"no-such-package +missing +pip install 'lobit\[xnnpack\]'", answer.out)
+
+
+# --- the way from a model to its proof ----------------------------------------------------------------------------------------------
+
+
+def test_the_way_out_for_layers_that_do_not_divide_works(bundles: Bundles, models: Any, lobit: Lobit) -> None:
+    """The bundle was exported with `--except 'layers.*.mlp.down'`."""
+    answer = lobit("verify", bundles("stories260k", "8da4w-g32"), models("stories260k"), "--json")
+    assert answer.code == DONE
+    layers = {row["name"]: row for row in answer.json["layers"]}
+    assert layers["layers.4.mlp.down"]["floats"] == 64 * 172
+    assert layers["layers.4.mlp.up"]["integers"] == 64 * 172
+    assert answer.json["passed"]
+
+
+def test_run_tells_the_story(bundles: Bundles, shared: Callable[[str], Path], lobit: Lobit) -> None:
+    told = re.search(r'Greedy from "([^"]+)": "([^"]+)"', shared("README.md").read_text(encoding="utf-8"))
+    assert told is not None
+    prompt, story = told.groups()
+    answer = lobit("run", bundles("stories260k", "fp"), "--prompt", prompt)
+    assert answer.code == DONE
+    assert answer.out.startswith(prompt + story)
+    assert re.fullmatch(r"prefill 5 tokens at .* t/s, first token after .* ms, decode \d+ tokens at .* t/s\n", answer.err)
+
+
+def test_a_checkpoint_exports_to_the_same_program_as_its_float_model(bundles: Bundles, models: Any, tmp_path: Path, lobit: Lobit) -> None:
+    direct, out = bundles("qwen3", "8da4w-g32"), tmp_path / "qwen3-8da4w-g32"
+    assert lobit("quantize", models("qwen3"), "--recipe", "8da4w-g32", "-o", tmp_path / "ckpt").code == DONE
+    answer = lobit("export", tmp_path / "ckpt", *TO_XNNPACK, "--context", "64", "--chunk", "16", "-o", out, "--json")
+    assert answer.code == DONE
+    assert answer.json == json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    assert (out / "model.pte").read_bytes() == (direct / "model.pte").read_bytes()
+    assert (out / "manifest.json").read_bytes() == (direct / "manifest.json").read_bytes()
+    build = json.loads((out / "build.json").read_text(encoding="utf-8"))
+    assert build["command"].startswith(f"lobit export {tmp_path / 'ckpt'} --target xnnpack")
+    assert lobit("verify", out, tmp_path / "ckpt").code == DONE
+
+
+def test_export_does_what_every_option_says(models: Any, tmp_path: Path, lobit: Lobit) -> None:
+    options = ["--group-size", "64", "--kv-cache", "float", "--context", "32", "--chunk", "8", "--except", "head"]
+    out = tmp_path / "bundle"
+    answer = lobit("export", models("llama"), "--recipe", "8da4w-g32", *TO_XNNPACK, *options, "-o", out)
+    assert answer.code == DONE
+    assert "context" in answer.out and "chunks of up to 8" in answer.out
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["context"] == 32
+    assert manifest["chunk"] == 8
+    assert manifest["inputs"][0]["shape"] == [1, "1..8"]
+    assert manifest["cache"]["dtype"] == "float32"
+    formats = {group["kind"]: group["format"] for group in manifest["weights"]}
+    assert formats["mlp"] == "int4 group 64"
+    assert formats["head"] == "float32"
+    assert manifest["recipe"] == find_recipe("8da4w-g32").with_changes(("head",), 64, "float").to_json()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_run_does_what_every_option_says(bundles: Bundles, lobit: Lobit) -> None:
+    bundle = bundles("stories260k", "fp")
+
+    def text(*options: Any) -> str:
+        answer = lobit("run", bundle, "--prompt", "Once upon a time", "--max-new-tokens", 20, "--json", *options)
+        assert answer.code == DONE
+        assert answer.json["stats"]["new_tokens"] == len(answer.json["tokens"]) == 20
+        return str(answer.json["text"])
+
+    greedy, warm = text(), text("--temperature", 1)
+    assert greedy == text("--seed", 1)
+    assert warm == text("--temperature", 1, "--seed", 0)
+    assert len({greedy, warm, text("--temperature", 1, "--seed", 1)}) == 3
+    threads = import_runtime()._threadpool_get_thread_count
+    for count in (1, 2):
+        assert text("--threads", count) == greedy
+        assert threads() == count
+
+
+def test_parity_does_what_every_option_says(
+    bundles: Bundles, models: Any, sample: Path, tmp_path: Path, lobit: Lobit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["parity", bundles("stories260k", "fp"), "--reference", models("stories260k"), "--text", sample, "--threads", 1]
+    short = lobit(*command, "--tokens", 100, "--stages", "artifact", "--json")
+    assert short.code == DONE
+    assert [stage["name"] for stage in short.json["stages"]] == ["artifact"]
+    assert short.json["tokens"] == 101  # and the one that begins a text
+    assert short.json["text"] == sample.name
+    table = lobit(*command, "--tokens", 64, "--stages", "fake_quant,artifact")
+    assert "parity: passed" in table.out
+    assert "fake_quant" in table.out
+    assert "graph" not in table.out
+    assert lobit(*command, "--checkpoint", models("llama")).code == MISTAKE
+    monkeypatch.setitem(parity_module.LIMITS, "fp", (Limit("kl_mean", -1.0, "nothing is that good"),))
+    failed = lobit(*command, "--tokens", 64, "--stages", "artifact")
+    assert failed.code == GATE_FAILED
+    assert "parity: FAILED" in failed.out
+
+
+def test_verify_fails_the_gate_for_other_weights(bundles: Bundles, models: Any, tmp_path: Path, lobit: Lobit) -> None:
+    from safetensors.torch import load_file, save_file
+
+    other = Path(shutil.copytree(models("qwen3"), tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 2
+    save_file(tensors, other / "model.safetensors")
+    answer = lobit("verify", bundles("qwen3", "8da4w-g32"), other)
+    assert answer.code == GATE_FAILED
+    assert "verify: FAILED" in answer.out
+    assert "layers.1.mlp.down" in answer.out
+    assert "layers.0.mlp.down" not in answer.out
+
+
+def test_bench_does_what_every_option_says(bundles: Bundles, lobit: Lobit) -> None:
+    bundle = bundles("stories260k", "fp")
+    answer = lobit("bench", bundle, "-p", "8", "-n", "2", "-d", "4,500", "-r", "2", "-t", "1", "--json")
+    assert answer.code == DONE
+    rows, skipped = answer.json["rows"], answer.json["skipped"]
+    assert [row["test"] for row in rows] == ["pp8@d4", "tg2@d4"]
+    assert [row["test"] for row in skipped] == ["pp8@d500", "tg2@d500"]
+    assert {row["threads"] for row in rows} == {1}
+    assert {len(row["samples_ns"]) for row in rows} == {2}
+
+
+def test_report_makes_one_page_of_results(bundles: Bundles, models: Any, tmp_path: Path, lobit: Lobit) -> None:
+    bundle = bundles("qwen3", "8da4w-g32")
+    (tmp_path / "verify.json").write_text(lobit("verify", bundle, models("qwen3"), "--json").out, encoding="utf-8")
+    page = tmp_path / "report.html"
+    answer = lobit("report", bundle / "manifest.json", tmp_path / "verify.json", "-o", page)
+    assert answer.code == DONE
+    assert answer.out == f"report: {page}\n"
+    assert bundle.name in page.read_text(encoding="utf-8")
+
+
+def test_json_is_the_only_thing_on_stdout(bundles: Bundles, models: Any, tmp_path: Path, lobit: Lobit) -> None:
+    answer = lobit("quantize", models("llama"), "--recipe", "8da8w", "-o", tmp_path / "ckpt", "--json")
+    assert answer.json == {"checkpoint": str(tmp_path / "ckpt"), "recipe": find_recipe("8da8w").to_json()}
+    assert "layer by layer" in answer.err
