@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -182,5 +183,6 @@ def save_model(model: Transformer, values: Mapping[str, Any], folder: Path, dtyp
     tensors: dict[str, Tensor] = {
         theirs: to_checkpoint(model.config, ours, state[ours].detach()).to(dtype).contiguous() for ours, theirs in names.items()
     }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(dict(values), indent=2) + "\n", encoding="utf-8")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors leaves it to its owner alone

@@ -66,7 +66,7 @@ def _read_text(path: Path) -> str:
 
 @app.command(epilog="Example: lobit demo --out demo-out")
 def demo(out: Annotated[Path, typer.Option("-o", "--out", help="A new folder.")] = Path("demo-out")) -> None:
-    """The shipped model through everything, to report.html, in under two minutes."""
+    """The shipped model through everything, to report.html."""
     from lobit import verbs
     from lobit.progress import announce
 
@@ -180,7 +180,10 @@ def verify(
     checkpoint: Annotated[str, typer.Argument(metavar="CKPT|MODEL", help="What the bundle was exported from.")],
     as_json: Json = False,
 ) -> None:
-    """Compares every integer and scale in a bundle with the checkpoint; exit 1 where one differs."""
+    """Compares a bundle's integers with the checkpoint's.
+
+    Every integer and scale is read back out of the program. Exit 1 where one differs.
+    """
     from lobit import tables, verbs
 
     result = verbs.verify(bundle, checkpoint)
@@ -215,8 +218,6 @@ def run(
             on_turn=lambda stats: typer.echo(tables.speed(stats), err=True),
         )
         return
-    if not as_json:
-        _stream(prompt)
     result = verbs.run(
         bundle,
         prompt,
@@ -225,6 +226,7 @@ def run(
         seed=seed,
         threads=threads,
         on_text=None if as_json else _stream,
+        echo=True,
     )
     if as_json:
         _print_json(result)
@@ -258,7 +260,10 @@ def parity(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Is what runs there what was trained? Exit 1 where a limit is passed."""
+    """Is what runs there what was trained?
+
+    Distributions against the float model, stage by stage. Exit 1 where a limit is exceeded.
+    """
     from lobit import tables, verbs
     from lobit.progress import bar
 
@@ -289,7 +294,10 @@ def bench(
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1)] = 5,
     as_json: Json = False,
 ) -> None:
-    """Prefill and decode speed, time to first token, memory; each row in a process of its own."""
+    """Prefill and decode speed, time to first token, memory.
+
+    Each row runs in a process of its own, so that peak memory is honest.
+    """
     from lobit import tables, verbs
     from lobit.progress import bar
 

@@ -21,7 +21,7 @@ WIDTH_WITHOUT_TERMINAL = 160
 def show(table: Table, error: bool = False) -> None:
     """Prints a table to stdout, or to stderr."""
     stream = sys.stderr if error else sys.stdout
-    Console(file=stream, width=None if stream.isatty() else WIDTH_WITHOUT_TERMINAL, highlight=False).print(table)
+    Console(file=stream, width=None if stream.isatty() else WIDTH_WITHOUT_TERMINAL, highlight=False, markup=False).print(table)
 
 
 def _table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
@@ -91,6 +91,8 @@ def verify(result: dict[str, Any]) -> Table:
     table = _table(f"verify: {_verdict(result)}", "", "compared", "differing", right=("compared", "differing"))
     for kind in ("integers", "scales", "floats"):
         table.add_row(kind, f"{result[kind]:,}", f"{result[f'differing_{kind}']:,}")
+    if result["checkpoint_matches"] is False:
+        table.add_row("the whole checkpoint, norms and biases too", "sha256", "another")
     for row in result["layers"]:
         differing = sum(row[f"differing_{kind}"] for kind in ("integers", "scales", "floats"))
         if differing:

@@ -67,8 +67,9 @@ def save_checkpoint(model: Transformer, recipe: Recipe, source: Path, folder: Pa
     packed = {
         name: (pack_int4(tensor) if _packs(recipe, name) else tensor.detach()).contiguous() for name, tensor in _tensors(model)
     }
-    save_file(packed, folder / WEIGHTS_FILE, metadata={"format": "pt", "layout": LAYOUT})
     (folder / RECIPE_FILE).write_text(json.dumps(recipe.to_json(), indent=2) + "\n", encoding="utf-8")
+    save_file(packed, folder / WEIGHTS_FILE, metadata={"format": "pt", "layout": LAYOUT})
+    shutil.copymode(folder / RECIPE_FILE, folder / WEIGHTS_FILE)  # safetensors leaves it to its owner alone
     for name in ["config.json", "generation_config.json", *TOKENIZER_FILES]:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,17 +103,27 @@ class SteppingEngine:
         self.position = 0
 
 
+def target_module(bundle: Bundle) -> Any:
+    """The module that runs and reads the bundles of a target.
+
+    Raises:
+        BundleError: the target is unknown to this version.
+    """
+    target = bundle.manifest.target
+    if target not in ENGINES:
+        raise BundleError(f"bundle {bundle.manifest.name} is for target {target!r}, this lobit runs {', '.join(ENGINES)}")
+    return importlib.import_module(ENGINES[target])
+
+
 def open_engine(bundle: Bundle, threads: int | None = None) -> Engine:
     """The engine of a bundle's target.
 
     Args:
+        bundle: what to run.
         threads: of the runtime; None: one per core.
 
     Raises:
         BundleError: the target is unknown to this version.
         MissingPartError: the runtime is not installed.
     """
-    target = bundle.manifest.target
-    if target not in ENGINES:
-        raise BundleError(f"bundle {bundle.manifest.name} is for target {target!r}, this lobit runs {', '.join(ENGINES)}")
-    return cast(Engine, importlib.import_module(ENGINES[target]).open_engine(bundle, threads))
+    return cast(Engine, target_module(bundle).open_engine(bundle, threads))

@@ -72,7 +72,7 @@ def open_engine(bundle: Bundle, threads: int | None = None) -> SteppingEngine:
         inputs = (torch.tensor([tokens], dtype=torch.int64), torch.tensor([position], dtype=torch.int64))
         with quiet_native():
             (logits,) = module.forward(inputs)
-        return np.array(logits.reshape(-1), dtype=np.float32)
+        return logits.reshape(-1).numpy().copy()  # type: ignore[no-any-return]
 
     return SteppingEngine(step, manifest.context, manifest.chunk, manifest.model.vocab_size)
 

@@ -66,12 +66,13 @@ def doctor(target: str | None = None) -> dict[str, Any]:
         raise TargetError(f"there is no target {target!r}: choose one of {', '.join(name for name in PARTS if name != 'lobit')}")
     rows: list[dict[str, Any]] = []
     for name in ("lobit", target) if target else PARTS:
+        extra = "" if name == "lobit" else f"[{name}]"
         for package in PARTS[name]:
             try:
                 found: str | None = metadata.version(package)
             except metadata.PackageNotFoundError:
                 found = None
-            rows.append({"for": name, "part": package, "found": found, "way_out": f"pip install 'lobit[{name}]'"})
+            rows.append({"for": name, "part": package, "found": found, "way_out": f"pip install 'lobit{extra}'"})
     rows.append({"for": "lobit", "part": "processor cores", "found": str(os.cpu_count() or 1), "way_out": ""})
     return {"parts": rows, "passed": all(row["found"] for row in rows)}
 

@@ -78,6 +78,7 @@ def parity(
     opened = open_bundle(bundle)
     manifest, source = opened.manifest, resolve(reference)
     ids = bundle_tokenizer(opened).encode(text, bos=False)[:tokens]
+    comparison.plan_walks(ids, manifest.context, manifest.tokens.bos)  # a text that is too short is refused before any slow work
     config, recipe = load_config(source), Recipe.from_json(manifest.recipe)
     model, _ = converted_like(resolve(checkpoint) if checkpoint else source, recipe)
     if fingerprint(model) != manifest.checkpoint_sha256:

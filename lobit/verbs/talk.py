@@ -39,6 +39,7 @@ def run(
     seed: int = 0,
     threads: int | None = None,
     on_text: Callable[[str], None] | None = None,
+    echo: bool = False,
 ) -> dict[str, Any]:
     """Continues a prompt.
 
@@ -50,6 +51,7 @@ def run(
         seed: of the sampling.
         threads: of the runtime.
         on_text: called with each piece of text as it becomes final.
+        echo: begin with the prompt, once it is known that it can be continued.
 
     Returns:
         `{"prompt", "text", "tokens", "stats"}`.
@@ -68,6 +70,8 @@ def run(
         seed=seed,
         stop=tokenizer.stop,
     )
+    if echo and on_text:
+        on_text(prompt)
     pieces = []
     for piece in text_pieces(generation, tokenizer.stream()):
         pieces.append(piece)

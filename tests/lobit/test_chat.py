@@ -43,7 +43,9 @@ def test_the_second_turn_continues_the_first(talking: Path) -> None:
     assert len(turns) == 2 and turns[0]["new_tokens"] > 0
 
 
-def test_the_command_reads_turns_from_standard_input(talking: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_reads_turns_from_standard_input(
+    talking: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["lobit", "run", str(talking), "--max-new-tokens", "5"])
     monkeypatch.setattr(sys, "stdin", io.StringIO("Lily had a cat.\n\n"))
     with pytest.raises(SystemExit) as end:
