@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -141,3 +141,14 @@ class Bundles:
 def bundles(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Bundles:
     """`bundles(model, recipe, kv_cache=None)`: a bundle for target xnnpack, exported once a session."""
     return Bundles(models, tmp_path_factory.mktemp("bundles"))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread: products this small are slower on more, much slower on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
