@@ -17,7 +17,11 @@ help:
 	@echo 'make bench   speed and memory of the bundles that the demo made'
 	@echo 'make clean   removes $(VENV), $(OUT), build outputs and caches'
 
-demo: $(INSTALLED)
+demo: $(OUT)/report.html
+	@echo 'report: $(OUT)/report.html'
+
+# Made once; `make clean` removes it.
+$(OUT)/report.html: | $(INSTALLED)
 	$(BIN)/lobit demo --out $(OUT)
 
 test: $(INSTALLED)

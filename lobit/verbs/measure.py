@@ -86,31 +86,31 @@ def demo(out: Path, *, on_step: Callable[[str], None] | None = None, repetitions
     import json
 
     from lobit.demo import FOLDER, held_out_text
-    from lobit.place import check_place
+    from lobit.place import new_folder
     from lobit.runtime.manifest import FILE_NAME
 
     say = on_step or (lambda _: None)
-    check_place(out)
-    out.mkdir()
-    recipe = choose_recipe("8da4w-g32")
-    checkpoint, bundle = out / "checkpoint", out / "demo-8da4w-g32"
-    say("quantize: INT4 weights in groups of 32")
-    quantize("demo", recipe, checkpoint)
-    say("export: ExecuTorch, XNNPACK (about half a minute)")
-    export(str(checkpoint), "xnnpack", bundle, context=512, chunk=128, command=["lobit", "demo"])
-    results: dict[str, dict[str, Any]] = {}
-    say("verify: every integer and scale, read back out of the program")
-    results["verify"] = verify(bundle, str(checkpoint))
-    say("parity: against the float model, on stories it has not seen")
-    results["parity"] = parity(bundle, str(FOLDER), held_out_text(8), tokens=600, checkpoint=str(checkpoint))
-    training = json.loads((FOLDER / "training.json").read_text(encoding="utf-8"))
-    results["parity"]["text"] = "held-out stories of the demo's grammar"
-    results["parity"]["entropy"] = {"nats_per_token": training["entropy"], "what": "the story grammar, exact"}
-    say("bench: prefill and decode, each row in a process of its own")
-    results["bench"] = bench([bundle], prompts=(128,), generates=(32,), depths=(0, 256), repetitions=repetitions)
-    paths = [bundle / FILE_NAME, bundle / "build.json"]
-    for name, result in results.items():
-        paths.append(out / f"{name}.json")
-        paths[-1].write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    say("report")
-    return report(paths, out / "report.html")
+    with new_folder(out) as folder:
+        recipe = choose_recipe("8da4w-g32")
+        checkpoint, bundle = folder / "checkpoint", folder / "demo-8da4w-g32"
+        say("quantize: INT4 weights in groups of 32")
+        quantize("demo", recipe, checkpoint)
+        say("export: ExecuTorch, XNNPACK (about half a minute)")
+        export(str(checkpoint), "xnnpack", bundle, context=512, chunk=128, command=["lobit", "demo"])
+        results: dict[str, dict[str, Any]] = {}
+        say("verify: every integer and scale, read back out of the program")
+        results["verify"] = verify(bundle, str(checkpoint))
+        say("parity: against the float model, on stories it has not seen")
+        results["parity"] = parity(bundle, str(FOLDER), held_out_text(8), tokens=600, checkpoint=str(checkpoint))
+        training = json.loads((FOLDER / "training.json").read_text(encoding="utf-8"))
+        results["parity"]["text"] = "held-out stories of the demo's grammar"
+        results["parity"]["entropy"] = {"nats_per_token": training["entropy"], "what": "the story grammar, exact"}
+        say("bench: prefill and decode, each row in a process of its own")
+        results["bench"] = bench([bundle], prompts=(128,), generates=(32,), depths=(0, 256), repetitions=repetitions)
+        paths = [bundle / FILE_NAME, bundle / "build.json"]
+        for name, result in results.items():
+            paths.append(folder / f"{name}.json")
+            paths[-1].write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        say("report")
+        report(paths, folder / "report.html")
+    return out / "report.html"

@@ -259,3 +259,15 @@ def test_json_is_the_only_thing_on_stdout(bundles: Bundles, models: Any, tmp_pat
     answer = lobit("quantize", models("llama"), "--recipe", "8da8w", "-o", tmp_path / "ckpt", "--json")
     assert answer.json == {"checkpoint": str(tmp_path / "ckpt"), "recipe": find_recipe("8da8w").to_json()}
     assert "layer by layer" in answer.err
+
+
+@pytest.mark.slow
+def test_demo_takes_the_shipped_model_through_everything(tmp_path: Path, lobit: Lobit) -> None:
+    answer = lobit("demo", "--out", tmp_path / "demo")
+    assert answer.code == DONE, answer.err
+    made = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert {"checkpoint", "demo-8da4w-g32", "verify.json", "parity.json", "bench.json", "report.html"} <= made
+    assert json.loads((tmp_path / "demo" / "verify.json").read_text())["differing_integers"] == 0
+    assert json.loads((tmp_path / "demo" / "parity.json").read_text())["phases"]["wrapped"]["kl_mean"] < 0.05
+    again = lobit("demo", "--out", tmp_path / "demo")
+    assert again.code == MISTAKE and "already there" in again.err
