@@ -35,7 +35,7 @@ class InPlaceCaches(nn.Module):
         import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 (registers torch.ops.llama)
 
         self.config = config
-        self.slots = [min(layer.window or context, context) for layer in config.layers]
+        self.slots = config.cache_slots(context)
         self.ring = [layer.window is not None and layer.window < context for layer in config.layers]
         self.register_buffer("steps", torch.arange(chunk), persistent=False)
         self.windows = sorted({slots for slots, ring in zip(self.slots, self.ring, strict=True) if ring})

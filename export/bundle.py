@@ -40,7 +40,7 @@ def cache_info(config: Config, recipe: Recipe, context: int) -> CacheInfo:
 
     INT8 entries have a float32 scale and an int8 zero point per token and head, for keys and for values.
     """
-    slots = [min(layer.window or context, context) for layer in config.layers]
+    slots = config.cache_slots(context)
     heads = 2 * sum(slots) * config.kv_heads
     if recipe.kv_bits == 8:
         return CacheInfo("int8", slots, heads * config.head_dim, heads * 5)

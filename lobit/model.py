@@ -118,10 +118,9 @@ class Config:
         """Factor on q·k."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
-    @property
-    def windowed(self) -> bool:
-        """Whether some layer sees less than the whole context."""
-        return any(layer.window is not None for layer in self.layers)
+    def cache_slots(self, context: int) -> list[int]:
+        """Positions that each layer's key-value cache keeps: its window where it has one, else the context."""
+        return [min(layer.window or context, context) for layer in self.layers]
 
     @property
     def largest_window(self) -> int:
