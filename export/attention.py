@@ -1,184 +1,273 @@
-"""How a target keeps keys and values. Here: caches that are written in place by ExecuTorch's own operators.
+"""How a target keeps keys and values. Here: caches that ExecuTorch's own operators write in place, and that the delegate reads.
 
-A layer with a window has a ring of exactly that many slots. A query of a chunk may need keys that the chunk itself overwrites,
-so attention reads the ring as it was before the chunk, joined with the chunk, and the chunk is written afterwards.
+Attention is two batched products and a softmax, which the delegate runs many times as fast as ExecuTorch's attention operators run
+on the host. The number of keys in a product must be fixed or follow from the number of tokens, so that a cache is read up to the
+next of a few bounds, and what lies between is masked.
+
+A layer with a window has a ring of exactly that many slots. The tokens of a call may need keys that the call itself overwrites,
+so they are attended with over the ring as it was before, joined with the call's own keys and values; a single token needs none of
+those, and is attended with over the ring as it is afterwards.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from lobit.model import Attend, Config, visible
+from lobit.export.parts import Choice, Parts, Step, Tokens, Value
+from lobit.model import Config
 
 HIDDEN = -1e9
 """Added to the score of a key that a query must not see: finite, since a block of keys may be hidden as a whole."""
+SMALLEST_BOUND = 64
+HALVED_FROM = 1024
+"""Slots; from here on there is a bound half way to the double, too."""
 
 
-class InPlaceCaches(nn.Module):
-    """Key-value caches of every layer as buffers of the program.
+def bounds(context: int) -> list[int]:
+    """The numbers of slots that a call may read, up to the context: 64, 128, … 1024, 1536, 2048, 3072, …"""
+    found, bound = [], SMALLEST_BOUND
+    while bound < context:
+        found += [bound, bound * 3 // 2] if bound >= HALVED_FROM else [bound]
+        bound *= 2
+    return [*(one for one in found if one < context), context]
+
+
+class FloatEntries:
+    """Keys and values in float32."""
+
+    names = ("values",)
+    dtypes = (torch.float32,)
+
+    @staticmethod
+    def widths(head_dim: int) -> tuple[int, ...]:
+        """Elements per token and head of each tensor."""
+        return (head_dim,)
+
+    @staticmethod
+    def encode(x: Tensor) -> tuple[Tensor, ...]:
+        """x [1, T, heads, E] as the cache keeps it."""
+        return (x.clone(),)
+
+    @staticmethod
+    def decode(entries: tuple[Tensor, ...]) -> Tensor:
+        """The inverse: floats [1, S, heads, E]."""
+        return entries[0]
+
+
+class Int8Entries:
+    """Keys and values in INT8 with a scale and a zero point per token and head."""
+
+    names = ("integers", "scale", "zero_point")
+    dtypes = (torch.int8, torch.float32, torch.int8)
+
+    @staticmethod
+    def widths(head_dim: int) -> tuple[int, ...]:
+        """See `FloatEntries`."""
+        return head_dim, 1, 1
+
+    @staticmethod
+    def encode(x: Tensor) -> tuple[Tensor, ...]:
+        """See `FloatEntries`."""
+        ops = torch.ops.quantized_decomposed
+        scale, zero_point = ops.choose_qparams_per_token_asymmetric.default(x, torch.int8)
+        integers = ops.quantize_per_token.default(x, scale, zero_point, -128, 127, torch.int8)
+        return integers, scale.to(torch.float32), zero_point.to(torch.int8)
+
+    @staticmethod
+    def decode(entries: tuple[Tensor, ...]) -> Tensor:
+        """See `FloatEntries`. Conversions by a scale of 1 are what the delegate has for a plain change of type."""
+        convert = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+        integers, scale, zero_point = entries
+        return (convert(integers, 1.0, 0, -128, 127, torch.int8) - convert(zero_point, 1.0, 0, -128, 127, torch.int8)) * scale  # type: ignore[no-any-return]
+
+
+Entries = type[FloatEntries] | type[Int8Entries]
+
+
+class Encode(nn.Module):
+    """Keys and values [1, T, K, E] as the cache keeps them."""
+
+    def __init__(self, entries: Entries) -> None:
+        super().__init__()
+        self.entries = entries
+
+    def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return *self.entries.encode(k), *self.entries.encode(v)
+
+
+class Write(nn.Module):
+    """Puts new entries [1, T, K, ·] into caches: from a position on, or into the slots of a ring."""
+
+    def __init__(self, ring: bool) -> None:
+        super().__init__()
+        self.ring = ring
+
+    def extra_repr(self) -> str:
+        """Where to."""
+        return "ring" if self.ring else ""
+
+    def forward(self, where: Tensor, *tensors: Tensor) -> tuple[()]:
+        half = len(tensors) // 2
+        for new, cache in zip(tensors[:half], tensors[half:], strict=True):
+            if self.ring:
+                torch.ops.llama.update_cache_with_indices(new, cache, 0, where)
+            else:
+                torch.ops.llama.update_cache(new, cache, position_of(where, new.shape[1], cache.shape[1]))
+        return ()
+
+
+class Join(nn.Module):
+    """A ring's entries [1, R, K, ·] and new ones [1, T, K, ·], one after the other."""
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        half = len(tensors) // 2
+        return tuple(torch.cat(pair, dim=1) for pair in zip(tensors[half:], tensors[:half], strict=True))
+
+
+class Attend(nn.Module):
+    """Attention as two batched products: q [1, T, H, E] over entries [1, S, K, ·] under a mask [T · H / K, S] -> [1, T, H, E]."""
+
+    def __init__(self, config: Config, entries: Entries) -> None:
+        super().__init__()
+        self.config, self.entries = config, entries
+
+    def forward(self, mask: Tensor, q: Tensor, *caches: Tensor) -> Tensor:
+        c, half = self.config, len(caches) // 2
+        group = c.heads // c.kv_heads
+        keys, values = (self.entries.decode(part).reshape(-1, c.kv_heads, c.head_dim) for part in (caches[:half], caches[half:]))
+        queries = (q * c.scale).reshape(-1, c.kv_heads, group, c.head_dim).transpose(0, 1).reshape(c.kv_heads, -1, c.head_dim)
+        scores = torch.bmm(queries, keys.permute(1, 2, 0)) + mask
+        mixed = torch.bmm(torch.softmax(scores, dim=-1), values.permute(1, 0, 2))
+        return mixed.reshape(c.kv_heads, -1, group, c.head_dim).transpose(0, 1).reshape(1, -1, c.heads, c.head_dim)
+
+
+class Clear(nn.Module):
+    """Fills caches with zeros: what a slot that was never written holds is multiplied by 0, so it must be a number."""
+
+    def forward(self, *caches: Tensor) -> tuple[()]:
+        for cache in caches:
+            cache.zero_()
+        return ()
+
+
+class Mask(nn.Module):
+    """0 where a query sees a key, `HIDDEN` or less where not: [queries, keys] from positions as floats [queries, 1] and [keys].
+
+    A key at a negative position is an empty slot.
+    """
+
+    def __init__(self, window: int | None) -> None:
+        super().__init__()
+        self.window = window
+
+    def extra_repr(self) -> str:
+        """The window."""
+        return str(self.window)
+
+    def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
+        later = keys - queries
+        hidden = later.clamp(0, 1)
+        if self.window is not None:
+            hidden = hidden + (-later - (self.window - 1)).clamp(0, 1) + (-keys).clamp(0, 1)
+        return hidden * HIDDEN
+
+
+def position_of(input_pos: Tensor, length: int, slots: int) -> int:
+    """The position [1] as a number from which on the cache is known to hold `length` tokens."""
+    position = cast(int, input_pos.item())
+    torch._check(position >= 0)
+    torch._check(position < slots)
+    torch._check(position + length <= slots)
+    return position
+
+
+class Caches:
+    """The key-value caches of a model and the steps that attend with them.
 
     Args:
         config: the model.
+        kv_bits: 8, or None for floats.
         context: positions that a layer without a window keeps.
         chunk: the most tokens in one call.
     """
 
-    steps: Tensor
-
-    def __init__(self, config: Config, context: int, chunk: int) -> None:
-        super().__init__()
+    def __init__(self, config: Config, kv_bits: int | None, context: int, chunk: int) -> None:
         import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 (registers torch.ops.llama)
 
-        self.config = config
+        self.config, self.context, self.chunk = config, context, chunk
+        self.entries: Entries = FloatEntries if kv_bits is None else Int8Entries
         self.slots = config.cache_slots(context)
-        self.ring = [layer.window is not None and layer.window < context for layer in config.layers]
-        self.register_buffer("steps", torch.arange(chunk), persistent=False)
-        self.windows = sorted({slots for slots, ring in zip(self.slots, self.ring, strict=True) if ring})
-        for window in self.windows:
-            self.register_buffer(f"ring_{window}", torch.arange(window), persistent=False)
+        self.rings = sorted({layer.window for layer in config.layers if layer.window and layer.window < context})
+        self.bounds = bounds(context) if len(self.rings) < len({layer.window for layer in config.layers}) else []
+        self.names = [f"{side}_{name}" for side in "kv" for name in self.entries.names]
 
-    @abstractmethod
-    def attend_all(self, layer: int, position: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Writes k and v at `position`, then attends to all positions up to each query."""
+    def declare(self, parts: Parts) -> None:
+        """The caches, and what is handed from step to step."""
+        c, dtypes = self.config, self.entries.dtypes * 2
+        widths = self.entries.widths(c.head_dim) * 2
+        for name, dtype, width in zip(self.names, dtypes, widths, strict=True):
+            parts.values[name] = Value((1, Tokens(), c.kv_heads, width), dtype)
+            for ring in self.rings:
+                parts.values[f"{name}_joined_{ring}"] = Value((1, Tokens(plus=ring), c.kv_heads, width), dtype)
+            for layer, slots in enumerate(self.slots):
+                cache = f"{name}_{layer}"
+                parts.memories[cache] = Value((1, slots, c.kv_heads, width), dtype)
+                for bound in self.bounds if slots == self.context else [slots]:
+                    parts.values[f"{cache}[{bound}]"] = Value((1, bound, c.kv_heads, width), dtype, memory=cache)
+        group = c.heads // c.kv_heads
+        for ring in self.rings:
+            parts.values[f"mask_{ring}"] = Value((Tokens(group), ring), overlay=f"mask of {ring}")
+            parts.values[f"mask_joined_{ring}"] = Value((Tokens(group), Tokens(plus=ring)), overlay=f"mask of {ring}")
+        for bound in self.bounds:
+            parts.values[f"mask[{bound}]"] = Value((Tokens(group), bound), overlay="mask of all")
+            parts.values[f"keys[{bound}]"] = Value((bound,), constant=torch.arange(bound).float())
 
-    @abstractmethod
-    def attend_ring(self, layer: int, view: RingView, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attends to the ring and the chunk, then writes the chunk into the ring."""
-
-    def at(self, input_pos: Tensor, length: int) -> Attend:
-        """The attention of one call whose first token is at `input_pos` [1]."""
-        position = cast(int, input_pos.item())
-        torch._check(position >= 0)
-        torch._check(position < max(self.slots))
-        views = {window: self._view(window, input_pos, length) for window in self.windows}
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if self.ring[layer]:
-                return self.attend_ring(layer, views[self.slots[layer]], q, k, v)
-            return self.attend_all(layer, position, q, k, v)
-
-        return attend
-
-    def _view(self, window: int, input_pos: Tensor, length: int) -> RingView:
-        ring: Tensor = getattr(self, f"ring_{window}")
-        queries = input_pos + self.steps[:length]
-        last = input_pos - 1
-        # ExecuTorch's portable remainder follows C's sign, so its operand is kept from being negative.
-        held = last - torch.remainder(last + window - ring, window)
-        seen = visible(queries, torch.cat([held, queries]), window)
-        mask = torch.where(seen, 0.0, HIDDEN)
-        return RingView(mask, (held >= 0)[None, :, None, None], torch.remainder(queries, window)[None])
-
-
-class RingView:
-    """A ring as one call sees it.
-
-    Args:
-        mask: added to the scores, float [T, window + T].
-        filled: whether a slot has been written, bool [1, window, 1, 1].
-        indices: the slots that the chunk goes to, int64 [1, T].
-    """
-
-    def __init__(self, mask: Tensor, filled: Tensor, indices: Tensor) -> None:
-        self.mask, self.filled, self.indices = mask, filled, indices
-
-    def join(self, cache: Tensor, new: Tensor, clean: bool = False) -> Tensor:
-        """The ring [1, window, K, ·] and the chunk [1, T, K, ·], one after the other; `clean`: never written slots become 0."""
-        return torch.cat([torch.where(self.filled, cache, 0.0) if clean else cache, new], dim=1)
-
-    def write(self, cache: Tensor, new: Tensor) -> None:
-        """Puts the chunk into the ring; of positions that share a slot the last stays."""
-        torch.ops.llama.update_cache_with_indices(new, cache, 0, self.indices)
-
-
-class FloatCaches(InPlaceCaches):
-    """Keys and values in float32: per layer 2 · slots · K · E · 4 bytes."""
-
-    def __init__(self, config: Config, context: int, chunk: int) -> None:
-        super().__init__(config, context, chunk)
-        for layer, slots in enumerate(self.slots):
-            for part in "kv":
-                self.register_buffer(f"{part}_{layer}", torch.zeros(1, slots, config.kv_heads, config.head_dim), persistent=False)
-
-    def _caches(self, layer: int) -> tuple[Tensor, Tensor]:
-        return getattr(self, f"k_{layer}"), getattr(self, f"v_{layer}")
-
-    def attend_all(self, layer: int, position: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self._caches(layer)
-        torch.ops.llama.update_cache(k, keys, position)
-        torch.ops.llama.update_cache(v, values, position)
-        return torch.ops.llama.custom_sdpa(q, keys, values, position, None, 0.0, True, self.config.scale)  # type: ignore[no-any-return]
-
-    def attend_ring(self, layer: int, view: RingView, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self._caches(layer)
-        joined_keys, joined_values = view.join(keys, k, clean=True), view.join(values, v, clean=True)
-        y = torch.ops.llama.custom_sdpa(q, joined_keys, joined_values, 0, view.mask, 0.0, False, self.config.scale)
-        view.write(keys, k)
-        view.write(values, v)
-        return y  # type: ignore[no-any-return]
-
-
-class Int8Caches(InPlaceCaches):
-    """Keys and values in INT8 with a scale and a zero point per token and head: per layer 2 · slots · K · (E + 5) bytes."""
-
-    PARTS = ("integers", "scale", "zero_point")
-
-    def __init__(self, config: Config, context: int, chunk: int) -> None:
-        super().__init__(config, context, chunk)
-        dtypes = {"integers": torch.int8, "scale": torch.float32, "zero_point": torch.int8}
-        for layer, slots in enumerate(self.slots):
-            for side in "kv":
-                for part in self.PARTS:
-                    width = config.head_dim if part == "integers" else 1
-                    zeros = torch.zeros(1, slots, config.kv_heads, width, dtype=dtypes[part])
-                    self.register_buffer(f"{side}_{part}_{layer}", zeros, persistent=False)
-
-    def _caches(self, side: str, layer: int) -> list[Tensor]:
-        return [getattr(self, f"{side}_{part}_{layer}") for part in self.PARTS]
-
-    @staticmethod
-    def quantize(x: Tensor) -> list[Tensor]:
-        """x [1, T, heads, E] as integers, and scale and zero point [1, T, heads, 1]."""
-        ops = torch.ops.quantized_decomposed
-        scale, zero_point = ops.choose_qparams_per_token_asymmetric.default(x, torch.int8)
-        integers = ops.quantize_per_token.default(x, scale, zero_point, -128, 127, torch.int8)
-        return [integers, scale.to(torch.float32), zero_point.to(torch.int8)]
-
-    def _attend(
-        self, q: Tensor, keys: list[Tensor], values: list[Tensor], position: int, mask: Tensor | None
-    ) -> Tensor:
-        qi, qs, qz = self.quantize(q)
-        (ki, ks, kz), (vi, vs, vz) = keys, values
-        causal = mask is None
-        return torch.ops.llama.custom_quantized_sdpa(  # type: ignore[no-any-return]
-            qi, ki, vi, position, mask, 0.0, causal, self.config.scale, qz, qs, kz, ks, vz, vs
+    def begin(self) -> list[Step | Choice]:
+        """The steps before the first layer: at position 0 clean caches, and masks."""
+        multiplied = [name for name, dtype in zip(self.names, self.entries.dtypes * 2, strict=True) if dtype.is_floating_point]
+        clean = tuple(
+            Step("clear", Clear(), tuple(f"{name}_{layer}[{slots}]" for name in multiplied)) for layer, slots in enumerate(self.slots)
         )
+        steps: list[Step | Choice] = [Choice((("first", clean),))]
+        for ring in self.rings:
+            single = Step("mask", Mask(ring), ("queries", f"held_{ring}"), (f"mask_{ring}",))
+            joined = Step("mask", Mask(ring), ("queries", f"joined_{ring}"), (f"mask_joined_{ring}",))
+            steps.append(self._by_length((single,), (joined,)))
+        if self.bounds:
+            steps.append(self._by_bound(lambda bound: Step("mask", Mask(None), ("queries", f"keys[{bound}]"), (f"mask[{bound}]",))))
+        return steps
 
-    def attend_all(self, layer: int, position: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self._caches("k", layer), self._caches("v", layer)
-        for cache, new in zip(keys + values, self.quantize(k) + self.quantize(v), strict=True):
-            torch.ops.llama.update_cache(new, cache, position)
-        return self._attend(q, keys, values, position, None)
+    def _by_length(self, single: tuple[Step, ...], several: tuple[Step, ...]) -> Choice:
+        return Choice((("single", single), (None, several))) if self.chunk > 1 else Choice(((None, single),))
 
-    def attend_ring(self, layer: int, view: RingView, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        caches = self._caches("k", layer) + self._caches("v", layer)
-        chunk = self.quantize(k) + self.quantize(v)
-        # A slot that was never written may hold anything; with a scale of 0 it stands for 0.
-        joined = [view.join(cache, new, clean=cache.is_floating_point()) for cache, new in zip(caches, chunk, strict=True)]
-        y = self._attend(q, joined[:3], joined[3:], 0, view.mask)
-        for cache, new in zip(caches, chunk, strict=True):
-            view.write(cache, new)
-        return y
+    def _by_bound(self, step: Callable[[int], Step]) -> Choice:
+        """The step for the first bound that holds the call's last token."""
+        return Choice(tuple((None if bound == self.context else f"up_to_{bound}", (step(bound),)) for bound in self.bounds))
 
+    def attend(self, layer: int) -> list[Step | Choice]:
+        """The steps from q, k, v to y."""
+        names = tuple(self.names)
+        encode = Step("encode", Encode(self.entries), ("k", "v"), names)
+        window = self.config.layers[layer].window
+        if window in self.rings:
+            return [encode, self._attend_ring(layer, cast(int, window))]
+        write = Step("write", Write(ring=False), ("input_pos", *names, *self._cached(layer, self.context)))
+        return [encode, write, self._by_bound(lambda bound: self._attend(f"mask[{bound}]", self._cached(layer, bound)))]
 
-MakeCaches = Callable[[Config, int, int], InPlaceCaches]
+    def _attend(self, mask: str, entries: tuple[str, ...]) -> Step:
+        return Step("attend", Attend(self.config, self.entries), (mask, "q", *entries), ("y",))
 
+    def _attend_ring(self, layer: int, ring: int) -> Choice:
+        names, cached = tuple(self.names), self._cached(layer, ring)
+        joined = tuple(f"{name}_joined_{ring}" for name in names)
+        write = Step("write", Write(ring=True), (f"indices_{ring}", *names, *cached))
+        join = Step("join", Join(), (*names, *cached), joined)
+        single = (write, self._attend(f"mask_{ring}", cached))
+        return self._by_length(single, (join, write, self._attend(f"mask_joined_{ring}", joined)))
 
-def in_place_caches(kv_bits: int | None) -> MakeCaches:
-    """The caches that a recipe asks for."""
-    return FloatCaches if kv_bits is None else Int8Caches
+    def _cached(self, layer: int, slots: int) -> tuple[str, ...]:
+        return tuple(f"{name}_{layer}[{slots}]" for name in self.names)

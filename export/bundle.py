@@ -97,12 +97,10 @@ def export(
         with stages.stage("fingerprint", parameters * 1e-9):
             digest = fingerprint(model)
         with stages.stage("trace", 0.3 * layers):
-            program = module.program(model, spec)
-            weights = module.weights(program)
-            graph = module.trace(program, spec)
-            del program
+            parts = module.program(model, spec)
+            graphs = module.trace(parts, spec)
         with stages.stage("lower", 4 * layers):
-            lowered = module.lower(graph, spec)
+            lowered = module.lower(parts, graphs, spec)
         with stages.stage("write", parameters * 2e-9):
             files = module.write(lowered, folder) + _copy_tokenizer(source, folder)
         manifest = Manifest(
@@ -118,7 +116,7 @@ def export(
             cache=cache_info(config, recipe, context),
             tokens=tokens,
             delegation=lowered.delegation,
-            weights=weights,
+            weights=module.weights(recipe, config),
             files=files,
             versions=_versions(lowered),
         )

@@ -1,125 +1,175 @@
-"""The model as a target runs it: one call takes a chunk of tokens at a position and gives the last token's logits."""
+"""The model as a target runs it, in parts: one call takes a chunk of tokens at a position and gives the last token's logits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lobit.export.attention import InPlaceCaches
-from lobit.model import MLP, Attention, Config, Table, Tables, Transformer, bias_of, rotary_tables, weight_of
-from lobit.quant_recipes.integer import IntegerLinear
-
-
-class FusedAttention(Attention):
-    """Attention whose q, k and v are one product."""
-
-    def __init__(self, plain: Attention, qkv: nn.Module) -> None:
-        nn.Module.__init__(self)
-        self.config, self.index = plain.config, plain.index
-        self.qkv, self.o = qkv, plain.o
-        for name in ("q_norm", "k_norm", "sub_norm"):
-            if hasattr(plain, name):
-                setattr(self, name, getattr(plain, name))
-        width = self.config.kv_heads * self.config.head_dim
-        self.widths = [self.config.heads * self.config.head_dim, width, width]
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(x).split(self.widths, dim=-1)
-        return q, k, v
+from lobit.export.attention import Caches
+from lobit.export.parts import INPUTS, OUTPUT, Parts, Step, Tokens, Value
+from lobit.model import Block, Config, Rope, Table, Tables, Transformer
 
 
-class FusedMLP(MLP):
-    """Feed-forward whose gate and up are one product."""
-
-    def __init__(self, plain: MLP, gate_up: nn.Module) -> None:
-        nn.Module.__init__(self)
-        self.config = plain.config
-        self.gate_up, self.down = gate_up, plain.down
-        if self.config.sub_norms:
-            self.sub_norm = plain.sub_norm
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return gate, up
-
-
-def join_linears(parts: Sequence[nn.Module]) -> nn.Module | None:
-    """One linear layer with the rows of all parts, or None where they are not of one kind."""
-    biases = [bias for bias in map(bias_of, parts) if bias is not None]
-    if len(biases) not in (0, len(parts)):
-        return None
-    bias = torch.cat(biases) if biases else None
-    integer = [part for part in parts if isinstance(part, IntegerLinear)]
-    if len(integer) == len(parts) and len({part.rule for part in integer}) == 1:
-        integers, scale = torch.cat([part.integers for part in integer]), torch.cat([part.scale for part in integer])
-        return IntegerLinear(integers, scale, bias, integer[0].rule)
-    if all(isinstance(part, nn.Linear) for part in parts):
-        weight = torch.cat([weight_of(part) for part in parts])
-        joined = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-        joined.weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            joined.bias = nn.Parameter(bias, requires_grad=False)
-        return joined
-    return None
-
-
-def fuse(model: Transformer) -> None:
-    """Makes q, k, v one product and gate, up one product in every block where they are of one kind. In place."""
-    for block in model.blocks:
-        attention, mlp = block.attention, block.mlp
-        qkv = join_linears([attention.q, attention.k, attention.v])
-        if qkv is not None:
-            block.attention = FusedAttention(attention, qkv)
-        gate_up = join_linears([mlp.gate, mlp.up])
-        if gate_up is not None:
-            block.mlp = FusedMLP(mlp, gate_up)
-
-
-class Program(nn.Module):
-    """A quantized model with the caches of its target.
-
-    forward(tokens int64 [1, T], input_pos int64 [1]) -> logits float32 [1, 1, V] of the last token, for 1 <= T <= chunk.
+class Positions(nn.Module):
+    """All that follows from the position and the number of tokens alone; the names of its outputs are in `outputs`.
 
     Args:
-        model: float or converted; its layers are taken over.
-        caches: the target's attention.
-        context: positions that the program can hold.
-        chunk: the most tokens in one call.
+        config: the model.
+        caches: what needs to know positions.
+        ropes: the kinds of rotary embedding.
     """
 
-    def __init__(self, model: Transformer, caches: InPlaceCaches, context: int, chunk: int) -> None:
+    steps: Tensor
+
+    def __init__(self, config: Config, caches: Caches, ropes: list[Rope]) -> None:
         super().__init__()
-        self.model, self.caches, self.context, self.chunk = model, caches, context, chunk
-        self.ropes = sorted({layer.rope for layer in model.config.layers if layer.rope}, key=repr)
-        tables = rotary_tables(model.config, torch.arange(context))
-        for i, rope in enumerate(self.ropes):
-            self.register_buffer(f"cos_{i}", tables[rope].cos, persistent=False)
-            self.register_buffer(f"sin_{i}", tables[rope].sin, persistent=False)
+        self.group = config.heads // config.kv_heads
+        self.rings, self.bounds = caches.rings, caches.bounds[:-1]
+        self.register_buffer("steps", torch.arange(caches.chunk), persistent=False)
+        for number, rope in enumerate(ropes):
+            frequencies, factors = rope.spectrum(config.head_dim)
+            self.register_buffer(f"frequencies_{number}", frequencies, persistent=False)
+            self.register_buffer(f"factors_{number}", factors, persistent=False)
+        self.outputs: dict[str, Value] = {}
+        for number in range(len(ropes)):
+            for part in ("cos", "sin"):
+                self.outputs[f"{part}_{number}"] = Value((Tokens(), 1, config.head_dim))
+        self.outputs |= {name: Value((1,), torch.bool) for name in ("first", "single", *(f"up_to_{bound}" for bound in self.bounds))}
+        self.outputs["queries"] = Value((Tokens(self.group), 1))
+        for ring in self.rings:
+            self.register_buffer(f"slots_{ring}", torch.arange(ring), persistent=False)
+            self.outputs[f"indices_{ring}"] = Value((1, Tokens()), torch.int64)
+            self.outputs[f"held_{ring}"] = Value((ring,))
+            self.outputs[f"joined_{ring}"] = Value((Tokens(plus=ring),))
 
-    @property
-    def config(self) -> Config:
-        """The model's config."""
-        return self.model.config
-
-    def tables(self, position: int, length: int) -> Tables:
-        """The rotary tables of one call."""
-        return {
-            rope: Table(
-                getattr(self, f"cos_{i}").narrow(0, position, length), getattr(self, f"sin_{i}").narrow(0, position, length)
-            )
-            for i, rope in enumerate(self.ropes)
-        }
-
-    def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, input_pos: Tensor) -> tuple[Tensor, ...]:
         length = tokens.shape[1]
-        position = cast(int, input_pos.item())
-        torch._check(position >= 0)
-        torch._check(position + length <= self.context)
-        x = self.model.hidden(tokens, self.tables(position, length), self.caches.at(input_pos, length))
-        return self.model.logits(x[:, -1:])
+        queries = input_pos + self.steps[:length]
+        last = queries[-1:]
+        made = []
+        for number in range(sum(name.startswith("cos_") for name in self.outputs)):
+            angles = queries.float()[:, None, None] * getattr(self, f"frequencies_{number}")
+            factors = getattr(self, f"factors_{number}")
+            made += [angles.cos() * factors, angles.sin() * factors]
+        made += [input_pos == 0, last == input_pos, *(last < bound for bound in self.bounds)]
+        made += [queries.float()[:, None].expand(-1, self.group).reshape(-1, 1)]
+        for ring in self.rings:
+            slots = getattr(self, f"slots_{ring}")
+            made += [torch.remainder(queries, ring)[None], held(last, slots).float()]
+            made += [torch.cat([held(input_pos - 1, slots), queries]).float()]
+        return tuple(made)
+
+
+def held(last: Tensor, slots: Tensor) -> Tensor:
+    """The position that each slot of a ring holds after position `last` [1] was written; negative where none was."""
+    # ExecuTorch's portable remainder follows C's sign, so its operand is kept from being negative.
+    count = slots.shape[0]
+    return last - torch.remainder(last + count - slots, count)
+
+
+class Embed(nn.Module):
+    """The stream [1, T, D] of tokens [1, T]; the table is handed in."""
+
+    def __init__(self, embedding: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.look_up = embedding.look_up if hasattr(embedding, "look_up") else F.embedding
+        self.scale = scale
+
+    def forward(self, tokens: Tensor, *table: Tensor) -> Tensor:
+        x = cast(Tensor, self.look_up(tokens, *table))
+        return x if self.scale == 1.0 else x * self.scale
+
+
+class Enter(nn.Module):
+    """The stream [1, T, D] -> q [1, T, H, E], k and v [1, T, K, E] of a block."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, *table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rope = self.block.attention.rope
+        tables: Tables = {rope: Table(*table)} if rope else {}
+        return self.block.enter(x, tables)
+
+
+class Between(nn.Module):
+    """From one layer's attention to the next layer's: (x, y, rotary table) -> (x, q, k, v)."""
+
+    def __init__(self, block: Block, following: Block) -> None:
+        super().__init__()
+        self.block, self.enter = block, Enter(following)
+
+    def extra_repr(self) -> str:
+        """Whether both are one block (layer sharing): its tensors then have one name instead of two."""
+        return "shared" if self.block is self.enter.block else ""
+
+    def forward(self, x: Tensor, y: Tensor, *table: Tensor) -> tuple[Tensor, ...]:
+        x = self.block.leave(x, y)
+        return x, *self.enter(x, *table)
+
+
+class Score(nn.Module):
+    """From the last layer's attention to the logits [1, 1, V] of the last token."""
+
+    def __init__(self, block: Block, model: Transformer) -> None:
+        super().__init__()
+        self.block, self.norm, self.head, self.cap = block, model.norm, model.head, model.config.logits_softcap
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        scores = cast(Tensor, self.head(self.norm(self.block.leave(x[:, -1:], y[:, -1:]))))
+        return scores if self.cap is None else torch.tanh(scores / self.cap) * self.cap
+
+
+def build(model: Transformer, caches: Caches) -> Parts:
+    """The model in parts. It takes the model's layers over.
+
+    A part reaches from one layer's attention to the next, so that all products between two attentions are one graph.
+    """
+    config, parts = model.config, Parts()
+    ropes = sorted({layer.rope for layer in config.layers if layer.rope}, key=repr)
+    positions = Positions(config, caches, ropes)
+    _declare(parts, config, positions)
+    caches.declare(parts)
+    table = _table(parts, model.embedding)
+    blocks = [model.blocks[layer // config.repeats] for layer in range(len(config.layers))]
+    tables = [() if rope is None else (f"cos_{ropes.index(rope)}", f"sin_{ropes.index(rope)}") for rope in (b.attention.rope for b in blocks)]
+    # A delegate's sines need not be good to the last bit where angles are large.
+    parts.steps.append(Step("positions", positions, INPUTS, tuple(positions.outputs), delegated=False))
+    parts.steps += caches.begin()
+    parts.steps.append(Step("embed", Embed(model.embedding, config.embedding_scale), ("tokens", *table), ("x0",)))
+    parts.steps.append(Step("enter", Enter(blocks[0]), ("x0", *tables[0]), ("q", "k", "v")))
+    for layer, block in enumerate(blocks):
+        parts.steps += caches.attend(layer)
+        x = f"x{layer % 2}"
+        if layer + 1 < len(blocks):
+            step = Between(block, blocks[layer + 1])
+            parts.steps.append(Step("between", step, (x, "y", *tables[layer + 1]), (f"x{1 - layer % 2}", "q", "k", "v")))
+        else:
+            parts.steps.append(Step("score", Score(block, model), (x, "y"), (OUTPUT,)))
+    return parts
+
+
+def _declare(parts: Parts, config: Config, positions: Positions) -> None:
+    """The values of every program."""
+    heads, kv_heads = ((1, Tokens(), count, config.head_dim) for count in (config.heads, config.kv_heads))
+    stream = Value((1, Tokens(), config.hidden_size))
+    parts.values |= {"tokens": Value((1, Tokens()), torch.int64), "input_pos": Value((1,), torch.int64), **positions.outputs}
+    parts.values |= {"x0": stream, "x1": stream, "q": Value(heads), "k": Value(kv_heads), "v": Value(kv_heads), "y": Value(heads)}
+    parts.values[OUTPUT] = Value((1, 1, config.vocab_size))
+
+
+def _table(parts: Parts, embedding: nn.Module) -> list[str]:
+    """Declares the embedding's constants; their names."""
+    names = []
+    for name, tensor in embedding.state_dict().items():
+        names.append(f"embedding.{name}")
+        parts.values[names[-1]] = Value(tuple(tensor.shape), tensor.dtype, constant=tensor.detach())
+    return names
 
 
 Kind = TypeVar("Kind", bound=nn.Module)

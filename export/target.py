@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from torch import nn
-
 from lobit.errors import MissingPartError, TargetError, listed
+from lobit.export.parts import Interpreter, Parts
 from lobit.model import Config, Transformer
 from lobit.quant_recipes.recipe import Recipe
 from lobit.quiet import quiet_python
@@ -50,17 +49,20 @@ class Target(Protocol):
     def check(self, recipe: Recipe, config: Config) -> list[str]:
         """Every reason why the target cannot hold the model under the recipe, before anything slow."""
 
-    def program(self, model: Transformer, spec: Spec) -> nn.Module:
+    def weights(self, recipe: Recipe, config: Config) -> list[TensorGroup]:
+        """The bytes that each kind of weights will take in the files."""
+
+    def program(self, model: Transformer, spec: Spec) -> Parts:
         """The converted model in the target's form; takes the model's layers over."""
 
-    def weights(self, program: nn.Module) -> list[TensorGroup]:
-        """The bytes that each kind of weights will take in the file."""
+    def trace(self, parts: Parts, spec: Spec) -> Any:
+        """The program's parts as exported graphs."""
 
-    def trace(self, program: nn.Module, spec: Spec) -> Any:
-        """The program as an exported graph, which PyTorch can still run."""
+    def run(self, parts: Parts, graphs: Any) -> Interpreter:
+        """The traced graphs, run by PyTorch."""
 
-    def lower(self, graph: Any, spec: Spec) -> Lowered:
-        """The graph in the target's own form."""
+    def lower(self, parts: Parts, graphs: Any, spec: Spec) -> Lowered:
+        """The graphs in the target's own form."""
 
     def write(self, lowered: Lowered, folder: Path) -> list[FileEntry]:
         """Writes the target's files into the folder."""

@@ -69,6 +69,13 @@ class Rope:
                 return (1 - smooth) * inverse / factor + smooth * inverse, 1.0
         return inverse, 1.0
 
+    def spectrum(self, width: int) -> tuple[Tensor, Tensor]:
+        """Angles per position and factors on cosine and sine for every entry of a head [width]; 0 and 1 where it does not turn."""
+        frequencies, factor = self.frequencies()
+        still = width - self.dim
+        turning = torch.cat([frequencies, frequencies, torch.zeros(still)])
+        return turning, torch.cat([torch.full((self.dim,), factor), torch.ones(still)])
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -112,6 +119,9 @@ class Config:
     logits_softcap: float | None = None
     repeats: int = 1
     """How often each block runs in a row with the same weights (MobileLLM's layer sharing)."""
+    ternary: Literal["none", "multiply", "divide", "online"] = "none"
+    """How checkpoints keep the layers' linear weights: as floats, as ternary codes to multiply with a scale or to divide by one, or
+    as floats that are rounded to ternary on use (transformers' `bitnet` quantization). The model here holds what they stand for."""
 
     @property
     def scale(self) -> float:
@@ -129,7 +139,7 @@ class Config:
 
 
 class Table(NamedTuple):
-    """Cosine and sine of a run of positions, each [T, dim / 2]."""
+    """Cosine and sine of a run of positions for every entry of a head, each [T, 1, E]."""
 
     cos: Tensor
     sin: Tensor
@@ -144,19 +154,22 @@ def rotary_tables(config: Config, positions: Tensor) -> Tables:
     """Cosine and sine of `positions` [T] for each kind of rotary embedding in the model."""
     tables: Tables = {}
     for rope in {layer.rope for layer in config.layers if layer.rope}:
-        frequencies, factor = rope.frequencies()
-        angles = positions.float()[:, None] * frequencies.to(positions.device)
-        tables[rope] = Table(angles.cos() * factor, angles.sin() * factor)
+        frequencies, factors = (part.to(positions.device) for part in rope.spectrum(config.head_dim))
+        angles = positions.float()[:, None, None] * frequencies
+        tables[rope] = Table(angles.cos() * factors, angles.sin() * factors)
     return tables
 
 
-def rotate(x: Tensor, table: Table) -> Tensor:
-    """Rotary embedding of x [B, T, heads, E]; entries beyond the table's width pass through."""
-    half = table.cos.shape[-1]
-    cos, sin = table.cos[None, :, None], table.sin[None, :, None]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    parts = [a * cos - b * sin, b * cos + a * sin]
-    return torch.cat([*parts, rest] if 2 * half < x.shape[-1] else parts, dim=-1)
+class QuarterTurn(nn.Module):
+    """(a, b, rest) -> (-b, a, 0) over the last axis, a and b of `dim` / 2 entries each: a quarter turn of every rotary pair."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, rest = x.split([self.dim // 2, self.dim // 2, x.shape[-1] - self.dim], dim=-1)
+        return torch.cat([-b, a, torch.zeros_like(rest)], dim=-1)
 
 
 class RMSNorm(nn.Module):
@@ -197,22 +210,30 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(e, config.norm_eps, config.qk_norm == "weighted")
         if config.sub_norms:
             self.sub_norm = RMSNorm(h * e, config.norm_eps)
+        self.rope = config.layers[index * config.repeats].rope
+        self.turn: nn.Module = QuarterTurn(self.rope.dim) if self.rope else nn.Identity()
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H·E], k and v [B, T, K·E]."""
         return self.q(x), self.k(x), self.v(x)
 
-    def forward(self, x: Tensor, layer: int, tables: Tables, attend: Attend) -> Tensor:
-        config = self.config
-        heads = (*x.shape[:2], -1, config.head_dim)
-        q, k, v = (t.reshape(heads) for t in self.project(x))
-        if config.qk_norm != "none":
+    def heads(self, x: Tensor, tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, T, H, E], k and v [B, T, K, E] as they are attended to."""
+        q, k, v = (part.reshape(*x.shape[:2], -1, self.config.head_dim) for part in self.project(x))
+        if self.config.qk_norm != "none":
             q, k = self.q_norm(q), self.k_norm(k)
-        rope = config.layers[layer].rope
-        if rope is not None:
-            q, k = rotate(q, tables[rope]), rotate(k, tables[rope])
-        y = attend(layer, q, k, v).reshape(*x.shape[:2], -1)
-        return self.o(self.sub_norm(y) if config.sub_norms else y)  # type: ignore[no-any-return]
+        if self.rope is not None:
+            q, k = self._rotate(q, tables[self.rope]), self._rotate(k, tables[self.rope])
+        return q, k, v
+
+    def _rotate(self, x: Tensor, table: Table) -> Tensor:
+        """Rotary embedding of x [B, T, heads, E]."""
+        return x * table.cos + self.turn(x) * table.sin  # type: ignore[no-any-return]
+
+    def output(self, y: Tensor) -> Tensor:
+        """What attention y [B, T, H, E] adds to the stream [B, T, D]."""
+        y = y.reshape(*y.shape[:2], -1)
+        return self.o(self.sub_norm(y) if self.config.sub_norms else y)  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
@@ -261,7 +282,16 @@ class Block(nn.Module):
         self.post_mlp_norm: nn.Module = RMSNorm(d, eps) if config.post_norms else nn.Identity()
 
     def forward(self, x: Tensor, layer: int, tables: Tables, attend: Attend) -> Tensor:
-        x = x + self.post_attention_norm(self.attention(self.attention_norm(x), layer, tables, attend))
+        q, k, v = self.enter(x, tables)
+        return self.leave(x, attend(layer, q, k, v))
+
+    def enter(self, x: Tensor, tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
+        """What of the stream x [B, T, D] is attended with: q [B, T, H, E], k and v [B, T, K, E]."""
+        return self.attention.heads(self.attention_norm(x), tables)
+
+    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+        """The stream [B, T, D] after attention y [B, T, H, E] and the feed-forward."""
+        x = x + self.post_attention_norm(self.attention.output(y))
         return x + self.post_mlp_norm(self.mlp(self.mlp_norm(x)))  # type: ignore[no-any-return]
 
 
@@ -285,9 +315,7 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Tensor, tables: Tables, attend: Attend) -> Tensor:
         """The stream before the final norm [B, T, D] for tokens [B, T]."""
-        x = self.embedding(tokens)
-        if self.config.embedding_scale != 1.0:
-            x = x * self.config.embedding_scale
+        x = self.embedding(tokens) * self.config.embedding_scale
         for layer in range(len(self.config.layers)):
             x = self.layers[layer // self.config.repeats](x, layer, tables, attend)
         return x  # type: ignore[no-any-return]

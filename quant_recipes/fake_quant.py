@@ -45,10 +45,10 @@ class FakeQuantizedEmbedding(nn.Module):
 
 
 class FakeQuantizedAttention:
-    """Attention as an INT8 key-value cache sees it: q, k and v rounded per token and head."""
+    """Attention over an INT8 key-value cache: k and v rounded per token and head."""
 
     def __init__(self, attend: Attend) -> None:
         self.attend = attend
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.attend(layer, fake_quantize_tokens(q), fake_quantize_tokens(k), fake_quantize_tokens(v))
+        return self.attend(layer, q, fake_quantize_tokens(k), fake_quantize_tokens(v))

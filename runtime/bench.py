@@ -23,7 +23,7 @@ from lobit.runtime.manifest import CacheInfo, Manifest
 
 Progress = Callable[[str, int, int], None]
 """(what, done, of how many)"""
-READ_BY_ROW = {"embedding", "tables"}
+READ_BY_ROW = {"embedding", "embedding scales", "tables"}
 """Kinds of weights of which a token reads only its own row."""
 VERSIONED = ("torch", "executorch", "onnxruntime")
 WHAT = (
@@ -205,7 +205,7 @@ def bytes_per_token(manifest: Manifest, work: Workload) -> float:
     """What decoding a token must read from memory, in bytes: the mean over the test's tokens.
 
     Every weight once, but of an embedding and of tables one row, which is left out; where the bundle has no weights of kind
-    `head`, the embedding is the head and is read whole. And the keys and values of every token that the new one sees, itself
+    `head`, the embedding is the head and is read whole, without the scales that only its rows need. And the keys and values of every token that the new one sees, itself
     included, in each layer at most as many as the layer has slots. A runtime that reads more (a whole cache, weights twice) uses
     more of the bandwidth than this shows.
     """

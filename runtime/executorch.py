@@ -96,6 +96,7 @@ class ProgramFile:
             self.program = file.program
             self.plan = self.program.execution_plan[0]
             self.named = file.named_data
+            self._shared = b""
             self.graphs = _decode_graphs([bytes(blob.data) for blob in self.program.backend_delegate_data])
         except Exception as error:  # the schema readers raise many kinds, all of them mean a damaged file
             raise BundleError(f"{path} cannot be taken apart ({type(error).__name__}: {error}): export it again") from None
@@ -111,7 +112,7 @@ class ProgramFile:
     def constant(self, value: int) -> NDArray[Any]:
         """A constant tensor of the program as bytes [rows, …] of its own type."""
         tensor = self.plan.values[value].val
-        dtype = {0: np.uint8, 1: np.int8, 6: np.float32}[int(tensor.scalar_type)]
+        dtype = {0: np.uint8, 1: np.int8, 5: np.float16, 6: np.float32}[int(tensor.scalar_type)]
         buffer = bytes(self.program.constant_buffer[tensor.data_buffer_idx].storage)
         count = int(np.prod(tensor.sizes))
         return np.frombuffer(buffer, dtype=dtype, count=count).reshape(tensor.sizes)
@@ -132,8 +133,8 @@ class ProgramFile:
             return StoredLayer("embedding", table, None)
         scale = self.constant(arguments[1])
         if bits == 4:
-            table = np.stack([table >> 4, table & 15], axis=2).reshape(table.shape[0], -1).astype(np.int8) - np.int8(8)
-        return StoredLayer("embedding", table, scale.reshape(scale.shape[0], -1))
+            self._shared, table = table.tobytes(), _halves(table >> 4, table & 15)
+        return StoredLayer("embedding", table, scale.reshape(scale.shape[0], -1).astype(np.float32))
 
     def _products(self, graph: dict[str, Any], where: str) -> Iterator[StoredLayer]:
         values = {_tensor(value)["id_out"]: value for value in graph["xvalues"]}
@@ -159,10 +160,17 @@ class ProgramFile:
             scale = np.frombuffer(stored, np.float32)
         if tensor["datatype"] in ("xnn_datatype_qbint4", "xnn_datatype_qcint4"):
             packed = np.frombuffer(data, np.uint8).reshape(rows, -1)
-            integers = np.stack([packed & 15, packed >> 4], axis=2).reshape(rows, -1)[:, :columns].astype(np.int8) - np.int8(8)
+            low, high = packed & 15, packed >> 4
+            # The bytes of the embedding: its operator has the halves the other way round, and the program exchanges the inputs.
+            integers = (_halves(high, low) if data == self._shared else _halves(low, high))[:, :columns]
         else:
             integers = np.frombuffer(data, np.int8).reshape(rows, columns)
         return StoredLayer(name, integers, scale.reshape(rows, -1))
+
+
+def _halves(first: NDArray[Any], second: NDArray[Any]) -> NDArray[Any]:
+    """INT4 from its codes of even and of odd elements, each [rows, columns / 2]."""
+    return np.stack([first, second], axis=2).reshape(first.shape[0], -1).astype(np.int8) - np.int8(8)
 
 
 def _tensor(value: dict[str, Any]) -> dict[str, Any]:

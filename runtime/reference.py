@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lobit.model import CausalAttention, Config, Transformer, dot_product_attention, rotary_tables, visible, weight_of
 from lobit.quant_recipes.apply import layers_of
@@ -66,11 +69,17 @@ class ReferenceEngine(SteppingEngine):
 
 
 def stored_layers(model: Transformer) -> list[StoredLayer]:
-    """The model's embedding and linear layers in the order of execution, for `verify`."""
+    """The model's embedding and linear layers in the order of execution, for `verify`; a block that runs again is there again."""
     layers = []
-    for name, module in layers_of(model):
+    for name, module in _executed(model):
         if isinstance(module, (IntegerLinear, IntegerEmbedding)):
             layers.append(StoredLayer(name, module.integers.numpy(), module.scale.numpy()))
         else:
             layers.append(StoredLayer(name, weight_of(module).detach().numpy(), None))
     return layers
+
+
+def _executed(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
+    """`layers_of`, each block as often as it runs."""
+    for block, members in itertools.groupby(layers_of(model), key=lambda layer: layer[0].split(".")[:2]):
+        yield from list(members) * (model.config.repeats if block[0] == "layers" else 1)

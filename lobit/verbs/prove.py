@@ -116,7 +116,8 @@ def _graph_engine(model: Transformer, recipe: Recipe, manifest: Manifest) -> Eng
     from lobit.runtime.engine import Logits, SteppingEngine
 
     module, spec = find_target(manifest.target), Spec(recipe, manifest.context, manifest.chunk)
-    graph = module.trace(module.program(model, spec), spec).module(check_guards=False)
+    parts = module.program(model, spec)
+    graph = module.run(parts, module.trace(parts, spec))
 
     @torch.inference_mode()
     def step(tokens: list[int], position: int) -> Logits:

@@ -233,10 +233,10 @@ def test_prefill_and_decode_share_one_copy_of_the_weights(model: str, recipe: st
 
 
 @pytest.mark.parametrize("model", FAMILIES)
-def test_a_layer_is_four_products(model: str, bundles: Bundles) -> None:
+def test_a_layer_is_seven_products(model: str, bundles: Bundles) -> None:
     bundle = open_bundle(bundles(model, "8da4w-g32"))
     shapes = [stored.values.shape for stored in ProgramFile(bundle.path("program")).layers()]
-    layer = [(2 * 2 * 32 + 4 * 32, 64), (64, 4 * 32), (2 * 128, 64), (64, 128)]  # q k v, o, gate up, down
+    layer = [(4 * 32, 64), (2 * 32, 64), (2 * 32, 64), (64, 4 * 32), (128, 64), (128, 64), (64, 128)]
     assert shapes == [(96, 64), *layer * bundle.manifest.model.layers, (96, 64)]
 
 

@@ -1,0 +1,281 @@
+"""Lowered parts joined to one ExecuTorch program: one list of values, of operators, of delegates and of instructions.
+
+Inside a part all tensors lie in one scratch area that every part uses anew. What parts hand to each other, and the caches, lie
+behind it, each in a place of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from executorch.exir import schema
+from executorch.exir.scalar_type import ScalarType
+from torch import Tensor, nn
+
+from lobit.export.lowering import LoweredPart
+from lobit.export.parts import INPUTS, OUTPUT, Choice, Parts, Step, Tokens, Value
+from lobit.export.stamp import Stamp, as_bytes, key_of, serialized
+
+ALIGNMENT = 64
+"""Bytes, of a tensor in memory: a cache line."""
+SCALARS = {
+    torch.uint8: ScalarType.BYTE,
+    torch.int8: ScalarType.CHAR,
+    torch.int64: ScalarType.LONG,
+    torch.float16: ScalarType.HALF,
+    torch.float32: ScalarType.FLOAT,
+    torch.bool: ScalarType.BOOL,
+}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A constant of a delegate that is made when it is written."""
+
+    module: nn.Module
+    name: str
+    bytes: int
+
+    def data(self) -> Tensor:
+        """Its bytes, as XNNPACK reads them."""
+        return serialized(self.module, self.name, self.module.state_dict()[self.name])
+
+
+@dataclass
+class Linked:
+    """A program whose large data is still outside of it."""
+
+    program: schema.Program
+    """Without constants, delegates and named data."""
+    constants: list[Tensor] = field(default_factory=list)
+    """What the tensors of the program refer to by their number, counted from 1."""
+    delegates: list[bytes] = field(default_factory=list)
+    """What the program's delegates refer to."""
+    weights: dict[str, Weight] = field(default_factory=dict)
+    """What the delegates refer to by name."""
+
+
+class Linker:
+    """Joins the lowered parts of a program.
+
+    Args:
+        parts: the program.
+        lowered: each part, by `parts.part_of`.
+        stamps: where each part has the tensors of its module.
+        chunk: the most tokens in one call.
+    """
+
+    def __init__(self, parts: Parts, lowered: Mapping[str, LoweredPart], stamps: Mapping[str, Stamp], chunk: int) -> None:
+        self.parts, self.lowered, self.stamps, self.chunk = parts, lowered, stamps, chunk
+        self.values: list[schema.EValue] = []
+        self.operators: list[schema.Operator] = []
+        self.instructions: list[schema.Instruction] = []
+        self.delegates: list[schema.BackendDelegate] = []
+        self.linked = Linked(None)
+        self.scratch = max(_scratch(part) for part in lowered.values())
+        self.size = _aligned(self.scratch)
+        self._places: dict[str, int] = {}
+        self._named: dict[str, int] = {}
+        self._inner: dict[str, dict[int, int]] = {}
+        self._lists: dict[tuple[Any, ...], int] = {}
+        self._constants: dict[bytes, int] = {}
+        self._delegates: dict[tuple[bytes, str], int] = {}
+        self._keys: dict[tuple[int, str], str] = {}
+
+    def link(self, constant_methods: Sequence[schema.ExecutionPlan]) -> Linked:
+        """The whole program.
+
+        Args:
+            constant_methods: further methods of the program.
+        """
+        false = self._add(schema.Bool(False))
+        inputs = [self._value(name) for name in INPUTS]
+        for step in self.parts.steps:
+            if isinstance(step, Step):
+                self._emit(step)
+            else:
+                self._choose(step, false)
+        outputs = [self._value(OUTPUT)]
+        first, last = (self._plan(step) for step in (self._first(), self._last()))
+        container = schema.ContainerMetadata(first.container_meta_type.encoded_inp_str, last.container_meta_type.encoded_out_str)
+        chain = schema.Chain(inputs=inputs, outputs=outputs, instructions=self.instructions, stacktrace=None)
+        plan = schema.ExecutionPlan(
+            "forward", container, self.values, inputs, outputs, [chain], self.operators, self.delegates, [0, self.size]
+        )
+        version = next(iter(self.lowered.values())).program.version
+        empty = schema.SubsegmentOffsets(0, [])
+        self.linked.program = schema.Program(version, [plan, *constant_methods], [], [], [], empty, [], [])
+        return self.linked
+
+    def _first(self) -> Step:
+        return next(self.parts.every_step())
+
+    def _last(self) -> Step:
+        return list(self.parts.every_step())[-1]
+
+    def _plan(self, step: Step) -> schema.ExecutionPlan:
+        plan: schema.ExecutionPlan = self.lowered[self.parts.part_of(step)].program.execution_plan[0]
+        return plan
+
+    def _add(self, value: Any) -> int:
+        self.values.append(schema.EValue(value))
+        return len(self.values) - 1
+
+    def _choose(self, choice: Choice, false: int) -> None:
+        """Emits the cases with a jump over each whose flag is false, and from the end of each to the end of all."""
+        to_end = []
+        for flag, steps in choice.cases:
+            skip = None
+            if flag is not None:
+                skip = schema.JumpFalseCall(self._value(flag), 0)
+                self.instructions.append(schema.Instruction(skip))
+            for step in steps:
+                self._emit(step)
+            to_end.append(schema.JumpFalseCall(false, 0))
+            self.instructions.append(schema.Instruction(to_end[-1]))
+            if skip:
+                skip.destination_instruction = len(self.instructions)
+        for jump in to_end:
+            jump.destination_instruction = len(self.instructions)
+
+    def _emit(self, step: Step) -> None:
+        """Emits a part's instructions with this step's values and weights."""
+        name = self.parts.part_of(step)
+        part, plan = self.lowered[name], self._plan(step)
+        outputs = plan.outputs[len(plan.outputs) - len(step.outputs) :]
+        bound = dict(zip(plan.inputs, map(self._value, step.inputs), strict=True))
+        bound |= dict(zip(outputs, map(self._value, step.outputs), strict=True))
+        bound |= self._tensors(step, plan)
+        base = len(self.instructions)
+        for instruction in plan.chains[0].instructions:
+            call = dataclasses.replace(instruction.instr_args)
+            if isinstance(call, schema.JumpFalseCall):
+                call.destination_instruction += base
+            for attribute in ("cond_value_index", "move_from", "move_to", "value_index"):
+                if hasattr(call, attribute):
+                    setattr(call, attribute, self._index(name, getattr(call, attribute), bound))
+            if hasattr(call, "args"):
+                call.args = [self._index(name, argument, bound) for argument in call.args]
+            if isinstance(call, schema.KernelCall):
+                call.op_index = self._operator(plan.operators[call.op_index])
+            if isinstance(call, schema.DelegateCall):
+                call.delegate_index = self._delegate(step, part, plan.delegates[call.delegate_index])
+            self.instructions.append(schema.Instruction(call))
+
+    def _tensors(self, step: Step, plan: schema.ExecutionPlan) -> dict[int, int]:
+        """The part's constants that are tensors of the step's module."""
+        buffers = self.stamps[self.parts.part_of(step)].buffers
+        weights = step.module.state_dict() if buffers else {}
+        found = {}
+        for index, value in enumerate(plan.values):
+            if isinstance(value.val, schema.Tensor) and value.val.data_buffer_idx in buffers:
+                tensor = weights[buffers[value.val.data_buffer_idx]]
+                found[index] = self._add(dataclasses.replace(value.val, data_buffer_idx=self._constant(tensor)))
+        return found
+
+    def _index(self, name: str, index: int, bound: Mapping[int, int]) -> int:
+        """A value of a part, among the values of the program."""
+        if index in bound:
+            return bound[index]
+        part = self.lowered[name].program
+        value = part.execution_plan[0].values[index].val
+        if isinstance(value, (schema.TensorList, schema.IntList, schema.OptionalTensorList)):
+            items = [self._index(name, item, bound) if item >= 0 else item for item in value.items]
+            key = (type(value), *items)
+            if key not in self._lists:
+                self._lists[key] = self._add(dataclasses.replace(value, items=items))
+            return self._lists[key]
+        inner = self._inner.setdefault(name, {})
+        if index not in inner:
+            if isinstance(value, schema.Tensor) and value.data_buffer_idx:
+                storage = part.constant_buffer[value.data_buffer_idx].storage
+                value = dataclasses.replace(value, data_buffer_idx=self._constant(torch.frombuffer(bytearray(storage), dtype=torch.uint8)))
+            inner[index] = self._add(value)
+        return inner[index]
+
+    def _constant(self, tensor: Tensor) -> int:
+        digest = hashlib.sha256(as_bytes(tensor)).digest()
+        if digest not in self._constants:
+            self.linked.constants.append(tensor)
+            self._constants[digest] = len(self.linked.constants)
+        return self._constants[digest]
+
+    def _operator(self, operator: schema.Operator) -> int:
+        if operator not in self.operators:
+            self.operators.append(operator)
+        return self.operators.index(operator)
+
+    def _delegate(self, step: Step, part: LoweredPart, delegate: schema.BackendDelegate) -> int:
+        """The delegate with this step's weights; one for all steps with the same."""
+        names = self.stamps[self.parts.part_of(step)].keys
+        blob = bytes(part.program.backend_delegate_data[delegate.processed.index].data)
+        for key in names:
+            if key.encode() in blob:
+                blob = blob.replace(key.encode(), self._key(step.module, names[key]).encode())
+        known = (blob, delegate.id)
+        if known not in self._delegates:
+            self.linked.delegates.append(blob)
+            where = schema.BackendDelegateDataReference(schema.DataLocation.SEGMENT, len(self.linked.delegates) - 1)
+            self.delegates.append(schema.BackendDelegate(delegate.id, where, delegate.compile_specs))
+            self._delegates[known] = len(self.delegates) - 1
+        return self._delegates[known]
+
+    def _key(self, module: nn.Module, name: str) -> str:
+        """The name of a tensor's data; notes where to find it."""
+        tensor = module.state_dict()[name]
+        known = (id(module), name)
+        if known not in self._keys:
+            data = serialized(module, name, tensor)
+            self._keys[known] = key_of(module, name, data)
+            self.linked.weights.setdefault(self._keys[known], Weight(module, name, data.nbytes))
+        return self._keys[known]
+
+    def _value(self, name: str) -> int:
+        """A value that parts hand to each other."""
+        if name not in self._named:
+            self._named[name] = self._add(self._tensor(name, self.parts.values[name]))
+        return self._named[name]
+
+    def _tensor(self, name: str, value: Value) -> schema.Tensor:
+        sizes = value.sizes(self.chunk)
+        moves = any(isinstance(size, Tokens) for size in value.shape)
+        where = None
+        if value.constant is None and name not in INPUTS:
+            offset = self._place(name, value)
+            where = schema.AllocationDetails(1, offset & 0xFFFFFFFF, offset >> 32)
+        return schema.Tensor(
+            scalar_type=SCALARS[value.dtype],
+            storage_offset=0,
+            sizes=sizes,
+            dim_order=list(range(len(sizes))),
+            requires_grad=False,
+            layout=0,
+            data_buffer_idx=0 if value.constant is None else self._constant(value.constant),
+            allocation_info=where,
+            shape_dynamism=schema.TensorShapeDynamism.DYNAMIC_BOUND if moves else schema.TensorShapeDynamism.STATIC,
+        )
+
+    def _place(self, name: str, value: Value) -> int:
+        """The offset of a value's memory: its own, its cache's, or its overlay's."""
+        place = value.memory or value.overlay or name
+        if place not in self._places:
+            sharing = [self.parts.memories[place]] if value.memory else []
+            sharing += [other for other in self.parts.values.values() if value.overlay and other.overlay == value.overlay]
+            sizes = [torch.Size(one.sizes(self.chunk)).numel() * one.dtype.itemsize for one in sharing or [value]]
+            self._places[place] = self.size
+            self.size += _aligned(max(sizes))
+        return self._places[place]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _scratch(part: LoweredPart) -> int:
+    sizes: list[int] = part.program.execution_plan[0].non_const_buffer_sizes
+    return sizes[1] if len(sizes) > 1 else 0

@@ -1,0 +1,102 @@
+"""Writing ExecuTorch's file format without holding its data in memory (executorch/exir/_serialize/_program.py).
+
+A file is a header, the program as a flatbuffer, and segments: the constants of its tensors, its delegates' graphs, and the named
+data of those. Where named data is what a constant holds already, as a head that is its embedding, its segment is that place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from executorch.exir import schema
+from executorch.exir._serialize._flatbuffer_program import _program_to_flatbuffer
+from executorch.exir._serialize._program import _ExtendedHeader, _insert_flatbuffer_header
+from torch import Tensor
+
+from lobit.export.link import Linked, Weight
+from lobit.export.stamp import as_bytes
+
+SEGMENT_ALIGNMENT = 128
+CONSTANT_ALIGNMENT = 16
+"""Bytes; both as executorch's own writer has them."""
+
+Source = bytes | Tensor | Weight
+
+
+@dataclass
+class _Layout:
+    """What lies where behind the program."""
+
+    pieces: list[tuple[int, Source]] = field(default_factory=list)
+    segments: list[schema.DataSegment] = field(default_factory=list)
+    end: int = 0
+
+    def place(self, source: Source, size: int, alignment: int) -> int:
+        """Adds data; its offset."""
+        offset = _aligned(self.end, alignment)
+        self.pieces.append((offset, source))
+        self.end = offset + size
+        return offset
+
+    def segment(self, offset: int, size: int) -> int:
+        """Names a place; its number."""
+        self.segments.append(schema.DataSegment(offset, size))
+        return len(self.segments) - 1
+
+
+def write_program(linked: Linked, path: Path) -> None:
+    """Writes a linked program."""
+    layout, program = _Layout(), linked.program
+    offsets = _constants(linked, layout)
+    program.constant_segment = schema.SubsegmentOffsets(0, [0, *offsets])
+    numbers = [layout.segment(layout.place(blob, len(blob), SEGMENT_ALIGNMENT), len(blob)) for blob in linked.delegates]
+    for delegate in program.execution_plan[0].delegates:
+        where = schema.BackendDelegateDataReference(schema.DataLocation.SEGMENT, numbers[delegate.processed.index])
+        delegate.processed = where
+    held = {hashlib.sha256(as_bytes(tensor)).hexdigest(): offset for tensor, offset in zip(linked.constants, offsets, strict=True)}
+    program.named_data = []
+    for key, weight in linked.weights.items():
+        digest = key.removeprefix("scale_")
+        offset = held[digest] if digest in held else layout.place(weight, weight.bytes, SEGMENT_ALIGNMENT)
+        program.named_data.append(schema.NamedData(key, layout.segment(offset, weight.bytes)))
+    program.segments = layout.segments
+    with path.open("wb") as file:
+        begin = file.write(_head(program, layout.end))
+        for offset, source in layout.pieces:
+            file.write(bytes(begin + offset - file.tell()))
+            for block in _blocks(source):
+                file.write(block)
+
+
+def _constants(linked: Linked, layout: _Layout) -> list[int]:
+    """Places the constants in segment 0; their offsets."""
+    offsets = [layout.place(tensor, tensor.nbytes, CONSTANT_ALIGNMENT) for tensor in linked.constants]
+    layout.segment(0, layout.end)
+    return offsets
+
+
+def _blocks(source: Source) -> Iterator[bytes | memoryview]:
+    if isinstance(source, Weight):
+        yield as_bytes(source.data())
+    else:
+        yield as_bytes(source) if isinstance(source, Tensor) else source
+
+
+def _head(program: schema.Program, data_size: int) -> bytes:
+    """Header and flatbuffer, padded to where the segments begin."""
+    result = _program_to_flatbuffer(program, constant_tensor_alignment=CONSTANT_ALIGNMENT, delegate_alignment=None)
+    header_size = _aligned(_ExtendedHeader.EXPECTED_LENGTH, result.max_alignment)
+    size = header_size + len(result.data)
+    begin = _aligned(size, SEGMENT_ALIGNMENT)
+    header = _ExtendedHeader(program_size=size, segment_base_offset=begin, segment_data_size=data_size).to_bytes()
+    data = _insert_flatbuffer_header(
+        flatbuffer_data=result.data, magic_regex=r"ET[0-9a-zA-Z][0-9a-zA-Z]", header_data=header.ljust(header_size, b"\0")
+    )
+    return data.ljust(begin, b"\0")
+
+
+def _aligned(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment

@@ -1,0 +1,103 @@
+"""One graph for all layers of a kind: it is lowered once, with random weights, and stamped with those of each layer.
+
+XNNPACK's graphs name their constants by the sha256 of their bytes. So the graph of another layer differs in these names alone,
+which are of one length, and the bytes behind them are what XNNPACK's serializer (backends/xnnpack/operators/node_visitor.py)
+makes of the layer's tensors. The random weights are all different, so that each name in the graph says which tensor it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+import torch
+from executorch.exir.schema import Program
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from lobit.errors import TargetError
+from lobit.export.delegated import DelegatedLinear
+from lobit.quant_recipes.packing import pack_int4
+
+
+def randomize(graph: ExportedProgram) -> None:
+    """Puts random numbers in place of a traced graph's weights: its persistent tensors, save zero points, which stay 0."""
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in graph.state_dict.items():
+        if tensor.dtype == torch.int8:
+            graph.state_dict[name] = torch.randint(-8, 8, tensor.shape, dtype=torch.int8, generator=generator)
+        elif tensor.is_floating_point():
+            random = torch.rand(tensor.shape, generator=generator) + 0.5
+            graph.state_dict[name] = nn.Parameter(random, requires_grad=False) if isinstance(tensor, nn.Parameter) else random
+
+
+def serialized(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """A tensor of a module as XNNPACK's serializer writes it.
+
+    Args:
+        module: that the tensor is in.
+        name: of the tensor in the module.
+        tensor: the module's own, or one of its shape.
+    """
+    path, _, part = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if isinstance(owner, DelegatedLinear) and part == "integers":
+        return pack_int4(tensor) if owner.grid.bits == 4 else tensor.contiguous()
+    if isinstance(owner, DelegatedLinear) and part == "scale" and owner.grid.group_size:
+        return tensor.to(torch.bfloat16)
+    return tensor.detach().float().contiguous()
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes, without a copy."""
+    return memoryview(tensor.flatten().view(torch.uint8).numpy())
+
+
+def key_of(module: nn.Module, name: str, data: Tensor) -> str:
+    """XNNPACK's name of a constant: sha256 of its bytes, with a prefix where it is a scale.
+
+    Args:
+        module: as in `serialized`.
+        name: as in `serialized`.
+        data: of `serialized`.
+    """
+    path, _, part = name.rpartition(".")
+    is_scale = isinstance(module.get_submodule(path), DelegatedLinear) and part == "scale"
+    return ("scale_" if is_scale else "") + hashlib.sha256(as_bytes(data)).hexdigest()
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Where a lowered graph has a module's tensors."""
+
+    keys: dict[str, str]
+    """XNNPACK's names of constants, and the tensors of the module that they are."""
+    buffers: dict[int, str]
+    """Constants of ExecuTorch's own, and the tensors of the module that they are; others are the same for all modules."""
+
+
+def stamp_of(graph: ExportedProgram, module: nn.Module, keys: set[str], program: Program) -> Stamp:
+    """Finds a module's tensors in a randomized and lowered graph.
+
+    Args:
+        graph: after `randomize`.
+        module: that was traced.
+        keys: XNNPACK's names of the lowered graph's constants.
+        program: the lowered graph.
+
+    Raises:
+        TargetError: a constant of XNNPACK's is none of the module's tensors.
+    """
+    weights = {name: tensor.detach() for name, tensor in graph.state_dict.items() if tensor.dtype != torch.int64}
+    plain = {hashlib.sha256(as_bytes(tensor)).digest(): name for name, tensor in weights.items()}
+    buffers = {number: hashlib.sha256(buffer.storage).digest() for number, buffer in enumerate(program.constant_buffer)}
+    found = {key_of(module, name, serialized(module, name, tensor)): name for name, tensor in weights.items()}
+    unknown = sorted(keys - set(found))
+    if unknown:
+        raise TargetError(
+            f"{len(unknown)} of {len(keys)} constants of a lowered graph are none of its module's tensors: this version of ExecuTorch "
+            "writes weights otherwise than the one that lobit is pinned to; install that one"
+        )
+    return Stamp(
+        {key: found[key] for key in sorted(keys)},
+        {number: plain[digest] for number, digest in buffers.items() if digest in plain},
+    )
