@@ -14,7 +14,7 @@ help:
 	@echo 'make demo    the shipped model through everything, to $(OUT)/report.html'
 	@echo 'make test    every test; ARGS='\''-m "not slow"'\'' leaves out the slow ones'
 	@echo 'make check   lint, types, layout'
-	@echo 'make bench   speed and memory of the bundles that the demo made'
+	@echo 'make bench   beside export_llm and llama.cpp, to bench-out/peers.md; ARGS='\''--rounds 1'\'' is a quick look; hours the first time'
 	@echo 'make clean   removes $(VENV), $(OUT), build outputs and caches'
 
 demo: $(OUT)/report.html
@@ -32,8 +32,10 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layout.py
 
-bench: demo
-	$(BIN)/lobit bench $$(find $(OUT) -name manifest.json -exec dirname {} \; | sort)
+# Models and peers' artifacts stay in bench-out.
+bench: $(INSTALLED)
+	mkdir -p bench-out
+	$(BIN)/python tests/benchmarks/peers.py --work bench-out --out bench-out/peers.md --json bench-out/peers.json $(ARGS)
 
 venv: $(INSTALLED)
 

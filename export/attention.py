@@ -28,7 +28,7 @@ HALVED_FROM = 1024
 
 
 def bounds(context: int) -> list[int]:
-    """The numbers of slots that a call may read, up to the context: 64, 128, … 1024, 1536, 2048, 3072, …"""
+    """The numbers of slots that a call may read, up to the context: 64, 128, 256, 512, 1024, 1536, 2048, 3072 and so on."""
     found, bound = [], SMALLEST_BOUND
     while bound < context:
         found += [bound, bound * 3 // 2] if bound >= HALVED_FROM else [bound]
@@ -128,32 +128,6 @@ class Join(nn.Module):
         return tuple(torch.cat(pair, dim=1) for pair in zip(tensors[half:], tensors[:half], strict=True))
 
 
-class Attend(nn.Module):
-    """Attention as two batched products: q [1, T, H, E] over entries [1, S, K, ·] under a mask [T · H / K, S] -> [1, T, H, E]."""
-
-    def __init__(self, config: Config, entries: Entries) -> None:
-        super().__init__()
-        self.config, self.entries = config, entries
-
-    def forward(self, mask: Tensor, q: Tensor, *caches: Tensor) -> Tensor:
-        c, half = self.config, len(caches) // 2
-        group = c.heads // c.kv_heads
-        keys, values = (self.entries.decode(part).reshape(-1, c.kv_heads, c.head_dim) for part in (caches[:half], caches[half:]))
-        queries = (q * c.scale).reshape(-1, c.kv_heads, group, c.head_dim).transpose(0, 1).reshape(c.kv_heads, -1, c.head_dim)
-        scores = torch.bmm(queries, keys.permute(1, 2, 0)) + mask
-        mixed = torch.bmm(torch.softmax(scores, dim=-1), values.permute(1, 0, 2))
-        return mixed.reshape(c.kv_heads, -1, group, c.head_dim).transpose(0, 1).reshape(1, -1, c.heads, c.head_dim)
-
-
-class Clear(nn.Module):
-    """Fills caches with zeros: what a slot that was never written holds is multiplied by 0, so it must be a number."""
-
-    def forward(self, *caches: Tensor) -> tuple[()]:
-        for cache in caches:
-            cache.zero_()
-        return ()
-
-
 class Mask(nn.Module):
     """0 where a query sees a key, `HIDDEN` or less where not: [queries, keys] from positions as floats [queries, 1] and [keys].
 
@@ -174,6 +148,45 @@ class Mask(nn.Module):
         if self.window is not None:
             hidden = hidden + (-later - (self.window - 1)).clamp(0, 1) + (-keys).clamp(0, 1)
         return hidden * HIDDEN
+
+
+class Attend(nn.Module):
+    """Attention as two batched products: q [1, T, H, E] over entries [1, S, K, ·] -> [1, T, H, E].
+
+    Args:
+        config: the model.
+        entries: how keys and values are kept.
+        slots: S of a cache whose slots are positions, so that the mask follows from the queries' positions; None: a mask is given.
+    """
+
+    keys: Tensor
+
+    def __init__(self, config: Config, entries: Entries, slots: int | None = None) -> None:
+        super().__init__()
+        self.config, self.entries, self.slots = config, entries, slots
+        if slots is not None:
+            self.mask = Mask(None)
+            self.register_buffer("keys", torch.arange(slots).float(), persistent=False)
+
+    def forward(self, mask: Tensor, q: Tensor, *caches: Tensor) -> Tensor:
+        """`mask`: of `Mask`; where the slots are fixed, the positions [T · H / K, 1] of the queries instead."""
+        c, half = self.config, len(caches) // 2
+        group = c.heads // c.kv_heads
+        mask = mask if self.slots is None else self.mask(mask, self.keys)
+        keys, values = (self.entries.decode(part).reshape(-1, c.kv_heads, c.head_dim) for part in (caches[:half], caches[half:]))
+        queries = (q * c.scale).reshape(-1, c.kv_heads, group, c.head_dim).transpose(0, 1).reshape(c.kv_heads, -1, c.head_dim)
+        scores = torch.bmm(queries, keys.permute(1, 2, 0)) + mask
+        mixed = torch.bmm(torch.softmax(scores, dim=-1), values.permute(1, 0, 2))
+        return mixed.reshape(c.kv_heads, -1, group, c.head_dim).transpose(0, 1).reshape(1, -1, c.heads, c.head_dim)
+
+
+class Clear(nn.Module):
+    """Fills caches with zeros: what a slot that was never written holds is multiplied by 0, so it must be a number."""
+
+    def forward(self, *caches: Tensor) -> tuple[()]:
+        for cache in caches:
+            cache.zero_()
+        return ()
 
 
 def position_of(input_pos: Tensor, length: int, slots: int) -> int:
@@ -222,9 +235,6 @@ class Caches:
         for ring in self.rings:
             parts.values[f"mask_{ring}"] = Value((Tokens(group), ring), overlay=f"mask of {ring}")
             parts.values[f"mask_joined_{ring}"] = Value((Tokens(group), Tokens(plus=ring)), overlay=f"mask of {ring}")
-        for bound in self.bounds:
-            parts.values[f"mask[{bound}]"] = Value((Tokens(group), bound), overlay="mask of all")
-            parts.values[f"keys[{bound}]"] = Value((bound,), constant=torch.arange(bound).float())
 
     def begin(self) -> list[Step | Choice]:
         """The steps before the first layer: at position 0 clean caches, and masks."""
@@ -237,8 +247,6 @@ class Caches:
             single = Step("mask", Mask(ring), ("queries", f"held_{ring}"), (f"mask_{ring}",))
             joined = Step("mask", Mask(ring), ("queries", f"joined_{ring}"), (f"mask_joined_{ring}",))
             steps.append(self._by_length((single,), (joined,)))
-        if self.bounds:
-            steps.append(self._by_bound(lambda bound: Step("mask", Mask(None), ("queries", f"keys[{bound}]"), (f"mask[{bound}]",))))
         return steps
 
     def _by_length(self, single: tuple[Step, ...], several: tuple[Step, ...]) -> Choice:
@@ -253,13 +261,13 @@ class Caches:
         names = tuple(self.names)
         encode = Step("encode", Encode(self.entries), ("k", "v"), names)
         window = self.config.layers[layer].window
-        if window in self.rings:
-            return [encode, self._attend_ring(layer, cast(int, window))]
+        if window is not None and window in self.rings:
+            return [encode, self._attend_ring(layer, window)]
         write = Step("write", Write(ring=False), ("input_pos", *names, *self._cached(layer, self.context)))
-        return [encode, write, self._by_bound(lambda bound: self._attend(f"mask[{bound}]", self._cached(layer, bound)))]
+        return [encode, write, self._by_bound(lambda bound: self._attend("queries", self._cached(layer, bound), bound))]
 
-    def _attend(self, mask: str, entries: tuple[str, ...]) -> Step:
-        return Step("attend", Attend(self.config, self.entries), (mask, "q", *entries), ("y",))
+    def _attend(self, mask: str, entries: tuple[str, ...], slots: int | None = None) -> Step:
+        return Step("attend", Attend(self.config, self.entries, slots), (mask, "q", *entries), ("y",))
 
     def _attend_ring(self, layer: int, ring: int) -> Choice:
         names, cached = tuple(self.names), self._cached(layer, ring)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from lobit.checkpoint import TOKENIZER_FILES
 from lobit.errors import InputError
-from lobit.export.stages import OnStage, Stages
-from lobit.export.target import Lowered, Spec, check_target, find_target
+from lobit.export.stages import Kept, Stages
+from lobit.export.target import Lowered, Spec, find_target
 from lobit.model import Config, Transformer
-from lobit.place import new_folder
+from lobit.quant_recipes.apply import skeleton
 from lobit.quant_recipes.quantized import fingerprint
 from lobit.quant_recipes.recipe import Recipe
 from lobit.runtime.manifest import FILE_NAME, CacheInfo, FileEntry, Manifest, ModelInfo, Tokens
@@ -47,83 +48,79 @@ def cache_info(config: Config, recipe: Recipe, context: int) -> CacheInfo:
     return CacheInfo("float32", slots, heads * config.head_dim * 4, 0)
 
 
-def parameter_count(model: Transformer) -> int:
+def parameter_count(config: Config) -> int:
     """Weights of the float model, a tied embedding once."""
-    from lobit.quant_recipes.apply import skeleton
-
-    return sum(parameter.numel() for parameter in skeleton(model.config).parameters())
+    return sum(parameter.numel() for parameter in skeleton(config).parameters())
 
 
-def export(
-    model: Transformer,
-    recipe: Recipe,
-    source: Path,
-    out: Path,
-    *,
-    target: str,
-    tokens: Tokens,
-    context: int,
-    chunk: int,
-    command: Sequence[str] = (),
-    on_stage: OnStage | None = None,
-) -> Manifest:
-    """Lowers a converted model and writes the bundle; `out` appears when all is done, or not at all.
+@dataclass(frozen=True)
+class Request:
+    """What is to be exported, besides the model."""
+
+    source: Path
+    """The model's folder, for the tokenizer."""
+    name: str
+    """Of the bundle."""
+    target: str
+    tokens: Tokens
+    """What a client must know of the tokenizer."""
+    context: int
+    """Positions to hold."""
+    chunk: int
+    """The most tokens in one call."""
+    command: Sequence[str] = ()
+    """As given, for the record."""
+
+
+def write_bundle(model: Transformer, recipe: Recipe, request: Request, folder: Path, kept: Kept, stages: Stages) -> Manifest:
+    """Lowers a converted model and writes the bundle's files.
 
     Args:
         model: converted by `recipe`; its layers are taken over.
         recipe: what the model was converted with.
-        source: the model's folder, for the tokenizer.
-        out: must not exist.
-        target: name of the target.
-        tokens: what a client must know of the tokenizer.
-        context: positions to hold.
-        chunk: the most tokens in one call.
-        command: as given, for the record.
-        on_stage: told as each stage begins.
+        request: what is to be made.
+        folder: to write to.
+        kept: what an earlier run has finished.
+        stages: what is timed; `lower` and `write` are expected.
 
     Raises:
         TargetError: the target cannot hold the model.
-        InputError: the context is not possible.
-        BundleError: something is at `out`.
     """
-    config, layers = model.config, len(model.config.layers)
-    check_context(config, context, chunk)
-    check_target(target, recipe, config)
-    module, stages = find_target(target), Stages(on_stage)
-    spec = Spec(recipe, context, chunk, tokens.bos, tuple(tokens.stop))
-    parameters = parameter_count(model)
-    info = ModelInfo(config.family, parameters, layers, config.hidden_size, config.vocab_size, config.max_context, config.largest_window)
-    with new_folder(out) as folder:
-        with stages.stage("fingerprint", parameters * 1e-9):
-            digest = fingerprint(model)
-        with stages.stage("trace", 0.3 * layers):
-            parts = module.program(model, spec)
-            graphs = module.trace(parts, spec)
-        with stages.stage("lower", 4 * layers):
-            lowered = module.lower(parts, graphs, spec)
-        with stages.stage("write", parameters * 2e-9):
-            files = module.write(lowered, folder) + _copy_tokenizer(source, folder)
-        manifest = Manifest(
-            name=out.name,
-            target=target,
-            model=info,
-            recipe=recipe.to_json(),
-            checkpoint_sha256=digest,
-            context=context,
-            chunk=chunk,
-            inputs=lowered.inputs,
-            outputs=lowered.outputs,
-            cache=cache_info(config, recipe, context),
-            tokens=tokens,
-            delegation=lowered.delegation,
-            weights=module.weights(recipe, config),
-            files=files,
-            versions=_versions(lowered),
-        )
-        (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
-        build = {"kind": "build", "bundle": out.name, "command": " ".join(command), "stages": stages.rows}
-        (folder / BUILD_FILE).write_text(json.dumps(build, indent=2) + "\n", encoding="utf-8")
+    config, tokens = model.config, request.tokens
+    module = find_target(request.target)
+    spec = Spec(recipe, request.context, request.chunk, tokens.bos, tuple(tokens.stop))
+    digest = fingerprint(model)
+    with stages.stage("lower") as count:
+        lowered = module.lower(module.program(model, spec), spec, kept, count)
+    with stages.stage("write") as count:
+        files = module.write(lowered, folder, count) + _copy_tokenizer(request.source, folder)
+    manifest = Manifest(
+        name=request.name,
+        target=request.target,
+        model=model_info(config),
+        recipe=recipe.to_json(),
+        checkpoint_sha256=digest,
+        context=request.context,
+        chunk=request.chunk,
+        inputs=lowered.inputs,
+        outputs=lowered.outputs,
+        cache=cache_info(config, recipe, request.context),
+        tokens=tokens,
+        delegation=lowered.delegation,
+        weights=module.weights(recipe, config),
+        files=files,
+        versions=_versions(lowered),
+    )
+    (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    build = {"kind": "build", "bundle": request.name, "command": " ".join(request.command), "stages": stages.rows}
+    (folder / BUILD_FILE).write_text(json.dumps(build, indent=2) + "\n", encoding="utf-8")
     return manifest
+
+
+def model_info(config: Config) -> ModelInfo:
+    """The model at a glance."""
+    layers, parameters = len(config.layers), parameter_count(config)
+    return ModelInfo(config.family, parameters, layers, config.hidden_size, config.vocab_size, config.max_context, config.largest_window)
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> list[FileEntry]:

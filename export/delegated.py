@@ -94,8 +94,10 @@ class DelegatedNorm(nn.Module):
 
 
 class DelegatedTurn(nn.Module):
-    """A quarter turn of every rotary pair as a product with a matrix of 0, 1 and -1: XNNPACK slices no tensor whose length is not
-    fixed."""
+    """A quarter turn of every rotary pair as a product with a matrix of 0, 1 and -1.
+
+    XNNPACK slices no tensor whose length is not fixed.
+    """
 
     matrix: Tensor
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lobit.export.lowering import LoweredPart
 from lobit.export.parts import INPUTS, OUTPUT, Choice, Parts, Step, Tokens, Value
-from lobit.export.stamp import Stamp, as_bytes, key_of, serialized
+from lobit.export.stages import Count
+from lobit.export.stamp import as_bytes, key_of, serialized
 
 ALIGNMENT = 64
 """Bytes, of a tensor in memory: a cache line."""
@@ -66,12 +67,11 @@ class Linker:
     Args:
         parts: the program.
         lowered: each part, by `parts.part_of`.
-        stamps: where each part has the tensors of its module.
         chunk: the most tokens in one call.
     """
 
-    def __init__(self, parts: Parts, lowered: Mapping[str, LoweredPart], stamps: Mapping[str, Stamp], chunk: int) -> None:
-        self.parts, self.lowered, self.stamps, self.chunk = parts, lowered, stamps, chunk
+    def __init__(self, parts: Parts, lowered: Mapping[str, LoweredPart], chunk: int) -> None:
+        self.parts, self.lowered, self.chunk = parts, lowered, chunk
         self.values: list[schema.EValue] = []
         self.operators: list[schema.Operator] = []
         self.instructions: list[schema.Instruction] = []
@@ -87,15 +87,18 @@ class Linker:
         self._delegates: dict[tuple[bytes, str], int] = {}
         self._keys: dict[tuple[int, str], str] = {}
 
-    def link(self, constant_methods: Sequence[schema.ExecutionPlan]) -> Linked:
+    def link(self, constant_methods: Sequence[schema.ExecutionPlan] = (), count: Count | None = None) -> Linked:
         """The whole program.
 
         Args:
             constant_methods: further methods of the program.
+            count: told how many steps are linked.
         """
         false = self._add(schema.Bool(False))
         inputs = [self._value(name) for name in INPUTS]
-        for step in self.parts.steps:
+        for number, step in enumerate(self.parts.steps):
+            if count:
+                count(number, len(self.parts.steps))
             if isinstance(step, Step):
                 self._emit(step)
             else:
@@ -150,7 +153,6 @@ class Linker:
         outputs = plan.outputs[len(plan.outputs) - len(step.outputs) :]
         bound = dict(zip(plan.inputs, map(self._value, step.inputs), strict=True))
         bound |= dict(zip(outputs, map(self._value, step.outputs), strict=True))
-        bound |= self._tensors(step, plan)
         base = len(self.instructions)
         for instruction in plan.chains[0].instructions:
             call = dataclasses.replace(instruction.instr_args)
@@ -158,43 +160,38 @@ class Linker:
                 call.destination_instruction += base
             for attribute in ("cond_value_index", "move_from", "move_to", "value_index"):
                 if hasattr(call, attribute):
-                    setattr(call, attribute, self._index(name, getattr(call, attribute), bound))
+                    setattr(call, attribute, self._index(step, getattr(call, attribute), bound))
             if hasattr(call, "args"):
-                call.args = [self._index(name, argument, bound) for argument in call.args]
+                call.args = [self._index(step, argument, bound) for argument in call.args]
             if isinstance(call, schema.KernelCall):
                 call.op_index = self._operator(plan.operators[call.op_index])
             if isinstance(call, schema.DelegateCall):
                 call.delegate_index = self._delegate(step, part, plan.delegates[call.delegate_index])
             self.instructions.append(schema.Instruction(call))
 
-    def _tensors(self, step: Step, plan: schema.ExecutionPlan) -> dict[int, int]:
-        """The part's constants that are tensors of the step's module."""
-        buffers = self.stamps[self.parts.part_of(step)].buffers
-        weights = step.module.state_dict() if buffers else {}
-        found = {}
-        for index, value in enumerate(plan.values):
-            if isinstance(value.val, schema.Tensor) and value.val.data_buffer_idx in buffers:
-                tensor = weights[buffers[value.val.data_buffer_idx]]
-                found[index] = self._add(dataclasses.replace(value.val, data_buffer_idx=self._constant(tensor)))
-        return found
-
-    def _index(self, name: str, index: int, bound: Mapping[int, int]) -> int:
-        """A value of a part, among the values of the program."""
+    def _index(self, step: Step, index: int, bound: dict[int, int]) -> int:
+        """A value of a part, among the values of the program; `bound` are those that only this step has."""
         if index in bound:
             return bound[index]
-        part = self.lowered[name].program
-        value = part.execution_plan[0].values[index].val
+        name = self.parts.part_of(step)
+        part = self.lowered[name]
+        value = part.program.execution_plan[0].values[index].val
         if isinstance(value, (schema.TensorList, schema.IntList, schema.OptionalTensorList)):
-            items = [self._index(name, item, bound) if item >= 0 else item for item in value.items]
+            items = [self._index(step, item, bound) if item >= 0 else item for item in value.items]
             key = (type(value), *items)
             if key not in self._lists:
                 self._lists[key] = self._add(dataclasses.replace(value, items=items))
             return self._lists[key]
+        buffer = value.data_buffer_idx if isinstance(value, schema.Tensor) else 0
+        if buffer in part.stamp.buffers:
+            weight = step.module.state_dict()[part.stamp.buffers[buffer]]
+            bound[index] = self._add(dataclasses.replace(value, data_buffer_idx=self._constant(weight)))
+            return bound[index]
         inner = self._inner.setdefault(name, {})
         if index not in inner:
-            if isinstance(value, schema.Tensor) and value.data_buffer_idx:
-                storage = part.constant_buffer[value.data_buffer_idx].storage
-                value = dataclasses.replace(value, data_buffer_idx=self._constant(torch.frombuffer(bytearray(storage), dtype=torch.uint8)))
+            if buffer:
+                storage = torch.frombuffer(bytearray(part.program.constant_buffer[buffer].storage), dtype=torch.uint8)
+                value = dataclasses.replace(value, data_buffer_idx=self._constant(storage))
             inner[index] = self._add(value)
         return inner[index]
 
@@ -212,7 +209,7 @@ class Linker:
 
     def _delegate(self, step: Step, part: LoweredPart, delegate: schema.BackendDelegate) -> int:
         """The delegate with this step's weights; one for all steps with the same."""
-        names = self.stamps[self.parts.part_of(step)].keys
+        names = self.lowered[self.parts.part_of(step)].stamp.keys
         blob = bytes(part.program.backend_delegate_data[delegate.processed.index].data)
         for key in names:
             if key.encode() in blob:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import inspect
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,14 +14,18 @@ import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
+from executorch.exir._serialize._program import PTEFile, deserialize_pte_binary, serialize_pte_binary
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+from executorch.exir.schema import OptionalTensorList, Program, TensorList
+from executorch.exir.schema import Tensor as TensorValue
 from torch.export import Dim, ExportedProgram, export
 from torch.fx.passes.dialect.common.cse_pass import CSEPass
 
 from lobit.export.parts import Parts, Step, Tokens
+from lobit.export.stamp import Stamp, randomize, stamp_of
 from lobit.quiet import quiet_python
 
 
@@ -24,14 +33,41 @@ from lobit.quiet import quiet_python
 class LoweredPart:
     """A part in ExecuTorch's schema: its inputs and outputs have no memory yet, its delegates' constants no data."""
 
-    program: Any
-    """`executorch.exir.schema.Program`."""
-    constants: set[str]
-    """The names of the delegates' constants."""
+    program: Program
+    stamp: Stamp
+    """Where it has the tensors of its module."""
     delegated: list[str]
     """The operators on delegates."""
     left: list[str]
     """The operators outside."""
+
+    def to_bytes(self) -> bytes:
+        """All of it, to be kept."""
+        program = bytes(serialize_pte_binary(PTEFile(self.program)))
+        buffers = {str(number): name for number, name in self.stamp.buffers.items()}
+        rest = {"keys": self.stamp.keys, "buffers": buffers, "delegated": self.delegated, "left": self.left}
+        text = json.dumps(rest).encode()
+        return len(text).to_bytes(8, "little") + text + program
+
+    @staticmethod
+    def from_bytes(data: bytes) -> LoweredPart:
+        """The inverse of `to_bytes`."""
+        end = 8 + int.from_bytes(data[:8], "little")
+        rest = json.loads(data[8:end])
+        stamp = Stamp(rest["keys"], {int(number): name for number, name in rest["buffers"].items()})
+        return LoweredPart(deserialize_pte_binary(data[end:]).program, stamp, rest["delegated"], rest["left"])
+
+
+@contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """Without the collection of garbage: graphs are millions of objects, and looking through them takes a tenth of the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def trace_part(step: Step, parts: Parts, chunk: int) -> ExportedProgram:
@@ -57,12 +93,10 @@ def trace_part(step: Step, parts: Parts, chunk: int) -> ExportedProgram:
 
 def _shapes(step: Step, shapes: tuple[dict[int, Any], ...]) -> Any:
     """Dynamic shapes as `export` takes them: a tuple stands for all of `*args`."""
-    import inspect
-
     named = inspect.signature(step.module.forward).parameters.values()
     fixed = [name for name in named if name.kind is not inspect.Parameter.VAR_POSITIONAL]
     rest = shapes[len(fixed) :]
-    return (*shapes[: len(fixed)], *([rest] if len(fixed) < len(named) else []))
+    return (*shapes[: len(fixed)], *([rest] if rest else []))
 
 
 def _drop_assertions(module: torch.fx.GraphModule) -> None:
@@ -74,24 +108,24 @@ def _drop_assertions(module: torch.fx.GraphModule) -> None:
     module.recompile()
 
 
-def lower_part(graph: ExportedProgram, delegated: bool = True, methods: dict[str, Any] | None = None) -> LoweredPart:
+def lower_part(step: Step, graph: ExportedProgram, methods: dict[str, Any]) -> LoweredPart:
     """A graph as an ExecuTorch program, what XNNPACK takes of it on XNNPACK.
 
     Args:
-        graph: of `trace_part`.
-        delegated: whether XNNPACK may take anything.
+        step: whose part the graph is.
+        graph: of `trace_part`; its weights become random.
         methods: constant methods of the program.
     """
+    randomize(graph)
     with quiet_python():
         # to_edge_transform_and_lower decomposes three times to learn what to preserve; here that is known: the products.
         preserved = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True, preserve_ops=[torch.ops.aten.linear.default])
-        edge = to_edge(graph, constant_methods=methods, compile_config=preserved)
+        edge = to_edge(graph, constant_methods=methods or None, compile_config=preserved)
         _infer_one_size(edge.exported_program().graph_module)
-        edge = edge.to_backend(_partitioner()) if delegated else edge
+        edge = edge.to_backend(_partitioner()) if step.delegated else edge
         taken, left = _operators(edge.exported_program().graph_module)
         executorch = edge.to_executorch(
             ExecutorchBackendConfig(
-                do_quant_fusion_and_const_prop=True,
                 # A view's result would lie where its argument lies: other parts could not find it.
                 remove_view_copy=False,
                 memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False),
@@ -99,7 +133,23 @@ def lower_part(graph: ExportedProgram, delegated: bool = True, methods: dict[str
             )
         )
         data = executorch._named_data
-    return LoweredPart(executorch.executorch_program, set(data.pte_data) if data else set(), taken, left)
+    program = executorch.executorch_program
+    _drop_unused(program)
+    stamp = stamp_of(graph, step.module, set(data.pte_data) if data else set(), program)
+    return LoweredPart(program, stamp, taken, left)
+
+
+def _drop_unused(program: Program) -> None:
+    """Empties the constants that no instruction names: weights that a delegate has taken."""
+    plan = program.execution_plan[0]
+    lists = {i: value.val.items for i, value in enumerate(plan.values) if isinstance(value.val, (TensorList, OptionalTensorList))}
+    calls = [call.instr_args for call in plan.chains[0].instructions]
+    named = {argument for call in calls for argument in getattr(call, "args", [])}
+    named |= {item for argument in named & set(lists) for item in lists[argument]}
+    used = {plan.values[i].val.data_buffer_idx for i in named if isinstance(plan.values[i].val, TensorValue)}
+    for number, buffer in enumerate(program.constant_buffer):
+        if number not in used:
+            buffer.storage = b""
 
 
 def _infer_one_size(module: torch.fx.GraphModule) -> None:

@@ -76,11 +76,11 @@ class Embed(nn.Module):
 
     def __init__(self, embedding: nn.Module, scale: float) -> None:
         super().__init__()
-        self.look_up = embedding.look_up if hasattr(embedding, "look_up") else F.embedding
+        self.look_up: Callable[..., Tensor] = getattr(embedding, "look_up", F.embedding)
         self.scale = scale
 
     def forward(self, tokens: Tensor, *table: Tensor) -> Tensor:
-        x = cast(Tensor, self.look_up(tokens, *table))
+        x = self.look_up(tokens, *table)
         return x if self.scale == 1.0 else x * self.scale
 
 
@@ -137,7 +137,8 @@ def build(model: Transformer, caches: Caches) -> Parts:
     caches.declare(parts)
     table = _table(parts, model.embedding)
     blocks = [model.blocks[layer // config.repeats] for layer in range(len(config.layers))]
-    tables = [() if rope is None else (f"cos_{ropes.index(rope)}", f"sin_{ropes.index(rope)}") for rope in (b.attention.rope for b in blocks)]
+    numbers = [ropes.index(block.attention.rope) if block.attention.rope else None for block in blocks]
+    tables = [() if number is None else (f"cos_{number}", f"sin_{number}") for number in numbers]
     # A delegate's sines need not be good to the last bit where angles are large.
     parts.steps.append(Step("positions", positions, INPUTS, tuple(positions.outputs), delegated=False))
     parts.steps += caches.begin()

@@ -7,7 +7,6 @@ data of those. Where named data is what a constant holds already, as a head that
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from executorch.exir._serialize._program import _ExtendedHeader, _insert_flatbuf
 from torch import Tensor
 
 from lobit.export.link import Linked, Weight
+from lobit.export.stages import Count
 from lobit.export.stamp import as_bytes
 
 SEGMENT_ALIGNMENT = 128
@@ -47,8 +47,8 @@ class _Layout:
         return len(self.segments) - 1
 
 
-def write_program(linked: Linked, path: Path) -> None:
-    """Writes a linked program."""
+def write_program(linked: Linked, path: Path, count: Count | None = None) -> None:
+    """Writes a linked program; `count` is told how many bytes are written."""
     layout, program = _Layout(), linked.program
     offsets = _constants(linked, layout)
     program.constant_segment = schema.SubsegmentOffsets(0, [0, *offsets])
@@ -67,8 +67,9 @@ def write_program(linked: Linked, path: Path) -> None:
         begin = file.write(_head(program, layout.end))
         for offset, source in layout.pieces:
             file.write(bytes(begin + offset - file.tell()))
-            for block in _blocks(source):
-                file.write(block)
+            file.write(_data(source))
+            if count:
+                count(offset, layout.end)
 
 
 def _constants(linked: Linked, layout: _Layout) -> list[int]:
@@ -78,11 +79,9 @@ def _constants(linked: Linked, layout: _Layout) -> list[int]:
     return offsets
 
 
-def _blocks(source: Source) -> Iterator[bytes | memoryview]:
-    if isinstance(source, Weight):
-        yield as_bytes(source.data())
-    else:
-        yield as_bytes(source) if isinstance(source, Tensor) else source
+def _data(source: Source) -> bytes | memoryview:
+    tensor = source.data() if isinstance(source, Weight) else source
+    return as_bytes(tensor) if isinstance(tensor, Tensor) else tensor
 
 
 def _head(program: schema.Program, data_size: int) -> bytes:
@@ -92,7 +91,7 @@ def _head(program: schema.Program, data_size: int) -> bytes:
     size = header_size + len(result.data)
     begin = _aligned(size, SEGMENT_ALIGNMENT)
     header = _ExtendedHeader(program_size=size, segment_base_offset=begin, segment_data_size=data_size).to_bytes()
-    data = _insert_flatbuffer_header(
+    data: bytes = _insert_flatbuffer_header(
         flatbuffer_data=result.data, magic_regex=r"ET[0-9a-zA-Z][0-9a-zA-Z]", header_data=header.ljust(header_size, b"\0")
     )
     return data.ljust(begin, b"\0")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+
 import torch
 from executorch.exir.schema import Program
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ def serialized(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes, without a copy."""
-    return memoryview(tensor.flatten().view(torch.uint8).numpy())
+    return tensor.flatten().view(torch.uint8).numpy().data
 
 
 def key_of(module: nn.Module, name: str, data: Tensor) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 
 from lobit.errors import MissingPartError, TargetError, listed
 from lobit.export.parts import Interpreter, Parts
+from lobit.export.stages import Count, Kept
 from lobit.model import Config, Transformer
 from lobit.quant_recipes.recipe import Recipe
 from lobit.quiet import quiet_python
@@ -61,10 +62,10 @@ class Target(Protocol):
     def run(self, parts: Parts, graphs: Any) -> Interpreter:
         """The traced graphs, run by PyTorch."""
 
-    def lower(self, parts: Parts, graphs: Any, spec: Spec) -> Lowered:
-        """The graphs in the target's own form."""
+    def lower(self, parts: Parts, spec: Spec, kept: Kept, count: Count) -> Lowered:
+        """The program in the target's own form; what is finished is kept."""
 
-    def write(self, lowered: Lowered, folder: Path) -> list[FileEntry]:
+    def write(self, lowered: Lowered, folder: Path, count: Count) -> list[FileEntry]:
         """Writes the target's files into the folder."""
 
 

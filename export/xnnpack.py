@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata, resources
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,11 +17,11 @@ from lobit.errors import TargetError, listed
 from lobit.export.attention import Caches
 from lobit.export.delegated import DelegatedLinear, DelegatedNorm, DelegatedTurn, PackedEmbedding, SharedHead
 from lobit.export.link import Linker
-from lobit.export.lowering import LoweredPart, lower_part, trace_part
+from lobit.export.lowering import LoweredPart, lower_part, trace_part, without_collection
 from lobit.export.parts import OUTPUT, Interpreter, Parts, Step
 from lobit.export.program import build, replace_layers
 from lobit.export.pte import write_program
-from lobit.export.stamp import randomize, stamp_of
+from lobit.export.stages import Count, Kept
 from lobit.export.target import Lowered, Spec
 from lobit.model import Config, QuarterTurn, RMSNorm, Transformer
 from lobit.quant_recipes.apply import fates, skeleton
@@ -113,15 +114,14 @@ def run(parts: Parts, graphs: Graphs) -> Interpreter:
     modules = {name: graph.module(check_guards=False) for name, graph in graphs.items()}
 
     def run_traced(step: Step, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        weights = {name: tensor for name, tensor in step.module.state_dict().items()}
-        result = torch.func.functional_call(modules[parts.part_of(step)], weights, tuple(inputs))
+        result = torch.func.functional_call(modules[parts.part_of(step)], step.module.state_dict(), tuple(inputs))
         return result if isinstance(result, (tuple, list)) else (result,)
 
     return Interpreter(parts, run_traced)
 
 
-def lower(parts: Parts, graphs: Graphs, spec: Spec) -> Lowered:
-    """The parts as one ExecuTorch program, their products on XNNPACK.
+def lower(parts: Parts, spec: Spec, kept: Kept, count: Count) -> Lowered:
+    """Each part as an ExecuTorch program, its products on XNNPACK.
 
     The constant methods are those that ExecuTorch's `TextLLMRunner` reads.
 
@@ -138,20 +138,30 @@ def lower(parts: Parts, graphs: Graphs, spec: Spec) -> Lowered:
         "enable_dynamic_shape": True,
         "use_sdpa_with_kv_cache": True,
     } | ({} if spec.bos is None else {"get_bos_id": spec.bos})
-    lowered, stamps, constant_methods = {}, {}, []
-    for name, step in parts.distinct().items():
-        graph = graphs[name]
-        randomize(graph)
-        lowered[name] = lower_part(graph, step.delegated, None if constant_methods else methods)
-        stamps[name] = stamp_of(graph, step.module, lowered[name].constants, lowered[name].program)
-        constant_methods = constant_methods or lowered[name].program.execution_plan[1:]
-    linked = Linker(parts, lowered, stamps, spec.chunk).link(constant_methods)
-    plan = linked.program.execution_plan[0]
-    check_operators(f"{op.name}.{op.overload}" if op.overload else op.name for op in plan.operators)
+    lowered: dict[str, LoweredPart] = {}
+    steps = parts.distinct()
+    for name, step in steps.items():
+        count(len(lowered), len(steps))
+        # The first part brings the constant methods.
+        lowered[name] = _kept_part(step, parts, spec.chunk, {} if lowered else methods, kept)
+    check_operators(
+        f"{op.name}.{op.overload}" if op.overload else op.name
+        for part in lowered.values()
+        for op in part.program.execution_plan[0].operators
+    )
     inputs = [Port("tokens", [1, f"1..{spec.chunk}"], "int64"), Port("input_pos", [1], "int64")]
     outputs = [Port("logits", [1, 1, vocabulary], "float32")]
     delegation = _delegation(parts, lowered)
-    return Lowered(linked, inputs, outputs, delegation, {"executorch": metadata.version("executorch")})
+    return Lowered((parts, lowered, spec.chunk), inputs, outputs, delegation, {"executorch": metadata.version("executorch")})
+
+
+def _kept_part(step: Step, parts: Parts, chunk: int, methods: dict[str, Any], kept: Kept) -> LoweredPart:
+    """A lowered part, from an earlier run or from now on for a later one."""
+    name = hashlib.sha256(f"{parts.part_of(step)}\n{chunk}\n{methods}".encode()).hexdigest()[:16] + ".part"
+    if not kept.has(name):
+        with without_collection(), kept.making(name) as path:
+            path.write_bytes(lower_part(step, trace_part(step, parts, chunk), methods).to_bytes())
+    return LoweredPart.from_bytes((kept.folder / name).read_bytes())
 
 
 def _delegation(parts: Parts, lowered: Mapping[str, LoweredPart]) -> Delegation:
@@ -167,9 +177,12 @@ def _delegation(parts: Parts, lowered: Mapping[str, LoweredPart]) -> Delegation:
     return Delegation("XnnpackBackend", partitions, dict(sorted(delegated.items())), dict(sorted(left.items())))
 
 
-def write(lowered: Lowered, folder: Path) -> list[FileEntry]:
-    """Writes `model.pte`."""
-    write_program(lowered.payload, folder / PROGRAM_FILE)
+def write(lowered: Lowered, folder: Path, count: Count) -> list[FileEntry]:
+    """Joins the parts to one program and writes `model.pte`."""
+    parts, pieces, chunk = lowered.payload
+    (first, *_) = pieces.values()
+    linked = Linker(parts, pieces, chunk).link(first.program.execution_plan[1:], lambda done, total: count(done, 2 * total))
+    write_program(linked, folder / PROGRAM_FILE, lambda done, total: count(total + done, 2 * total))
     return [FileEntry.of(folder, PROGRAM_FILE, "program")]
 
 

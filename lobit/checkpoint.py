@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lobit.errors import MissingPartError, ModelError, listed
-from lobit.families import from_checkpoint, read_config, tensor_names, to_checkpoint
+from lobit.errors import MissingPartError, ModelError, listed, reason, shown, shown_name
+from lobit.families import read_config
+from lobit.layout import Stored, layout, read, write
 from lobit.model import Config, Transformer
 
+LONGEST_NAME = 80
+"""Characters of the name of a shard; with four bytes each still less than file systems hold."""
 LARGEST_JSON = 64 << 20
 """Bytes; tokenizer.json files of a quarter million tokens have about 30 MB."""
 SAFE_FILES = ["*.safetensors", "config.json", "generation_config.json", "model.safetensors.index.json"]
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"]
+ROWS = 4096
+"""Of a tensor that are looked at together, so that temporary memory stays small."""
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
 """Constants that old Llama checkpoints carry; they follow from the config."""
+Header = tuple[Path, list[int], str]
+"""File, shape and dtype of a tensor."""
 
 
 def resolve(model: str) -> Path:
@@ -70,7 +79,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON ({error}): fetch it again") from None
+        raise ModelError(f"{path} is not JSON ({reason(error)}): fetch it again") from None
     if not isinstance(values, dict):
         raise ModelError(f"{path} holds {type(values).__name__}: an object is needed")
     return values
@@ -89,100 +98,161 @@ def _files(folder: Path) -> list[Path]:
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise ModelError(f"{index} has no weight_map: fetch it again")
         names = sorted(set(weight_map.values()))
-        outside = [name for name in names if Path(name).name != name]
+        outside = [shown_name(name) for name in names if Path(name).name != name or len(name) > LONGEST_NAME]
         if outside:
-            raise ModelError(f"{index} points outside the folder: {', '.join(outside)}")
+            raise ModelError(f"{index} names what is no file in the folder, or outside of it: {', '.join(outside[:9])}: fetch it again")
     else:
         names = ["model.safetensors"]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         hint = f"; {', '.join(pickled)} would have to be unpickled: convert to safetensors" if pickled else ""
-        raise ModelError(f"{folder} lacks {', '.join(missing)}{hint}")
+        named = ", ".join(shown_name(name) for name in missing[:9])
+        raise ModelError(f"{folder} lacks {len(missing)} of {len(names)} files, {named}{hint or ': fetch it again'}")
     return [folder / name for name in names]
 
 
-def _headers(files: list[Path]) -> dict[str, tuple[Path, list[int], str]]:
-    """File, shape and dtype of every tensor."""
-    found: dict[str, tuple[Path, list[int], str]] = {}
+@contextlib.contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file; the library has checked its header and its length.
+
+    Raises:
+        ModelError: it is damaged or incomplete.
+        OSError: it must not be read.
+    """
+    path.open("rb").close()  # the library calls a file missing that it must not read
+    try:
+        with safe_open(path, "pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path} of {path.stat().st_size} bytes cannot be read ({reason(error)}): it is damaged or incomplete, make or fetch it again"
+        ) from None
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file.
+
+    Raises:
+        OSError: the place is full or cannot be written to.
+    """
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # the library tells the system's number in its text alone
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+
+
+def _headers(files: list[Path]) -> dict[str, Header]:
+    """The header of every tensor."""
+    found: dict[str, Header] = {}
     for path in files:
-        try:
-            with safe_open(path, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    part = tensors.get_slice(name)
-                    found[name] = (path, part.get_shape(), part.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path} cannot be read ({error}): it is damaged or incomplete, fetch it again") from None
+        with open_tensors(path) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                if name in found:
+                    raise ModelError(f"{shown_name(name)} is in {found[name][0].name} and in {path.name}: fetch both again")
+                part = tensors.get_slice(name)
+                found[name] = (path, part.get_shape(), part.get_dtype())
     return found
+
+
+class Weights:
+    """The tensors of a model folder under our names, read one by one.
+
+    Args:
+        folder: of a float model.
+        config: as `load_config` gives it.
+
+    Raises:
+        ModelError: tensors are missing, misshapen, of another kind or unused; all are named.
+    """
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.folder, self.config = folder, config
+        with torch.device("meta"):
+            self.model = Transformer(config)
+        self.headers = _headers(_files(folder))
+        self.places = layout(self.model, self.headers)
+        problems = _problems(self.places, self.headers, config)
+        if problems:
+            raise ModelError(listed(problems, f"{folder} does not fit a {config.family} model, {len(problems)} tensors:"))
+
+    def read(self, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """A tensor; a head that is the embedding is there under both names.
+
+        Args:
+            name: ours.
+            dtype: as in `layout.read`.
+
+        Raises:
+            ModelError: it has values that are not finite.
+        """
+        name = name if name in self.places else name.replace("head.", "embedding.")
+        tensor = read(self.config, name, self.places[name], self._get, dtype)
+        # 0 times a number is 0, but not of infinity or NaN: a third of the time of isfinite on bfloat16.
+        if any((rows.float() * 0).sum() != 0 for rows in tensor.split(ROWS)):
+            raise ModelError(f"{self.places[name].name} of {self.folder} has values that are not finite: train or fetch it again")
+        return tensor
+
+    def _get(self, name: str) -> Tensor:
+        with open_tensors(self.headers[name][0]) as tensors:
+            return cast(Tensor, tensors.get_tensor(name))
 
 
 def load_model(folder: Path, config: Config | None = None) -> Transformer:
     """The trained model of a Hugging Face folder in float32, for inference.
 
     Raises:
-        ModelError: tensors are missing, misshapen, of another kind or unused; all are named.
+        ModelError: tensors are missing, misshapen, of another kind, unused or not finite.
     """
-    config = config or load_config(folder)
-    with torch.device("meta"):
-        model = Transformer(config)
-    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    names = tensor_names(config)
-    headers = _headers(_files(folder))
-    problems = _problems(wanted, names, headers, config)
-    if problems:
-        raise ModelError(listed(problems, f"{folder} does not fit a {config.family} model, {len(problems)} tensors:"))
-    state = {}
-    by_file: dict[Path, list[str]] = {}
-    for name in names:
-        by_file.setdefault(headers[names[name]][0], []).append(name)
-    for path, ours in by_file.items():
-        with safe_open(path, "pt") as tensors:
-            for name in ours:
-                state[name] = from_checkpoint(config, name, tensors.get_tensor(names[name]).float())
-    broken = [names[name] for name, tensor in state.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise ModelError(listed(broken, f"{folder} has values that are not finite in {len(broken)} tensors:"))
-    if config.tied:
+    weights = Weights(folder, config or load_config(folder))
+    state = {name: weights.read(name) for name in weights.places}
+    model = weights.model
+    if model.config.tied:
         state["head.weight"] = state["embedding.weight"]
     model.load_state_dict(state, assign=True)
-    if config.tied:
+    if model.config.tied:
         model.head.weight = model.embedding.weight
     return model.eval().requires_grad_(False)
 
 
-def _problems(
-    wanted: Mapping[str, list[int]],
-    names: Mapping[str, str],
-    headers: Mapping[str, tuple[Path, list[int], str]],
-    config: Config,
-) -> list[str]:
-    """Every tensor that is missing, misshapen, not a float or left over."""
-    problems = []
-    for ours, theirs in names.items():
-        if theirs not in headers:
-            problems.append(f"{theirs} is missing")
-            continue
-        _, shape, kind = headers[theirs]
-        if shape != wanted[ours]:
-            problems.append(f"{theirs} has shape {shape}: {wanted[ours]} is needed")
-        if kind not in FLOATS:
-            problems.append(f"{theirs} is {kind}: {', '.join(FLOATS)} are read")
-    tied = {"lm_head.weight"} if config.tied else set()
-    unused = sorted(set(headers) - set(names.values()) - tied)
-    return problems + [f"{name} is not used by the family" for name in unused if not IGNORED.search(name)]
+def _problems(places: Mapping[str, Stored], headers: Mapping[str, Header], config: Config) -> list[str]:
+    """Every tensor that is missing, misshapen, of an unknown kind or left over."""
+    problems, used = [], {"lm_head.weight"} if config.tied else set()
+    for stored in places.values():
+        needed = [(stored.name, stored.shape)] + ([(stored.scale, stored.scale_shape)] if stored.scale else [])
+        for name, shape in needed:
+            if name not in used:
+                problems += _tensor_problems(stored, name, shape, headers.get(name))
+            used.add(name)
+    unused = sorted(set(headers) - used)
+    return problems + [f"{shown_name(name)} is not used by the family" for name in unused if not IGNORED.search(name)]
+
+
+def _tensor_problems(stored: Stored, name: str, shape: tuple[int, ...], header: Header | None) -> list[str]:
+    """Why a tensor of the checkpoint cannot be read."""
+    if header is None:
+        return [f"{name} is missing"]
+    _, found, kind = header
+    shapes = dict.fromkeys(FLOATS, shape)
+    if stored.packed_shape and name == stored.name:
+        shapes["U8"] = stored.packed_shape
+    needed = shapes.get(kind, shape)
+    problems = [] if tuple(found) == needed else [f"{name} has shape {shown(found)}: {list(needed)} is needed"]
+    return problems + ([] if kind in shapes else [f"{name} is {kind}: {', '.join(shapes)} are read"])
 
 
 def save_model(model: Transformer, values: Mapping[str, Any], folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes a Hugging Face folder: config.json with `values`, and the weights under the family's names.
+    """Writes a Hugging Face folder: config.json with `values`, and the weights as floats under the family's names.
 
     Args:
-        values: config.json's contents; `read_config(values)` must be the model's config.
+        values: config.json's contents; `read_config(values)` must be the model's config. A `quantization_config` is left out.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    names, state = tensor_names(model.config), model.state_dict()
-    tensors: dict[str, Tensor] = {
-        theirs: to_checkpoint(model.config, ours, state[ours].detach()).to(dtype).contiguous() for ours, theirs in names.items()
-    }
-    (folder / "config.json").write_text(json.dumps(dict(values), indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in write(model).items()}
+    floats = {name: value for name, value in values.items() if name != "quantization_config"}
+    (folder / "config.json").write_text(json.dumps(floats, indent=2) + "\n", encoding="utf-8")
+    write_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors leaves it to its owner alone

@@ -7,15 +7,16 @@ Exit 0: done; 1: a gate failed; 2: a mistake or a missing part, in one message; 
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from lobit.errors import InputError, LobitError
+from lobit.errors import InputError
+from lobit.memory import check_address_space
+from lobit.trouble import MISTAKE, one_message
 
 app = typer.Typer(
     name="lobit",
@@ -37,7 +38,9 @@ BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub name, or 'demo'.")]
 
 
-INTERRUPTED = 130
+@app.callback()
+def _before() -> None:
+    check_address_space()
 
 
 def _print_json(result: dict[str, Any]) -> None:
@@ -149,8 +152,6 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Lowers a model for a target and writes a bundle."""
-    import dataclasses
-
     from lobit import tables, verbs
     from lobit.progress import bar
 
@@ -169,9 +170,8 @@ def export(
             chunk=chunk,
             command=["lobit", *sys.argv[1:]],
             progress=shown.count,
-            on_stage=shown.stage,
         )
-    _print_json(dataclasses.asdict(manifest)) if as_json else tables.show(tables.manifest(manifest))
+    _print_json(json.loads(manifest.to_json())) if as_json else tables.show(tables.manifest(manifest))
 
 
 @app.command(epilog="Example: lobit verify bundle checkpoint")
@@ -336,40 +336,25 @@ def doctor(
     result = verbs.doctor(target)
     _print_json(result) if as_json else tables.show(tables.doctor(result))
     if not result["passed"]:
-        raise typer.Exit(2)
+        raise typer.Exit(MISTAKE)
 
 
 def main() -> None:
     """Runs the command line; a user's mistake is one message."""
-    command: Callable[..., Any] = typer.main.get_command(app)
-    try:
-        code = command(standalone_mode=False)
-        if code == INTERRUPTED:  # typer's answer to Ctrl-C
-            raise KeyboardInterrupt
-    except LobitError as error:
-        _fail(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        typer.echo("lobit: interrupted, nothing half-written is left", err=True)
-        sys.exit(INTERRUPTED)
-    except MemoryError:
-        _fail("there is not enough memory: close other programs, or take a smaller model or context")
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except OSError as error:
-        _fail(f"{error.filename or 'a file'} cannot be used ({error.strerror or error}): check the place, its rights and the free space")
-    except Exception as error:
-        show = getattr(error, "show", None)  # typer's own messages on wrong options
-        if show is None:
-            raise
-        show()
-        sys.exit(2)
-    sys.exit(code or 0)
-
-
-def _fail(message: str) -> None:
-    typer.echo(f"lobit: {message}", err=True)
-    sys.exit(2)
+    command, code = typer.main.get_command(app), 0
+    with one_message():
+        try:
+            with command.make_context("lobit", sys.argv[1:]) as context:
+                command.invoke(context)
+        except typer.Exit as end:
+            code = end.exit_code
+        except Exception as error:
+            show = getattr(error, "show", None)  # typer's own messages on wrong options
+            if show is None:
+                raise
+            show()
+            code = MISTAKE
+    sys.exit(code)
 
 
 if __name__ == "__main__":

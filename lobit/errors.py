@@ -5,6 +5,18 @@ Every message has three parts: what went wrong, the numbers, the way out.
 
 from __future__ import annotations
 
+import reprlib
+
+LONGEST_SHOWN = 60
+"""Characters of a text, digits of a number, that a message repeats."""
+LONGEST_REASON = 200
+"""Characters of a library's own words that it repeats."""
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = LONGEST_SHOWN
+MOST_LISTED = 50
+"""Problems that a message names; of a model with nothing in place there are thousands."""
+
 
 class LobitError(Exception):
     """A mistake of the user's or a missing part: one message, exit code 2."""
@@ -34,11 +46,28 @@ class MissingPartError(LobitError):
     """A package or program that this step needs is not installed."""
 
 
+def shown(value: object) -> str:
+    """A value of a user's file as a message shows it: never long."""
+    return _SHORT.repr(value)
+
+
+def shown_name(name: str) -> str:
+    """A name out of a user's file as a message shows it: never long, without control characters."""
+    return shown(name)[1:-1]
+
+
+def reason(error: BaseException) -> str:
+    """A library's own words as a message repeats them: on one line, never long."""
+    return " ".join(str(error).split())[:LONGEST_REASON]
+
+
 def listed(problems: list[str], heading: str) -> str:
-    """One message that names every problem.
+    """One message that names every problem, of very many the first.
 
     Args:
         problems: one line each.
         heading: the sentence above them.
     """
-    return "\n".join([heading, *(f"  {problem}" for problem in problems)])
+    lines = [f"  {problem}" for problem in problems[:MOST_LISTED]]
+    left = len(problems) - len(lines)
+    return "\n".join([heading, *lines, *([f"  … and {left} more"] if left else [])])

@@ -18,10 +18,15 @@ if TYPE_CHECKING:
 WIDTH_WITHOUT_TERMINAL = 160
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # a reader that has enough is no error: rich would exit with 1
+
+
 def show(table: Table, error: bool = False) -> None:
     """Prints a table to stdout, or to stderr."""
     stream = sys.stderr if error else sys.stdout
-    Console(file=stream, width=None if stream.isatty() else WIDTH_WITHOUT_TERMINAL, highlight=False, markup=False).print(table)
+    _Console(file=stream, width=None if stream.isatty() else WIDTH_WITHOUT_TERMINAL, highlight=False, markup=False).print(table)
 
 
 def _table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ from typing import Any
 
 import tokenizers
 
-from lobit.errors import InputError, ModelError, listed
+from lobit.errors import InputError, ModelError, listed, reason, shown
+from lobit.quiet import quiet_native
 
 FILE_NAME = "tokenizer.json"
 LARGEST_TOKENIZER = 64 << 20
@@ -21,6 +23,8 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 """The special tokens that a chat template may name (transformers `SPECIAL_TOKENS_ATTRIBUTES`)."""
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 """A token that stands for one byte in vocabularies with byte fallback."""
+SURROGATE = re.compile("[\ud800-\udfff]")
+IN_USE = "the model's tokenizer.json is damaged, which shows only in use"
 KEPT = 8
 """Tokens before the new ones that a stream decodes with them, for the spaces between words."""
 
@@ -65,19 +69,31 @@ class Tokenizer:
         eos = inner.token_to_id(special.get("eos_token", ""))
         stop = sorted({*_declared_stops(folder), *([] if eos is None else [eos])})
         bos = _first_added(inner)
-        _check_vocabulary(inner, [*stop, *([] if bos is None else [bos])], vocab_size, folder)
+        _check_vocabulary(inner, stop, bos, vocab_size, folder)
         return Tokenizer(inner, bos=bos, stop=stop, chat_template=template, special=special)
 
     @staticmethod
     def from_file(
-        tokenizer_json: Path, *, bos: int | None, stop: Sequence[int], chat_template: str | None, special: Mapping[str, str]
+        tokenizer_json: Path,
+        *,
+        bos: int | None,
+        stop: Sequence[int],
+        chat_template: str | None,
+        special: Mapping[str, str],
+        vocab_size: int | None = None,
     ) -> Tokenizer:
         """The tokenizer of a bundle: its tokenizer.json and what its manifest says.
 
+        Args:
+            tokenizer_json: the file.
+            bos: as `Tokenizer` has it; so are `stop`, `chat_template` and `special`.
+            vocab_size: of the model; None: not compared.
+
         Raises:
-            ModelError: the file is missing, damaged or too large.
+            ModelError: the file is missing, damaged or too large, or does not fit the vocabulary.
         """
         inner = _load(tokenizer_json, special)
+        _check_vocabulary(inner, stop, bos, vocab_size, tokenizer_json.parent)
         return Tokenizer(inner, bos=bos, stop=list(stop), chat_template=chat_template, special=dict(special))
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
@@ -89,11 +105,12 @@ class Tokenizer:
 
         Raises:
             InputError: the text is not Unicode.
+            ModelError: the tokenizer is damaged in a way that shows only now.
         """
-        try:
+        if not _is_unicode(text):
+            raise InputError("the text has half a surrogate pair, which is no character: read it as UTF-8")
+        with _guarded(IN_USE):
             return self._inner.encode(text, add_special_tokens=bos).ids
-        except TypeError:
-            raise InputError("the text has half a surrogate pair, which is no character: read it as UTF-8") from None
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """The text of tokens.
@@ -101,8 +118,12 @@ class Tokenizer:
         Args:
             ids: tokens that the vocabulary does not have are left out.
             special: with the text of special tokens.
+
+        Raises:
+            ModelError: the tokenizer is damaged in a way that shows only now.
         """
-        return self._inner.decode(list(ids), skip_special_tokens=not special)
+        with _guarded(IN_USE):
+            return self._inner.decode(list(ids), skip_special_tokens=not special)
 
     def stream(self) -> TextStream:
         """A decoder for tokens that come one by one."""
@@ -148,12 +169,12 @@ class TextStream:
         self._window.append(token)
         if BYTE.fullmatch(piece):
             return ""
-        text = self._inner.decode(self._window)
+        text = self._decoded(self._window)
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
         new = text[len(self._given) :]
         kept = self._window[-KEPT:]
-        self._given = self._inner.decode(kept)
+        self._given = self._decoded(kept)
         if self._given and text.endswith(self._given):
             self._window = kept
         else:  # the kept tokens begin inside a character, or are only the space that a text never begins with
@@ -162,22 +183,29 @@ class TextStream:
 
     def finish(self) -> str:
         """What was held back; call it after the last token."""
-        text = self._inner.decode(self._window)[len(self._given) :]
+        text = self._decoded(self._window)[len(self._given) :]
         self._window, self._given = [], ""
         return text
 
+    def _decoded(self, tokens: list[int]) -> str:
+        with _guarded(IN_USE):
+            return self._inner.decode(tokens)
+
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _guarded(what: str) -> Iterator[None]:
     """Turns what a damaged tokenizer.json raises into one message."""
     try:
         yield
-    except ModelError:
-        raise
     except BaseException as error:  # the library raises bare Exception, and BaseException where its Rust code panics
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        if isinstance(error, (ModelError, KeyboardInterrupt, SystemExit, MemoryError)):
             raise
-        raise ModelError(f"{path} is no tokenizer that can be read ({error}): fetch it again") from None
+        raise ModelError(f"{what} ({reason(error)}): fetch it again") from None
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold the text: no half of a surrogate pair."""
+    return not SURROGATE.search(text)
 
 
 def _load(path: Path, special: Mapping[str, str]) -> tokenizers.Tokenizer:
@@ -187,8 +215,10 @@ def _load(path: Path, special: Mapping[str, str]) -> tokenizers.Tokenizer:
     size = path.stat().st_size
     if size > LARGEST_TOKENIZER:
         raise ModelError(f"{path} has {size} bytes, at most {LARGEST_TOKENIZER} are read: fetch it again")
-    with _reading(path):
-        inner = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    with _guarded(f"{path} is no tokenizer that can be read"), quiet_native():
+        text = path.read_text(encoding="utf-8")
+        inner = tokenizers.Tokenizer.from_str(text)
+        _check_ids(inner, json.loads(text).get("added_tokens") or [], path)
         inner.no_truncation()
         inner.no_padding()
         added = {entry.content for entry in inner.get_added_tokens_decoder().values()}
@@ -196,6 +226,18 @@ def _load(path: Path, special: Mapping[str, str]) -> tokenizers.Tokenizer:
         inner.add_special_tokens(plain)
         inner.decode(inner.encode("a").ids)  # some damage shows only in use
     return inner
+
+
+def _check_ids(inner: tokenizers.Tokenizer, added: list[dict[str, Any]], path: Path) -> None:
+    """One token an id, and added tokens have the file's: the library numbers them itself."""
+    ids = list(inner.get_vocab(with_added_tokens=False).values())
+    problems = [f"{len(ids)} tokens have {len(set(ids))} ids"] if len(set(ids)) < len(ids) else []
+    for entry in added:
+        found = inner.token_to_id(entry["content"])
+        if found != entry["id"]:
+            problems.append(f"{shown(entry['content'])} is token {found}, and {shown(entry['id'])} in the list of added tokens")
+    if problems:
+        raise ModelError(listed(problems, f"{path} contradicts itself, fetch it again:"))
 
 
 def _first_added(inner: tokenizers.Tokenizer) -> int | None:
@@ -220,10 +262,10 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     for name in NAMED:
         value = values.get(name)
         content = value.get("content") if isinstance(value, dict) else value
-        if isinstance(content, str):
+        if isinstance(content, str) and _is_unicode(content):
             tokens[name] = content
         elif value is not None:
-            problems.append(f"{name} is {value!r}: a text, or an object with `content`, is needed")
+            problems.append(f"{name} is {shown(value)}: a text, or an object with `content`, is needed")
     if problems:
         raise ModelError(listed(problems, f"{folder / 'tokenizer_config.json'} has {len(problems)} unusable tokens:"))
     return tokens
@@ -243,9 +285,12 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     if isinstance(template, list):
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
         template = named[0].get("template") if named else None
-    if template is None or isinstance(template, str):
+    if template is None or (isinstance(template, str) and _is_unicode(template) and len(template) <= LARGEST_TEMPLATE):
         return template
-    raise ModelError(f"chat_template in {folder / 'tokenizer_config.json'} is {type(template).__name__}: a text is needed")
+    told = f"{len(template)} characters" if isinstance(template, str) else type(template).__name__
+    raise ModelError(
+        f"chat_template in {folder / 'tokenizer_config.json'} is {told}: a text of at most {LARGEST_TEMPLATE} Unicode characters is needed"
+    )
 
 
 def _declared_stops(folder: Path) -> list[int]:
@@ -257,20 +302,20 @@ def _declared_stops(folder: Path) -> list[int]:
         stops = value if isinstance(value, list) else [value]
         if all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in stops):
             return stops
-        raise ModelError(f"eos_token_id in {folder / name} is {value!r}: token ids are needed, whole numbers from 0")
+        raise ModelError(f"eos_token_id in {folder / name} is {shown(value)}: token ids are needed, whole numbers from 0")
     return []
 
 
-def _check_vocabulary(inner: tokenizers.Tokenizer, needed: list[int], vocab_size: int | None, folder: Path) -> None:
+def _check_vocabulary(inner: tokenizers.Tokenizer, stop: Sequence[int], bos: int | None, vocab_size: int | None, folder: Path) -> None:
     """Compares with the model.
 
-    Tokens that were added behind the vocabulary may lie outside it (Gemma 3's image token does), unless they are `needed`.
+    Tokens that were added behind the vocabulary may lie outside it (Gemma 3's image token does), unless they begin or stop a text.
     """
     if vocab_size is None:
         return
-    largest = max([*inner.get_vocab(with_added_tokens=False).values(), *needed, -1])
+    largest = max([*inner.get_vocab(with_added_tokens=False).values(), *stop, -1 if bos is None else bos])
     if largest >= vocab_size:
         raise ModelError(
-            f"{folder} has a tokenizer that does not fit the vocabulary: its largest token is {largest}, "
+            f"{folder} has a tokenizer that does not fit the vocabulary: its largest token is {shown(largest)}, "
             f"the model has {vocab_size}: put the model's own tokenizer there"
         )

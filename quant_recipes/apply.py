@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from lobit.errors import RecipeError, listed
+from lobit.checkpoint import Weights
+from lobit.errors import MOST_LISTED, RecipeError, listed, shown_name
 from lobit.model import Config, Transformer, bias_of, weight_of
 from lobit.quant_recipes.fake_quant import FakeQuantizedEmbedding, FakeQuantizedLinear
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear, quantize_linear
@@ -78,7 +79,8 @@ def problems(config: Config, recipe: Recipe) -> list[str]:
         sizes = sorted({fate.rule.weights.group_size or 0 for fate, _ in misfits if fate.rule})
         patterns = sorted({_pattern(fate.name) for fate, _ in misfits})
         exclusion = " ".join(f"--except '{pattern}'" for pattern in patterns)
-        named = ", ".join(text for _, text in misfits if text)
+        named = ", ".join(text for _, text in misfits[:MOST_LISTED] if text)
+        named += f" … and {len(misfits) - MOST_LISTED} more" if len(misfits) > MOST_LISTED else ""
         found.append(
             f"{len(misfits)} layers do not divide by group_size={', '.join(map(str, sizes))}: {named}; "
             f"keep them in floating point with {exclusion}, or take a recipe without groups such as 8da8w"
@@ -90,7 +92,7 @@ def problems(config: Config, recipe: Recipe) -> list[str]:
             f"head ({head.why}) and embedding ({embedding.why}) share one tensor but not one grid: give both the same, or untie them"
         )
     unused = [pattern for pattern in recipe.exclude if not any(recipe.excluded_by(fate.name) == pattern for fate in rows)]
-    found += [f"the exclusion '{pattern}' matches no layer: names are such as {rows[-2].name}" for pattern in unused]
+    found += [f"the exclusion '{shown_name(pattern)}' matches no layer: names are such as {rows[-2].name}" for pattern in unused]
     return found
 
 
@@ -128,12 +130,13 @@ def prepare(model: Transformer, recipe: Recipe) -> Transformer:
     return model
 
 
-def convert(model: Transformer, recipe: Recipe, progress: Progress | None = None) -> Transformer:
+def convert(model: Transformer, recipe: Recipe, progress: Progress | None = None, weights: Weights | None = None) -> Transformer:
     """Puts integers and scales in place of the weights that the recipe quantizes. In place, so that memory shrinks on the way.
 
     Args:
         model: a float model, or one that `prepare` made and training changed.
         progress: called after each layer.
+        weights: of a model without memory (`Weights.model`), read when a layer's turn comes; None: the model has its own.
 
     Raises:
         RecipeError: the recipe does not fit the model.
@@ -141,14 +144,30 @@ def convert(model: Transformer, recipe: Recipe, progress: Progress | None = None
     check(model.config, recipe)
     if recipe.untied and model.config.tied:
         _untie(model)
-    layers = list(layers_of(model))
-    for done, (name, module) in enumerate(layers, 1):
+    names = [name for name, _ in layers_of(model)]
+    for done, name in enumerate(names, 1):
         rule = recipe.rule_for(name)
+        if weights:
+            _fill(model.get_submodule(name), name, weights, None if rule else torch.float32)
         if rule is not None:
-            model.set_submodule(name, _to_integers(model, name, module, rule))
+            model.set_submodule(name, _to_integers(model, name, model.get_submodule(name), rule))
         if progress:
-            progress("quantize", done, len(layers))
-    return model
+            progress("quantize", done, len(names))
+    if weights:
+        _fill(model, "", weights, torch.float32)
+        if model.config.tied and not isinstance(model.head, IntegerLinear):
+            model.head.weight = weight_of(model.embedding)
+    return model.eval().requires_grad_(False)
+
+
+def _fill(module: nn.Module, name: str, weights: Weights, dtype: torch.dtype | None) -> None:
+    """Reads what of a module has no memory yet; biases and norms always in float32."""
+    for path, parameter in list(module.named_parameters(name)):
+        if parameter.is_meta:
+            owner = module.get_submodule(path.removeprefix(f"{name}.").rpartition(".")[0])
+            part = path.rpartition(".")[2]
+            tensor = weights.read(path, dtype if part == "weight" else torch.float32)
+            setattr(owner, part, nn.Parameter(tensor, requires_grad=False))
 
 
 def _to_integers(model: Transformer, name: str, module: nn.Module, rule: Rule) -> nn.Module:

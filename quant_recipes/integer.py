@@ -15,12 +15,12 @@ ROWS = 1024
 
 def quantize_linear(weight: Tensor, grid: WeightGrid) -> tuple[Tensor, Tensor]:
     """Integers [out, in], int8, and scales [out, groups], float32, of a float weight."""
-    scale = choose_scale(weight.float(), grid)
-    integers = torch.empty(weight.shape, dtype=torch.int8)
+    integers, scales = torch.empty(weight.shape, dtype=torch.int8), []
     for start in range(0, len(weight), ROWS):
-        rows = slice(start, start + ROWS)
-        integers[rows] = quantize(weight[rows].float(), scale[rows], grid)
-    return integers, scale
+        rows = weight[start : start + ROWS].float()
+        scales.append(choose_scale(rows, grid))
+        integers[start : start + ROWS] = quantize(rows, scales[-1], grid)
+    return integers, torch.cat(scales)
 
 
 class IntegerLinear(nn.Module):

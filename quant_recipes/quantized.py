@@ -8,23 +8,25 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lobit.checkpoint import TOKENIZER_FILES, load_config, read_json
-from lobit.errors import ModelError, listed
+from lobit.checkpoint import TOKENIZER_FILES, open_tensors, read_json, write_tensors
+from lobit.errors import ModelError, listed, shown, shown_name
+from lobit.families import read_config
 from lobit.model import Config, Transformer, bias_of, weight_of
 from lobit.quant_recipes.apply import check, layers_of, skeleton
+from lobit.quant_recipes.grid import round_scale
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
 from lobit.quant_recipes.packing import pack_int4, unpack_int4
 from lobit.quant_recipes.recipe import Recipe, WeightGrid
 
+CONFIG_FILE = "config.json"
 RECIPE_FILE = "recipe.json"
 WEIGHTS_FILE = "model.safetensors"
 LAYOUT = "nibbles-1"
@@ -57,6 +59,12 @@ def _packs(recipe: Recipe, name: str) -> bool:
     return name.endswith(".integers") and rule is not None and rule.weights.bits == 4
 
 
+def _seal(model: Transformer, recipe: Recipe, config: Mapping[str, Any]) -> str:
+    """sha256 of all that a checkpoint says: a changed weight, recipe or config is another one."""
+    told = json.dumps([fingerprint(model), recipe.to_json(), config], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
 def save_checkpoint(model: Transformer, recipe: Recipe, source: Path, folder: Path) -> None:
     """Writes a converted model.
 
@@ -68,9 +76,10 @@ def save_checkpoint(model: Transformer, recipe: Recipe, source: Path, folder: Pa
         name: (pack_int4(tensor) if _packs(recipe, name) else tensor.detach()).contiguous() for name, tensor in _tensors(model)
     }
     (folder / RECIPE_FILE).write_text(json.dumps(recipe.to_json(), indent=2) + "\n", encoding="utf-8")
-    save_file(packed, folder / WEIGHTS_FILE, metadata={"format": "pt", "layout": LAYOUT})
+    sha256 = _seal(model, recipe, read_json(source / CONFIG_FILE))
+    write_tensors(packed, folder / WEIGHTS_FILE, {"format": "pt", "layout": LAYOUT, "sha256": sha256})
     shutil.copymode(folder / RECIPE_FILE, folder / WEIGHTS_FILE)  # safetensors leaves it to its owner alone
-    for name in ["config.json", "generation_config.json", *TOKENIZER_FILES]:
+    for name in [CONFIG_FILE, "generation_config.json", *TOKENIZER_FILES]:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 
@@ -84,17 +93,22 @@ def load_checkpoint(folder: Path) -> tuple[Transformer, Recipe]:
     """The converted model and the recipe.
 
     Raises:
-        ModelError: not a checkpoint, or tensors are missing, misshapen or left over; all are named.
+        ModelError: not a checkpoint, not as it was written, or tensors are missing, misshapen or left over; all are named.
         RecipeError: the recipe does not fit the config.
     """
     if not is_checkpoint(folder):
         raise ModelError(f"{folder} has no {RECIPE_FILE}: make a quantized checkpoint with `lobit quantize`")
-    recipe = load_recipe(folder)
-    model = _empty(load_config(folder), recipe)
-    state = _read(folder / WEIGHTS_FILE, model, recipe)
+    path, recipe, config = folder / WEIGHTS_FILE, load_recipe(folder), read_json(folder / CONFIG_FILE)
+    model = _empty(read_config(config), recipe)
+    state, sha256 = _read(path, model, recipe)
     model.load_state_dict(state, strict=False, assign=True)
     if model.config.tied:
         _share_head(model)
+    if _seal(model, recipe, config) != sha256:
+        raise ModelError(
+            f"{folder} has changed since it was written: the sha256 of its weights, {RECIPE_FILE} and {CONFIG_FILE} is not "
+            f"{shown(sha256)}: quantize the model again"
+        )
     return model.eval().requires_grad_(False), recipe
 
 
@@ -125,28 +139,36 @@ def _share_head(model: Transformer) -> None:
         model.head.weight = weight_of(model.embedding)
 
 
-def _read(path: Path, model: Transformer, recipe: Recipe) -> dict[str, Tensor]:
+def _read(path: Path, model: Transformer, recipe: Recipe) -> tuple[dict[str, Tensor], str]:
+    """The tensors and the seal."""
     wanted = dict(_tensors(model))
-    problems, state = [], {}
-    try:
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("layout") != LAYOUT:
-                raise ModelError(f"{path} is not in layout {LAYOUT}: quantize the model again")
-            names = set(file.keys())
-            problems += [f"{name} is missing" for name in wanted if name not in names]
-            problems += [f"{name} is not used" for name in sorted(names - set(wanted))]
-            for name in sorted(names & set(wanted)):
-                tensor, shape = file.get_tensor(name), list(wanted[name].shape)
-                if _packs(recipe, name) and tensor.dtype == torch.uint8 and list(tensor.shape) == [shape[0], (shape[1] + 1) // 2]:
-                    tensor = unpack_int4(tensor, shape[1])
-                if list(tensor.shape) != shape or tensor.dtype != wanted[name].dtype:
-                    problems.append(f"{name} is {tensor.dtype} {list(tensor.shape)}: {wanted[name].dtype} {shape} is needed")
-                state[name] = tensor
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} cannot be read ({error}): quantize the model again") from None
+    if not path.is_file():
+        raise ModelError(f"{path} is missing: quantize the model again")
+    with open_tensors(path) as file:
+        metadata = file.metadata() or {}
+        if metadata.get("layout") != LAYOUT:
+            raise ModelError(f"{path} is in layout {shown(metadata.get('layout'))}, {LAYOUT} is read: quantize the model again")
+        names = set(file.keys())
+        problems = [f"{name} is missing" for name in wanted if name not in names]
+        problems += [f"{shown_name(name)} is not used" for name in sorted(names - set(wanted))]
+        state = {name: file.get_tensor(name) for name in wanted if name in names}
+    for name, tensor in state.items():
+        rows, *rest = wanted[name].shape
+        packed = _packs(recipe, name)
+        kind, shape = (torch.uint8, [rows, (rest[0] + 1) // 2]) if packed else (wanted[name].dtype, [rows, *rest])
+        if tensor.dtype != kind or list(tensor.shape) != shape:
+            problems.append(f"{name} is {tensor.dtype} {shown(list(tensor.shape))}: {kind} {shape} is needed")
+        elif packed:
+            state[name] = unpack_int4(tensor, rest[0])
+        elif name.endswith(".scale") and not tensor.equal(round_scale(tensor)):
+            problems.append(f"{name} has scales that not every runtime holds")
+        elif not tensor.isfinite().all():
+            problems.append(f"{name} has values that are not finite")
     if problems:
-        raise ModelError(listed(problems, f"{path} does not fit its config and recipe, {len(problems)} tensors:"))
-    return state
+        raise ModelError(
+            listed(problems, f"{path} does not fit its config and recipe, {len(problems)} problems (quantize the model again):")
+        )
+    return state, str(metadata.get("sha256"))
 
 
 def integer_layers(model: Transformer) -> Iterator[tuple[str, Tensor, Tensor, WeightGrid]]:

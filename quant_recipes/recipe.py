@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
 
 from lobit.errors import RecipeError
+from lobit.typed import build
 
 KEPT_IN_FLOAT = "float"
 
@@ -114,12 +115,10 @@ class Recipe:
             RecipeError: fields are missing, unknown or of the wrong kind.
         """
         try:
-            rules = tuple(
-                Rule(tuple(rule["match"]), WeightGrid(**rule["weights"]), rule["activation_bits"]) for rule in values["rules"]
-            )
-            recipe = Recipe(**{**values, "rules": rules, "exclude": tuple(values["exclude"])})
-        except (KeyError, TypeError) as error:
-            raise RecipeError(f"this is no recipe that lobit wrote ({error}): quantize the model again") from None
-        if recipe.to_json() != dict(values) or any(rule.weights.bits not in (4, 8) for rule in recipe.rules):
-            raise RecipeError(f"recipe {recipe.name!r} has values that this version of lobit does not know: quantize the model again")
+            recipe: Recipe = build(Recipe, values, "the recipe")
+            json.dumps(values, ensure_ascii=False).encode()  # no half of a surrogate pair, which no manifest could hold
+        except ValueError as error:
+            raise RecipeError(f"{error}: quantize the model again") from None
+        if any(rule.weights.group_size == 0 for rule in recipe.rules):
+            raise RecipeError("the recipe has groups of 0 weights: quantize the model again")
         return recipe

@@ -205,9 +205,9 @@ def bytes_per_token(manifest: Manifest, work: Workload) -> float:
     """What decoding a token must read from memory, in bytes: the mean over the test's tokens.
 
     Every weight once, but of an embedding and of tables one row, which is left out; where the bundle has no weights of kind
-    `head`, the embedding is the head and is read whole, without the scales that only its rows need. And the keys and values of every token that the new one sees, itself
-    included, in each layer at most as many as the layer has slots. A runtime that reads more (a whole cache, weights twice) uses
-    more of the bandwidth than this shows.
+    `head`, the embedding is the head and is read whole, without the scales that only its rows need. And the keys and values of
+    every token that the new one sees, itself included, in each layer at most as many as the layer has slots. A runtime that reads
+    more (a whole cache, weights twice) uses more of the bandwidth than this shows.
     """
     tied = all(group.kind != "head" for group in manifest.weights)
     by_row = READ_BY_ROW - {"embedding"} if tied else READ_BY_ROW

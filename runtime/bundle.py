@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lobit.errors import BundleError, listed
+from lobit.errors import BundleError, listed, shown_name
 from lobit.runtime.manifest import FILE_NAME, LARGEST_MANIFEST, Manifest, sha256_of
 
 
@@ -48,12 +48,15 @@ def open_bundle(folder: Path | str, hashes: bool = True) -> Bundle:
 
 def _problem(folder: Path, name: str, size: int, sha256: str, hashes: bool) -> str | None:
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        return f"{name} is a link that leaves the bundle"
-    if not path.is_file():
-        return f"{name} is missing"
-    if path.stat().st_size != size:
-        return f"{name} has {path.stat().st_size} bytes instead of {size}"
-    if hashes and sha256_of(path) != sha256:
-        return f"{name} has changed: its sha256 is not the manifest's"
+    try:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return f"{name} is a link that leaves the bundle"
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if hashes and sha256_of(path) != sha256:
+            return f"{name} has changed: its sha256 is not the manifest's"
+    except (OSError, RuntimeError) as error:  # links in a circle are a RuntimeError
+        return f"{shown_name(name)} cannot be read ({getattr(error, 'strerror', None) or error})"
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -195,7 +196,9 @@ def _decode_graphs(blobs: list[bytes]) -> list[dict[str, Any]]:
         files = [str(folder / f"{i}.bin") for i in range(len(blobs))]
         if files:
             subprocess.run([str(flatc), *options, *files], check=True, capture_output=True)
-        return [json.loads((folder / f"{i}.json").read_text()) for i in range(len(blobs))]
+        # flatc writes the bound of a ReLU as a bare inf.
+        texts = ((folder / f"{i}.json").read_text() for i in range(len(blobs)))
+        return [json.loads(re.sub(r": (-?)inf\b", r": \1Infinity", text)) for text in texts]
 
 
 def read_weights(bundle: Bundle) -> Iterator[StoredLayer]:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
-from lobit.errors import BundleError
+from lobit.errors import BundleError, listed, reason, shown
+from lobit.typed import build
 
 SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"
+LONGEST_PATH = 80
+"""Characters; no target names its files so."""
+SEAL = "sha256"
+"""The last entry of the file: the digest of all others."""
 LARGEST_MANIFEST = 8 << 20
 """Bytes that are read at most."""
 
@@ -154,60 +160,81 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of manifest.json."""
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+        return sealed(dataclasses.asdict(self))
 
     @staticmethod
     def from_json(text: str) -> Manifest:
         """The inverse of `to_json`.
 
         Raises:
-            BundleError: not a manifest of this schema version; the message says where it differs.
+            BundleError: not a manifest of this schema version, or a changed one; the message says where it differs.
         """
         try:
             values = json.loads(text)
+            digest = _digest(values) if isinstance(values, dict) else ""
         except (ValueError, RecursionError) as error:
-            raise BundleError(f"{FILE_NAME} is not JSON ({error}): export the bundle again") from None
+            raise BundleError(f"{FILE_NAME} is not JSON ({reason(error)}): export the bundle again") from None
         version = values.get("schema_version") if isinstance(values, dict) else None
-        if version != SCHEMA_VERSION:
-            raise BundleError(f"{FILE_NAME} has schema version {version!r}, this lobit reads {SCHEMA_VERSION}: export the bundle again")
-        manifest: Manifest = _build(Manifest, values, FILE_NAME)
+        if version != SCHEMA_VERSION or isinstance(version, bool):
+            told = f"{FILE_NAME} has schema version {shown(version)}, this lobit reads {SCHEMA_VERSION}"
+            raise BundleError(f"{told}: export the bundle again")
+        sha256 = values.pop(SEAL, None)
+        try:
+            manifest: Manifest = build(Manifest, values, FILE_NAME)
+        except ValueError as error:
+            raise BundleError(f"{error}, export the bundle again") from None
         for entry in manifest.files:
             check_path(entry.path)
+        problems = list(_problems(manifest))
+        if problems:
+            raise BundleError(listed(problems, f"{FILE_NAME} contradicts itself, export the bundle again:"))
+        if sha256 != digest:
+            raise BundleError(f"{FILE_NAME} has changed: its values do not have the {SEAL} {shown(sha256)}, export the bundle again")
         return manifest
 
 
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """`value` as an instance of the annotation `kind`."""
-    if dataclasses.is_dataclass(kind):
-        hints = get_type_hints(kind)
-        if not isinstance(value, Mapping) or set(value) != set(hints):
-            keys = sorted(value) if isinstance(value, Mapping) else value
-            raise BundleError(f"{where} should have {sorted(hints)} and has {keys!r}: export the bundle again")
-        return kind(**{name: _build(hint, value[name], f"{where}: {name}") for name, hint in hints.items()})  # type: ignore[operator]
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is list and isinstance(value, list):
-        return [_build(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if origin is dict and isinstance(value, dict):
-        return {key: _build(arguments[1], item, f"{where}: {key}") for key, item in value.items()}
-    if kind is Any:
-        return value
-    plain = arguments if origin in (Union, UnionType) else (kind,)
-    if type(value) in plain:
-        if isinstance(value, int) and not isinstance(value, bool) and value < 0:
-            raise BundleError(f"{where} is {value}: it cannot be negative, export the bundle again")
-        return value
-    raise BundleError(f"{where} is {value!r}: {kind} is needed, export the bundle again")
+def sealed(values: Mapping[str, Any]) -> str:
+    """The text of manifest.json, with the sha256 of its own values at the end."""
+    return json.dumps({**values, SEAL: _digest(values)}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    """sha256 of values, in whatever order and layout a file has them."""
+    text = json.dumps({name: value for name, value in values.items() if name != SEAL}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def _problems(manifest: Manifest) -> Iterator[str]:
+    """What cannot be true of any bundle."""
+    model, context, slots = manifest.model, manifest.context, manifest.cache.slots
+    sizes = {"layers": model.layers, "hidden_size": model.hidden_size, "vocab_size": model.vocab_size, "chunk": manifest.chunk}
+    yield from (f"{name} is {size}" for name, size in sizes.items() if size < 1)
+    if manifest.chunk > context or context > model.max_context:
+        yield f"chunk {manifest.chunk}, context {context} and the model's own context {model.max_context} are not in this order"
+    if len(slots) != model.layers or not all(1 <= size <= context for size in slots):
+        yield f"{len(slots)} layers have a cache of {shown(slots)} positions: {model.layers} layers and a context of {context} are told"
+    tokens = [*manifest.tokens.stop, *([] if manifest.tokens.bos is None else [manifest.tokens.bos])]
+    yield from (f"token {token} is outside the vocabulary of {model.vocab_size}" for token in tokens if token >= model.vocab_size)
+    times = Counter(entry.path for entry in manifest.files)
+    yield from (f"{name} is listed {count} times" for name, count in times.items() if count > 1)
+    yield from (f"{name} has the sha256 {shown(text)}" for name, text in _hashes(manifest) if not re.fullmatch("[0-9a-f]{64}", text))
+
+
+def _hashes(manifest: Manifest) -> list[tuple[str, str]]:
+    return [("the checkpoint", manifest.checkpoint_sha256), *((entry.path, entry.sha256) for entry in manifest.files)]
 
 
 def check_path(path: str) -> None:
     """Refuses a path that leaves the bundle.
 
     Raises:
-        BundleError: absolute, with `..`, a backslash or a drive.
+        BundleError: absolute, with `..`, a backslash or a drive, or with characters that no file's name should have.
     """
     parts = PurePosixPath(path).parts
-    if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path or "\0" in path:
-        raise BundleError(f"{FILE_NAME} names {path!r}, which leaves the bundle: do not use this bundle")
+    if not path.isprintable() or len(path) > LONGEST_PATH:
+        raise BundleError(f"{FILE_NAME} names {shown(path)}, which is no usable name of a file: do not use this bundle")
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path:
+        raise BundleError(f"{FILE_NAME} names {shown(path)}, which leaves the bundle: do not use this bundle")
 
 
 def sha256_of(path: Path) -> str:

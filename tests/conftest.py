@@ -108,6 +108,21 @@ def _model(name: str, shared: Callable[[str], Path], folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def small_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
+    """`small_models(family)`: the folder of a family's small random model, and its oracle. Tests must not change them."""
+    from tests.small_models import write_model
+
+    root, made = tmp_path_factory.mktemp("small_models"), {}
+
+    def find(name: str) -> tuple[Path, Any]:
+        if name not in made:
+            made[name] = root / name, write_model(name, root / name)
+        return made[name]
+
+    return find
+
+
 class Bundles:
     """Exports each bundle once a session, when a test first asks for it."""
 

@@ -20,6 +20,8 @@ PARTS = {
     "lobit": "core",  # errors, quiet, memory, tokenizer, the demo's grammar: whatever is not named below
     "lobit.model": "model",
     "lobit.families": "model",
+    "lobit.fields": "model",
+    "lobit.layout": "model",
     "lobit.checkpoint": "model",
     "lobit.cli": "cli",
     "lobit.verbs": "cli",

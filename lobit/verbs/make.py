@@ -6,12 +6,14 @@ Imports are inside the functions: what a verb does not need is not loaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lobit.errors import InputError
 
 if TYPE_CHECKING:
+    from lobit.export.stages import Count, Kept
     from lobit.model import Config, Transformer
     from lobit.quant_recipes.apply import Fate
     from lobit.quant_recipes.recipe import Recipe
@@ -23,8 +25,8 @@ DEFAULT_CHUNK = 512
 KVCache = Literal["int8", "float"]
 Progress = Callable[[str, int, int], None]
 """(what, done, of how many)"""
-OnStage = Callable[[str, float], None]
-"""(stage, seconds that it should take)"""
+KEPT = "stages"
+"""In an unfinished bundle: what is finished of it."""
 
 
 def choose_recipe(
@@ -65,7 +67,7 @@ def quantize(model: str, recipe: Recipe, out: Path, progress: Progress | None = 
 
 def converted(source: Path, recipe: Recipe | None, progress: Progress | None = None) -> tuple[Transformer, Recipe]:
     """The converted model of a checkpoint, or of a float folder under `recipe`."""
-    from lobit.checkpoint import load_config, load_model
+    from lobit.checkpoint import Weights, load_config
     from lobit.quant_recipes.apply import check, convert
     from lobit.quant_recipes.quantized import is_checkpoint, load_checkpoint
 
@@ -78,7 +80,8 @@ def converted(source: Path, recipe: Recipe | None, progress: Progress | None = N
         raise InputError(f"{source} is a float model: say with --recipe how to quantize it (`lobit recipes` lists them)")
     config = load_config(source)
     check(config, recipe)
-    return convert(load_model(source, config), recipe, progress), recipe
+    weights = Weights(source, config)
+    return convert(weights.model, recipe, progress, weights), recipe
 
 
 def export(
@@ -91,9 +94,10 @@ def export(
     chunk: int | None = None,
     command: Sequence[str] = (),
     progress: Progress | None = None,
-    on_stage: OnStage | None = None,
 ) -> Manifest:
     """Exports a float model (quantizing it on the way) or a quantized checkpoint to a bundle.
+
+    A run that was killed has left what it finished in `out`.partial, and the same call goes on from there.
 
     Args:
         model: a Hugging Face folder, a hub name, `demo`, or a checkpoint folder.
@@ -103,13 +107,14 @@ def export(
         context: positions to hold; None: the model's own, at most `DEFAULT_CONTEXT`.
         chunk: the most tokens in one prefill call; None: the context, at most `DEFAULT_CHUNK`.
         command: for the record.
-        progress: of the quantization.
-        on_stage: told as each stage of the export begins.
+        progress: of the whole.
     """
     from lobit.checkpoint import load_config, resolve
     from lobit.export import bundle
+    from lobit.export.plan import expected_seconds
+    from lobit.export.stages import Kept, Stages, key_of
     from lobit.export.target import check_target
-    from lobit.place import check_place
+    from lobit.place import check_place, new_folder
     from lobit.quant_recipes.apply import check
     from lobit.quant_recipes.quantized import is_checkpoint, load_recipe
     from lobit.runtime.manifest import Tokens
@@ -128,10 +133,30 @@ def export(
     tokens = Tokens(None, [], None, {})
     if tokenizer is not None:
         tokens = Tokens(tokenizer.bos, tokenizer.stop, tokenizer.chat_template, tokenizer.special)
-    integer, used = converted(source, recipe, progress)
-    return bundle.export(
-        integer, used, source, out, target=target, tokens=tokens, context=context, chunk=chunk, command=command, on_stage=on_stage
-    )
+    request = bundle.Request(source, out.name, target, tokens, context, chunk, command)
+    with new_folder(out, resume=True) as folder:
+        kept = Kept(folder / KEPT, key_of(source, recipe=recipe and recipe.to_json(), request=replace(request, command=())))
+        stages = Stages(expected_seconds(config, context, chunk), progress)
+        with stages.stage("quantize") as count:
+            integer, used = _kept_checkpoint(source, recipe, kept, count)
+        manifest = bundle.write_bundle(integer, used, request, folder, kept, stages)
+        kept.remove()
+    return manifest
+
+
+def _kept_checkpoint(source: Path, recipe: Recipe | None, kept: Kept, count: Count) -> tuple[Transformer, Recipe]:
+    """The converted model, from an earlier run or from now on for a later one; a checkpoint is not kept twice."""
+    from lobit.quant_recipes.quantized import is_checkpoint, save_checkpoint
+
+    finished = kept.has("checkpoint")
+    if finished:
+        return converted(finished, None)
+    model, used = converted(source, recipe, lambda _, done, total: count(done, total))
+    if not is_checkpoint(source):
+        with kept.making("checkpoint") as folder:
+            folder.mkdir()
+            save_checkpoint(model, used, source, folder)
+    return model, used
 
 
 def _tokenizer(source: Path, config: Config) -> Tokenizer | None:

@@ -26,7 +26,12 @@ def bundle_tokenizer(bundle: Bundle) -> Tokenizer:
         raise BundleError(f"bundle {bundle.folder} has no tokenizer: put tokenizer.json into the model's folder and export again")
     tokens = bundle.manifest.tokens
     return Tokenizer.from_file(
-        bundle.path("tokenizer"), bos=tokens.bos, stop=tokens.stop, chat_template=tokens.chat_template, special=tokens.special
+        bundle.path("tokenizer"),
+        bos=tokens.bos,
+        stop=tokens.stop,
+        chat_template=tokens.chat_template,
+        special=tokens.special,
+        vocab_size=bundle.manifest.model.vocab_size,
     )
 
 

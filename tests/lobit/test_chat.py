@@ -14,6 +14,7 @@ from lobit.errors import InputError
 from lobit.runtime.bundle import open_bundle
 from lobit.runtime.engine import open_engine
 from lobit.runtime.generate import generate
+from lobit.runtime.manifest import sealed
 from lobit.verbs.talk import bundle_tokenizer
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
@@ -26,7 +27,7 @@ def talking(bundles: Any, tmp_path: Path) -> Path:
     shutil.copytree(bundles("stories260k", "fp"), folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["tokens"]["chat_template"] = TEMPLATE
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(sealed(manifest))
     return folder
 
 

@@ -18,7 +18,7 @@ from lobit.quant_recipes.packing import pack_int4
 from lobit.quant_recipes.quantized import integer_layers
 from lobit.runtime.bundle import open_bundle
 from lobit.runtime.engine import open_engine
-from lobit.runtime.manifest import FILE_NAME, FileEntry
+from lobit.runtime.manifest import FILE_NAME, FileEntry, sealed
 
 Bundles = Any
 """The fixture of tests/conftest.py: `bundles(model, recipe, kv_cache)`."""
@@ -74,7 +74,7 @@ def with_manifest(bundle: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     """Rewrites the manifest."""
     values = json.loads((bundle / FILE_NAME).read_text(encoding="utf-8"))
     edit(values)
-    (bundle / FILE_NAME).write_text(json.dumps(values), encoding="utf-8")
+    (bundle / FILE_NAME).write_text(sealed(values), encoding="utf-8")
 
 
 def differing(result: dict[str, Any]) -> dict[str, dict[str, int]]:
