@@ -44,6 +44,18 @@ class Lowered:
     versions: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a program takes besides its weights."""
+
+    parts: int
+    """Graphs that are lowered."""
+    overhead_bytes: int
+    """Of the file."""
+    device_peak_bytes: int
+    """Of memory when the context is full, weights included."""
+
+
 class Target(Protocol):
     """The names that a target's module has."""
 
@@ -52,6 +64,9 @@ class Target(Protocol):
 
     def weights(self, recipe: Recipe, config: Config) -> list[TensorGroup]:
         """The bytes that each kind of weights will take in the files."""
+
+    def needs(self, model: Transformer, spec: Spec) -> Needs:
+        """What a program of the converted model will take; the model may have no memory for its weights."""
 
     def program(self, model: Transformer, spec: Spec) -> Parts:
         """The converted model in the target's form; takes the model's layers over."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata, resources
@@ -18,11 +19,11 @@ from lobit.export.attention import Caches
 from lobit.export.delegated import DelegatedLinear, DelegatedNorm, DelegatedTurn, PackedEmbedding, SharedHead
 from lobit.export.link import Linker
 from lobit.export.lowering import LoweredPart, lower_part, trace_part, without_collection
-from lobit.export.parts import OUTPUT, Interpreter, Parts, Step
+from lobit.export.parts import OUTPUT, Interpreter, Parts, Step, Value
 from lobit.export.program import build, replace_layers
 from lobit.export.pte import write_program
 from lobit.export.stages import Count, Kept
-from lobit.export.target import Lowered, Spec
+from lobit.export.target import Lowered, Needs, Spec
 from lobit.model import Config, QuarterTurn, RMSNorm, Transformer
 from lobit.quant_recipes.apply import fates, skeleton
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
@@ -30,6 +31,10 @@ from lobit.quant_recipes.recipe import Recipe
 from lobit.runtime.manifest import Delegation, FileEntry, Port, TensorGroup
 
 PROGRAM_FILE = "model.pte"
+OVERHEAD, OVERHEAD_PER_STEP, OVERHEAD_PER_PART, OVERHEAD_PER_LAYER = 15_000, 600, 1_500, 10_000
+"""Bytes of a file besides weights: its head, instructions and values, small graphs, and a graph for each layer's products."""
+WORKSPACE = 16
+"""Bytes for each token and feed-forward element of a chunk."""
 Graphs = dict[str, ExportedProgram]
 
 
@@ -102,6 +107,32 @@ def program(model: Transformer, spec: Spec) -> Parts:
     replace_layers(model, RMSNorm, DelegatedNorm)
     replace_layers(model, QuarterTurn, lambda turn: DelegatedTurn(turn, config.head_dim))
     return build(model.eval(), Caches(config, spec.recipe.kv_bits, spec.context, spec.chunk))
+
+
+def needs(model: Transformer, spec: Spec) -> Needs:
+    """What the program will take.
+
+    In memory there are: the embedding, mapped from the file; all other weights, as XNNPACK packs them anew; caches and what parts
+    hand to each other; and what the largest part needs inside, which is the attention of a whole chunk over the whole context: its
+    scores before and after the softmax, keys and values as floats.
+    """
+    config = model.config
+    stored = sum(group.bytes for group in weights(spec.recipe, config))
+    shared = isinstance(model.head, IntegerLinear) and config.tied
+    head = sum(tensor.numel() // 2 for name, tensor in model.head.state_dict().items() if name == "integers") if shared else 0
+    parts = program(model, spec)
+    places = {value.memory or value.overlay or name: value for name, value in parts.values.items() if value.constant is None}
+    handed = sum(_bytes(parts.memories.get(place, value), spec.chunk) for place, value in places.items())
+    slots = max(config.cache_slots(spec.context))
+    scores = 2 * config.heads * spec.chunk * slots * 4
+    floats = 4 * slots * config.kv_heads * config.head_dim * 4
+    steps, distinct = list(parts.every_step()), parts.distinct()
+    overhead = OVERHEAD + OVERHEAD_PER_STEP * len(steps) + OVERHEAD_PER_PART * len(distinct) + OVERHEAD_PER_LAYER * len(config.layers)
+    return Needs(len(distinct), overhead, stored + head + handed + max(scores + floats, WORKSPACE * spec.chunk * config.intermediate_size))
+
+
+def _bytes(value: Value, chunk: int) -> int:
+    return math.prod(value.sizes(chunk)) * value.dtype.itemsize
 
 
 def trace(parts: Parts, spec: Spec) -> Graphs:

@@ -10,13 +10,16 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
 from lobit.errors import InputError
 from lobit.memory import check_address_space
 from lobit.trouble import MISTAKE, one_message
+
+if TYPE_CHECKING:
+    from lobit.quant_recipes.recipe import Recipe
 
 app = typer.Typer(
     name="lobit",
@@ -117,6 +120,36 @@ def recipes(
         tables.show(tables.fates(fates))
 
 
+@app.command(epilog="Example: lobit plan ./SmolLM2-135M --recipe 8da4w-g32 --target xnnpack --context 2048")
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL|CKPT", help="A float model, or a quantized checkpoint.")],
+    target: Annotated[str, typer.Option("--target", help="xnnpack.")],
+    recipe: Annotated[str | None, typer.Option("--recipe", help="For a float model (`lobit recipes`).")] = None,
+    context: Annotated[int | None, typer.Option("--context", help="Tokens to hold; default: the model's, at most 2048.")] = None,
+    chunk: Annotated[int | None, typer.Option("--chunk", help="Most tokens in one prefill call; default: 512.")] = None,
+    exclude: Except = None,
+    group_size: GroupSize = None,
+    kv_cache: KVCache = None,
+    as_json: Json = False,
+) -> None:
+    """Sizes, memory and time of an export, and every reason why not, before any slow work."""
+    from lobit import tables, verbs
+
+    found = verbs.plan(model, _chosen(recipe, exclude, group_size, kv_cache), target, context=context, chunk=chunk)
+    _print_json(found.to_json()) if as_json else tables.show(tables.plan(found))
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def _chosen(recipe: str | None, exclude: list[str] | None, group_size: int | None, kv_cache: str | None) -> Recipe | None:
+    """The recipe that is named, with its changes."""
+    from lobit import verbs
+
+    if recipe is None and (exclude or group_size or kv_cache):
+        raise InputError("--except, --group-size and --kv-cache change a recipe: name it with --recipe")
+    return None if recipe is None else verbs.choose_recipe(recipe, exclude or (), group_size, cast("verbs.make.KVCache | None", kv_cache))
+
+
 @app.command(epilog="Example: lobit quantize ./SmolLM2-135M --recipe 8da4w-g32 -o checkpoint")
 def quantize(
     model: ModelArgument,
@@ -155,9 +188,7 @@ def export(
     from lobit import tables, verbs
     from lobit.progress import bar
 
-    if recipe is None and (exclude or group_size or kv_cache):
-        raise InputError("--except, --group-size and --kv-cache change a recipe: name it with --recipe")
-    chosen = None if recipe is None else verbs.choose_recipe(recipe, exclude or (), group_size, kv_cache)
+    chosen = _chosen(recipe, exclude, group_size, kv_cache)
     if chosen is not None:
         tables.show(tables.fates(verbs.recipes(chosen, model)), error=True)
     with bar() as shown:

@@ -67,6 +67,25 @@ def fates(rows: Sequence[Fate]) -> Table:
     return table
 
 
+def plan(found: Plan) -> Table:
+    """An export before it is made."""
+    table = _table("", "plan", "" if found.problems else "nothing speaks against it")
+    scales = f" + {megabytes(found.cache.scale_bytes)} of scales" if found.cache.scale_bytes else ""
+    rows = [
+        ("parameters", f"{found.parameters:,}"),
+        ("program", f"{megabytes(found.file_bytes)}, {found.bits_per_weight:.2f} bits a weight"),
+        *((f"  {group.kind}", f"{group.format}, {megabytes(group.bytes)}") for group in found.weights),
+        ("KV cache", f"{found.cache.dtype}, {megabytes(found.cache.value_bytes)}{scales} for {found.context} tokens"),
+        ("memory to run", f"{megabytes(found.device_peak_bytes)} with a full context, prefill in chunks of up to {found.chunk}"),
+        ("memory to export", megabytes(found.host_peak_bytes)),
+        ("time to export", f"{found.export_seconds:.0f} s on two cores"),
+        *(("impossible", problem) for problem in found.problems),
+    ]
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
 def manifest(found: Manifest) -> Table:
     """A bundle at a glance."""
     table = _table("", "bundle", found.name)

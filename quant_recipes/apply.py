@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +18,8 @@ from lobit.quant_recipes.fake_quant import FakeQuantizedEmbedding, FakeQuantized
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear, quantize_linear
 from lobit.quant_recipes.recipe import Recipe, Rule
 
+MOST_WORKERS = 8
+"""Layers that are quantized at once: each takes some ten bytes per weight meanwhile."""
 Progress = Callable[[str, int, int], None]
 """(what, done, of how many)"""
 
@@ -145,19 +150,37 @@ def convert(model: Transformer, recipe: Recipe, progress: Progress | None = None
     if recipe.untied and model.config.tied:
         _untie(model)
     names = [name for name, _ in layers_of(model)]
-    for done, name in enumerate(names, 1):
-        rule = recipe.rule_for(name)
+
+    def converted(name: str) -> nn.Module:
+        module, rule = model.get_submodule(name), recipe.rule_for(name)
         if weights:
-            _fill(model.get_submodule(name), name, weights, None if rule else torch.float32)
-        if rule is not None:
-            model.set_submodule(name, _to_integers(model, name, model.get_submodule(name), rule))
-        if progress:
-            progress("quantize", done, len(names))
+            _fill(module, name, weights, None if rule else torch.float32)
+        return _to_integers(model, name, module, rule) if rule else module
+
+    shares = model.config.tied and recipe.rule_for("head") is not None
+    with _one_thread_each(), ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_WORKERS)) as pool:
+        for done, (name, layer) in enumerate(zip(names, pool.map(converted, names[:-1] if shares else names), strict=False), 1):
+            model.set_submodule(name, layer)
+            if progress:
+                progress("quantize", done, len(names))
+    if shares:
+        model.set_submodule("head", converted("head"))
     if weights:
         _fill(model, "", weights, torch.float32)
         if model.config.tied and not isinstance(model.head, IntegerLinear):
             model.head.weight = weight_of(model.embedding)
     return model.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """PyTorch's operators on one thread each: layers side by side scale better than rows, and threads that wait spin."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _fill(module: nn.Module, name: str, weights: Weights, dtype: torch.dtype | None) -> None:

@@ -99,7 +99,7 @@ def load_checkpoint(folder: Path) -> tuple[Transformer, Recipe]:
     if not is_checkpoint(folder):
         raise ModelError(f"{folder} has no {RECIPE_FILE}: make a quantized checkpoint with `lobit quantize`")
     path, recipe, config = folder / WEIGHTS_FILE, load_recipe(folder), read_json(folder / CONFIG_FILE)
-    model = _empty(read_config(config), recipe)
+    model = empty_model(read_config(config), recipe)
     state, sha256 = _read(path, model, recipe)
     model.load_state_dict(state, strict=False, assign=True)
     if model.config.tied:
@@ -112,7 +112,7 @@ def load_checkpoint(folder: Path) -> tuple[Transformer, Recipe]:
     return model.eval().requires_grad_(False), recipe
 
 
-def _empty(config: Config, recipe: Recipe) -> Transformer:
+def empty_model(config: Config, recipe: Recipe) -> Transformer:
     """The converted model's shape, without memory for it."""
     check(config, recipe)
     model = skeleton(replace(config, tied=config.tied and not recipe.untied))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from lobit.errors import InputError
 
 if TYPE_CHECKING:
+    from lobit.export.plan import Plan
     from lobit.export.stages import Count, Kept
     from lobit.model import Config, Transformer
     from lobit.quant_recipes.apply import Fate
@@ -76,9 +77,7 @@ def converted(source: Path, recipe: Recipe | None, progress: Progress | None = N
         if recipe is not None and recipe != own:
             raise InputError(f"{source} was quantized with recipe {own.name}: leave --recipe out, or give the float model")
         return model, own
-    if recipe is None:
-        raise InputError(f"{source} is a float model: say with --recipe how to quantize it (`lobit recipes` lists them)")
-    config = load_config(source)
+    recipe, config = _asked(source, recipe), load_config(source)
     check(config, recipe)
     weights = Weights(source, config)
     return convert(weights.model, recipe, progress, weights), recipe
@@ -113,10 +112,10 @@ def export(
     from lobit.export import bundle
     from lobit.export.plan import expected_seconds
     from lobit.export.stages import Kept, Stages, key_of
-    from lobit.export.target import check_target
+    from lobit.export.target import Spec, check_target, find_target
     from lobit.place import check_place, new_folder
     from lobit.quant_recipes.apply import check
-    from lobit.quant_recipes.quantized import is_checkpoint, load_recipe
+    from lobit.quant_recipes.quantized import empty_model
     from lobit.runtime.manifest import Tokens
 
     source = resolve(model)
@@ -125,10 +124,9 @@ def export(
     chunk = min(context, DEFAULT_CHUNK) if chunk is None else chunk
     check_place(out)
     bundle.check_context(config, context, chunk)
-    asked = load_recipe(source) if recipe is None and is_checkpoint(source) else recipe
-    if asked is not None:
-        check(config, asked)
-        check_target(target, asked, config)
+    asked = _asked(source, recipe)
+    check(config, asked)
+    check_target(target, asked, config)
     tokenizer = _tokenizer(source, config)
     tokens = Tokens(None, [], None, {})
     if tokenizer is not None:
@@ -136,12 +134,35 @@ def export(
     request = bundle.Request(source, out.name, target, tokens, context, chunk, command)
     with new_folder(out, resume=True) as folder:
         kept = Kept(folder / KEPT, key_of(source, recipe=recipe and recipe.to_json(), request=replace(request, command=())))
-        stages = Stages(expected_seconds(config, context, chunk), progress)
+        needs = find_target(target).needs(empty_model(config, asked), Spec(asked, context, chunk))
+        stages = Stages(expected_seconds(bundle.parameter_count(config), needs), progress)
         with stages.stage("quantize") as count:
             integer, used = _kept_checkpoint(source, recipe, kept, count)
         manifest = bundle.write_bundle(integer, used, request, folder, kept, stages)
         kept.remove()
     return manifest
+
+
+def plan(model: str, recipe: Recipe | None, target: str, *, context: int | None = None, chunk: int | None = None) -> Plan:
+    """What an export with the same arguments will give and take; nothing is written."""
+    from lobit.checkpoint import load_config, resolve
+    from lobit.export import plan as planning
+
+    source = resolve(model)
+    config = load_config(source)
+    context = min(config.max_context, DEFAULT_CONTEXT) if context is None else context
+    return planning.plan(config, _asked(source, recipe), target, context, min(context, DEFAULT_CHUNK) if chunk is None else chunk)
+
+
+def _asked(source: Path, recipe: Recipe | None) -> Recipe:
+    """The recipe that is named, or the checkpoint's own."""
+    from lobit.quant_recipes.quantized import is_checkpoint, load_recipe
+
+    if recipe is not None:
+        return recipe
+    if is_checkpoint(source):
+        return load_recipe(source)
+    raise InputError(f"{source} is a float model: say with --recipe how to quantize it (`lobit recipes` lists them)")
 
 
 def _kept_checkpoint(source: Path, recipe: Recipe | None, kept: Kept, count: Count) -> tuple[Transformer, Recipe]:

@@ -166,9 +166,8 @@ def export_llm_program(engine: str, model: Path, work: Path, context: int) -> tu
 
     def make(folder: Path) -> None:
         folder.mkdir()
-        writer = multiprocessing.get_context("spawn").Process(target=write_checkpoint, args=(model, folder))
-        writer.start()  # in another process, for its memory would count as the exporter's
-        writer.join()
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # its memory here would count as the exporter's
+            pool.apply(write_checkpoint, (model, folder))
         command = [sys.executable, "-m", "executorch.extension.llm.export.export_llm", *export_llm_options(model, context, int8)]
         figures = measured(command, folder, folder.with_name(model.name + ".log"))
         (folder / "checkpoint.pth").unlink()
@@ -291,7 +290,6 @@ def run_model(name: str, given: argparse.Namespace) -> dict[str, Any]:
             missing[engine] = str(error)
     profile = {}
     if "lobit" in paths and "profile" not in given.skip:
-        say("  operators")
         command = [*PROFILE, str(paths["lobit"]), "--json", "-p", str(max(given.prompts))]
         profile = json.loads(output([*command, "-n", str(given.generate), "-t", str(given.threads)]))
     return {
@@ -343,6 +341,7 @@ def report(result: dict[str, Any]) -> str:
         f"{host['name']} ({', '.join(host['instruction_sets'])}); {result['threads']} threads; {result['rounds']} rounds; context "
         f"{result['context']}; load average before the run {host['load_average']}; "
         + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        + result["llama"]
     ]
     for name, found in models.items():
         lines += ["", *speed_table(name, found)]
@@ -350,7 +349,7 @@ def report(result: dict[str, Any]) -> str:
     for name, found in models.items():
         if found["profile"]:
             lines += ["", f"Where lobit's time goes, {name}, depth 0, ExecuTorch's profiler on:", "", *profile_table(found["profile"])]
-    return "\n".join([*lines, "", *NOTES]) + "\n"
+    return "\n".join([*lines, "", *(f"- {note}" for note in NOTES)]) + "\n"
 
 
 def parse() -> argparse.Namespace:
@@ -387,6 +386,7 @@ def main() -> int:
         except UnavailableError as error:
             print(f"peers: {name}: {error}", file=sys.stderr)
             return 2
+        result["llama"] = "; llama.cpp built without AMX, which crashes here" if given.llama.name.endswith("-no-amx") else ""
         for path, text in ((given.out, report(result)), (given.json, json.dumps(result, indent=1))):
             if path:
                 path.write_text(text, encoding="utf-8")
