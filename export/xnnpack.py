@@ -31,8 +31,8 @@ from lobit.quant_recipes.recipe import Recipe
 from lobit.runtime.manifest import Delegation, FileEntry, Port, TensorGroup
 
 PROGRAM_FILE = "model.pte"
-OVERHEAD, OVERHEAD_PER_STEP, OVERHEAD_PER_PART, OVERHEAD_PER_LAYER = 15_000, 600, 1_500, 10_000
-"""Bytes of a file besides weights: its head, instructions and values, small graphs, and a graph for each layer's products."""
+OVERHEAD, PER_ARGUMENT, PER_PART, PER_LAYER, PER_INTEGER_LAYER = 20_000, 69, 1_800, 4_000, 4_700
+"""Bytes of a file besides weights: its head, values and instructions, small graphs, and a graph for each layer's products."""
 WORKSPACE = 16
 """Bytes for each token and feed-forward element of a chunk."""
 Graphs = dict[str, ExportedProgram]
@@ -127,7 +127,9 @@ def needs(model: Transformer, spec: Spec) -> Needs:
     scores = 2 * config.heads * spec.chunk * slots * 4
     floats = 4 * slots * config.kv_heads * config.head_dim * 4
     steps, distinct = list(parts.every_step()), parts.distinct()
-    overhead = OVERHEAD + OVERHEAD_PER_STEP * len(steps) + OVERHEAD_PER_PART * len(distinct) + OVERHEAD_PER_LAYER * len(config.layers)
+    arguments = sum(len(step.inputs) + len(step.outputs) for step in steps)
+    layer = PER_LAYER + (PER_INTEGER_LAYER if spec.recipe.rules else 0)
+    overhead = OVERHEAD + PER_ARGUMENT * arguments + PER_PART * len(distinct) + layer * len(config.layers)
     return Needs(len(distinct), overhead, stored + head + handed + max(scores + floats, WORKSPACE * spec.chunk * config.intermediate_size))
 
 

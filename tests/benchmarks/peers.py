@@ -151,7 +151,8 @@ def lobit_program(model: Path, work: Path, context: int) -> tuple[Path, Figures]
     if figures.get("sources") != digest:
         bundle.parent.mkdir(parents=True, exist_ok=True)
         kept.unlink(missing_ok=True)
-        shutil.rmtree(bundle, ignore_errors=True)
+        for old in (bundle, bundle.with_name(f"{bundle.name}.partial")):  # an export that goes on would take less
+            shutil.rmtree(old, ignore_errors=True)
         say(f"making {bundle}")
         command = [sys.executable, "-m", "lobit.cli", "export", str(model), "--recipe", RECIPE, "--target", "xnnpack"]
         command += ["--context", str(context), "--chunk", str(CHUNK), "-o", str(bundle)]

@@ -1,0 +1,51 @@
+"""`lobit plan` against what an export then gives."""
+
+from typing import Any
+
+import pytest
+
+from lobit import verbs
+from lobit.errors import InputError
+from lobit.export.target import TARGETS
+from lobit.quant_recipes.catalog import CATALOG
+from lobit.runtime.bundle import open_bundle
+
+FILE_SHARE = 0.03
+"""What the bytes of a file may differ from the plan's."""
+MODELS = [("stories260k", "fp", 192, 64), ("stories260k", "8da8w", 192, 64), ("mobilellm_p1", "fp", 128, 32)]
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "context", "chunk"), [*MODELS, pytest.param("demo", "8da4w-g32", 192, 64, marks=pytest.mark.slow)]
+)
+def test_the_plan_says_what_the_export_gives(model: str, recipe: str, context: int, chunk: int, bundles: Any, models: Any) -> None:
+    manifest = open_bundle(bundles(model, recipe)).manifest
+    plan = verbs.plan(str(models(model)), verbs.choose_recipe(recipe), "xnnpack", context=context, chunk=chunk)
+    assert plan.problems == []
+    assert plan.parameters == manifest.model.parameters
+    assert plan.cache == manifest.cache
+    assert plan.weights == manifest.weights
+    found = manifest.file("program").bytes
+    assert abs(plan.file_bytes - found) < FILE_SHARE * found
+    assert plan.bits_per_weight == pytest.approx(8 * plan.file_bytes / plan.parameters)
+
+
+def test_every_reason_why_not_is_in_the_plan(models: Any) -> None:
+    plan = verbs.plan(str(models("llama")), verbs.choose_recipe("w4-channel"), "xnnpack", context=999, chunk=16)
+    assert len(plan.problems) == 2
+    assert "INT8 activations" in plan.problems[0]
+    assert "999" in plan.problems[1]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("recipe", CATALOG)
+def test_every_recipe_and_target_has_a_plan(recipe: str, target: str, models: Any) -> None:
+    plan = verbs.plan(str(models("llama")), verbs.choose_recipe(recipe), target, context=64)
+    assert plan.file_bytes > 0
+    assert plan.host_peak_bytes > 0
+    assert (plan.device_peak_bytes > plan.file_bytes) != bool(plan.problems)
+
+
+def test_a_float_model_needs_a_recipe(models: Any) -> None:
+    with pytest.raises(InputError, match="--recipe"):
+        verbs.plan(str(models("llama")), None, "xnnpack")

@@ -1,0 +1,128 @@
+"""Exports that are killed: the same command goes on and gives the bytes of an undisturbed run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lobit import verbs
+
+KILLS = 20
+DRIVER = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+from lobit import verbs
+import lobit.export.xnnpack
+import executorch.extension.llm.custom_ops.custom_ops
+
+model, out, seconds, kills = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
+
+def export():
+    verbs.export(model, "xnnpack", out, recipe=verbs.choose_recipe("8da4w-g32"), context=128, chunk=32, command=["a", "command"])
+
+def child(delay):
+    process = os.fork()
+    if process == 0:
+        export()
+        os._exit(0)
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(process, signal.SIGKILL)
+    return os.waitpid(process, 0)[1]
+
+random.seed(0)
+seen = []
+for _ in range(kills):
+    if out.exists():
+        break
+    child(random.uniform(0, seconds))
+    kept = out.with_name(out.name + ".partial")
+    seen.append(sorted(str(path.relative_to(kept)) for path in kept.rglob("*")) if kept.exists() else [])
+status = 0 if out.exists() else child(None)
+print(json.dumps({"status": status, "seen": seen}))
+"""
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_no_byte(bundles: Any, models: Any, tmp_path: Path) -> None:
+    first = bundles("mobilellm_p1", "8da4w-g32")
+    stages = json.loads((first / "build.json").read_text(encoding="utf-8"))["stages"]
+    seconds = sum(stage["seconds"] for stage in stages)
+    kills, rounds = 0, 0
+    while kills < KILLS:
+        out = tmp_path / str(rounds) / first.name
+        out.parent.mkdir()
+        arguments = [str(models("mobilellm_p1")), str(out), str(seconds / 4), str(KILLS - kills)]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        done = subprocess.run([sys.executable, "-c", DRIVER, *arguments], check=True, env=environment, capture_output=True, text=True)
+        result = json.loads(done.stdout.splitlines()[-1])
+        assert result["status"] == 0, done.stderr
+        assert any(any(name.endswith(".part") for name in names) for names in result["seen"]), "some kills came late enough"
+        for name in ("model.pte", "manifest.json"):
+            assert (out / name).read_bytes() == (first / name).read_bytes(), name
+        assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in first.iterdir())
+        assert [path.name for path in out.parent.iterdir()] == [first.name], "nothing else is left"
+        kills, rounds = kills + len(result["seen"]), rounds + 1
+
+
+def test_another_models_leftovers_are_not_used(models: Any, tmp_path: Path) -> None:
+    from lobit.export.stages import Kept
+
+    folder = tmp_path / "stages"
+    with Kept(folder, "one").making("checkpoint") as path:
+        path.write_text("finished", encoding="utf-8")
+    assert Kept(folder, "one").has("checkpoint")
+    assert not Kept(folder, "two").has("checkpoint")
+    assert not Kept(folder, "one").has("checkpoint")
+
+
+def test_what_is_half_written_is_not_kept(tmp_path: Path) -> None:
+    from lobit.export.stages import Kept
+
+    kept = Kept(tmp_path / "stages", "one")
+    with pytest.raises(RuntimeError), kept.making("part") as path:
+        path.write_text("half", encoding="utf-8")
+        raise RuntimeError
+    assert not Kept(tmp_path / "stages", "one").has("part")
+
+
+def test_a_changed_model_is_exported_anew(tmp_path: Path) -> None:
+    from lobit.export.stages import key_of
+
+    model = tmp_path / "model.safetensors"
+    model.write_bytes(b"weights")
+    first = key_of(tmp_path, context=64)
+    assert key_of(tmp_path, context=64) == first
+    assert key_of(tmp_path, context=65) != first
+    os.utime(model, ns=(1, 1))
+    assert key_of(tmp_path, context=64) != first
+
+
+@pytest.mark.slow
+def test_an_interrupted_export_says_how_to_go_on(models: Any, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    command = [sys.executable, "-m", "lobit.cli", "export", str(models("qwen3")), "--recipe", "8da4w-g32", "--target", "xnnpack"]
+    process = subprocess.Popen(
+        [*command, "--context", "64", "--chunk", "16", "-o", str(out)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    partial = out.with_name("bundle.partial")
+    until = time.monotonic() + 120
+    while not list(partial.glob("stages/*.part")) and time.monotonic() < until:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in told
+    assert not out.exists()
+    manifest = verbs.export(str(models("qwen3")), "xnnpack", out, recipe=verbs.choose_recipe("8da4w-g32"), context=64, chunk=16)
+    assert manifest.files
