@@ -187,7 +187,7 @@ def export_llm_options(model: Path, context: int, int8: bool) -> list[str]:
         *("model.use_kv_cache=True", "model.use_sdpa_with_kv_cache=True", f"model.quantize_kv_cache={int8}"),
         *(["model.local_global_attention=[" + ",".join(map(str, windows)) + "]"] if any(windows) else []),
         *("quantization.qmode=8da4w", "quantization.group_size=32", "quantization.embedding_quantize='4,32'"),
-        "quantization.use_hqq=False",  # searches scales for minutes; the speed is the same
+        "quantization.use_hqq=False",  # a search for better scales, which changes no speed and which lobit does not make
         *("backend.xnnpack.enabled=True", "backend.xnnpack.extended_ops=True", "model.enable_dynamic_shape=True"),
         f"export.max_seq_length={CHUNK + 1}",  # it takes calls of one token less
         *(f"export.max_context_length={context}", "export.output_name=model.pte"),
