@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from lobit.export.plan import Plan
     from lobit.quant_recipes.apply import Fate
     from lobit.quant_recipes.recipe import Recipe
     from lobit.runtime.manifest import Manifest
