@@ -1,5 +1,10 @@
 """`lobit plan` against what an export then gives."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,3 +54,23 @@ def test_every_recipe_and_target_has_a_plan(recipe: str, target: str, models: An
 def test_a_float_model_needs_a_recipe(models: Any) -> None:
     with pytest.raises(InputError, match="--recipe"):
         verbs.plan(str(models("llama")), None, "xnnpack")
+
+
+EXPORT = """
+import sys
+from pathlib import Path
+from lobit import verbs
+verbs.export("demo", "xnnpack", Path(sys.argv[1]), recipe=verbs.choose_recipe("8da4w-g32"), context=192, chunk=64)
+"""
+MEMORY_SHARE = 0.20
+
+
+@pytest.mark.slow
+def test_the_plan_says_what_memory_the_export_takes(tmp_path: Path) -> None:
+    paths = {"PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", EXPORT, str(tmp_path / "bundle")], check=True, env={**os.environ, **paths})
+    stages = json.loads((tmp_path / "bundle" / "build.json").read_text(encoding="utf-8"))["stages"]
+    assert [stage["name"] for stage in stages] == ["quantize", "lower", "write"]
+    found = max(stage["peak_rss_bytes"] for stage in stages)
+    plan = verbs.plan("demo", verbs.choose_recipe("8da4w-g32"), "xnnpack", context=192, chunk=64)
+    assert abs(plan.host_peak_bytes - found) < MEMORY_SHARE * found

@@ -376,12 +376,12 @@ verbs.export(model, "xnnpack", Path(out), recipe=recipe, context=int(context), c
 """
 
 
-def test_the_same_model_gives_the_same_bytes_in_another_process(bundles: Bundles, models: Any, tmp_path: Path) -> None:
+def test_the_same_model_gives_the_same_bytes_in_another_process_folder_umask_and_hash_seed(bundles: Bundles, models: Any, tmp_path: Path) -> None:
     first = bundles("qwen3", "8da4w-g32")
     manifest = json.loads((first / "manifest.json").read_text(encoding="utf-8"))
     again = tmp_path / first.name
     arguments = [str(models("qwen3")), str(again), str(manifest["context"]), str(manifest["chunk"])]
     paths = {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONHASHSEED": "4711"}
-    subprocess.run([sys.executable, "-c", EXPORT, *arguments], check=True, env={**os.environ, **paths})
+    subprocess.run([sys.executable, "-c", EXPORT, *arguments], check=True, env={**os.environ, **paths}, umask=0o077)
     assert (again / "model.pte").read_bytes() == (first / "model.pte").read_bytes()
     assert (again / "manifest.json").read_bytes() == (first / "manifest.json").read_bytes()
