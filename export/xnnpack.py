@@ -59,7 +59,7 @@ def check(recipe: Recipe, config: Config) -> list[str]:
     if wide:
         problems.append(f"{wide[0]}: XNNPACK has INT8 per channel only, not in groups")
     if config.attention_softcap is not None:
-        problems.append("the model caps its attention scores: ExecuTorch's attention operators cannot")
+        problems.append("the model caps its attention scores, which this target does not: take a model without attn_logit_softcapping")
     return problems
 
 
@@ -118,8 +118,8 @@ def needs(model: Transformer, spec: Spec) -> Needs:
     """
     config = model.config
     stored = sum(group.bytes for group in weights(spec.recipe, config))
-    shared = isinstance(model.head, IntegerLinear) and config.tied
-    head = sum(tensor.numel() // 2 for name, tensor in model.head.state_dict().items() if name == "integers") if shared else 0
+    # A head that is the embedding is in the file once, but packed anew for the head.
+    head = model.head.integers.numel() * model.head.rule.weights.bits // 8 if config.tied and isinstance(model.head, IntegerLinear) else 0
     parts = program(model, spec)
     places = {value.memory or value.overlay or name: value for name, value in parts.values.items() if value.constant is None}
     handed = sum(_bytes(parts.memories.get(place, value), spec.chunk) for place, value in places.items())

@@ -376,7 +376,7 @@ verbs.export(model, "xnnpack", Path(out), recipe=recipe, context=int(context), c
 """
 
 
-def test_the_same_model_gives_the_same_bytes_in_another_process_folder_umask_and_hash_seed(bundles: Bundles, models: Any, tmp_path: Path) -> None:
+def test_another_process_folder_umask_and_hash_seed_give_the_same_bytes(bundles: Bundles, models: Any, tmp_path: Path) -> None:
     first = bundles("qwen3", "8da4w-g32")
     manifest = json.loads((first / "manifest.json").read_text(encoding="utf-8"))
     again = tmp_path / first.name
