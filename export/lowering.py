@@ -73,7 +73,7 @@ def without_collection() -> Iterator[None]:
 def trace_part(step: Step, parts: Parts, chunk: int) -> ExportedProgram:
     """A part as a graph for 1 to `chunk` tokens."""
     length = min(4, chunk)
-    dim = Dim("length", min=1, max=chunk)
+    dim = Dim("length", min=1, max=max(chunk, 2))
     values = [parts.values[name] for name in step.inputs]
     example = tuple(torch.zeros(value.sizes(length), dtype=value.dtype) for value in values)
     shapes = tuple(

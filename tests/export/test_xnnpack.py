@@ -144,6 +144,19 @@ def test_windows_forget_the_same_whatever_the_calls_are(calls: list[int], bundle
     assert relative_error(found, expected[positions]).max() < FLOAT_RELATIVE
 
 
+@pytest.mark.parametrize(("context", "chunk"), [(20, 1), (40, 40), pytest.param(5, 3, marks=slow), pytest.param(1, 1, marks=slow)])
+def test_any_context_and_chunk_agree_with_the_reference(context: int, chunk: int, models: Any, tmp_path: Path) -> None:
+    recipe = find_recipe("8da4w-g32")
+    verbs.export(str(models("mobilellm_p1")), "xnnpack", tmp_path / "bundle", recipe=recipe, context=context, chunk=chunk)
+    engine = open_engine(open_bundle(tmp_path / "bundle"), THREADS)
+    tokens = [int(token) for token in np.random.default_rng(0).integers(0, 96, context)]
+    for calls in ([1], [context], [context - context // 3]):
+        expected = walk(reference_of(models("mobilellm_p1"), recipe, context), tokens, calls)
+        error = relative_error(walk(engine, tokens, calls), expected)
+        assert error[0] < FLOAT_RELATIVE
+        assert error.max() < ROUNDED_RELATIVE
+
+
 @pytest.mark.parametrize("recipe", ["fp", "8da4w-g32"])
 def test_nothing_of_a_conversation_is_left_after_a_reset(recipe: str, bundles: Bundles, text: Any) -> None:
     bundle = open_bundle(bundles("mobilellm_p1", recipe))
