@@ -11,6 +11,7 @@ import pytest
 
 from lobit import verbs
 from lobit.errors import InputError
+from lobit.export.stages import WHOLE, Stages
 from lobit.export.target import TARGETS
 from lobit.quant_recipes.catalog import CATALOG
 from lobit.runtime.bundle import open_bundle
@@ -49,6 +50,36 @@ def test_every_recipe_and_target_has_a_plan(recipe: str, target: str, models: An
     assert plan.file_bytes > 0
     assert plan.host_peak_bytes > 0
     assert (plan.device_peak_bytes > plan.file_bytes) != bool(plan.problems)
+
+
+def test_the_command_prints_the_plan_and_fails_where_something_speaks_against_it(models: Any) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        paths = {"PYTHONPATH": str(Path(__file__).parents[2])}
+        command = [sys.executable, "-m", "lobit.cli", "plan", str(models("llama")), "--target", "xnnpack", "--context", "64", *arguments]
+        return subprocess.run(command, env={**os.environ, **paths}, capture_output=True, text=True, check=False)
+
+    fine = run("--recipe", "8da4w-g32", "--json")
+    assert fine.returncode == 0, fine.stderr
+    said = json.loads(fine.stdout)
+    wanted = {"parameters", "file_bytes", "bits_per_weight", "kv_cache_bytes", "host_peak_bytes", "device_peak_bytes", "problems"}
+    assert wanted <= set(said)
+    refused = run("--recipe", "w4-channel")
+    assert refused.returncode == 1
+    assert "INT8" in refused.stdout
+
+
+def test_progress_never_turns_back_and_ends_at_the_whole() -> None:
+    told: list[tuple[str, int, int]] = []
+    stages = Stages({"one": 3.0, "two": 1.0}, lambda *said: told.append(said))
+    for name in ("one", "two"):
+        with stages.stage(name) as count:
+            for done in range(5):
+                count(done, 5)
+    shares = [done for _, done, _ in told]
+    assert shares == sorted(shares)
+    assert (told[0][1], told[-1][1]) == (0, WHOLE)
+    assert told[6] == ("one", round(0.75 * WHOLE), WHOLE), "a stage counts as much as it should take"
+    assert [row["name"] for row in stages.rows] == ["one", "two"]
 
 
 def test_a_float_model_needs_a_recipe(models: Any) -> None:
