@@ -181,12 +181,24 @@ def test_a_limit_under_which_nothing_starts_is_one_message(slow_model: Path, tmp
 # --- interruption and company -------------------------------------------------------------------------------------------------------
 
 
+def _heed_hangups() -> None:
+    """Whoever started the tests may have had them ignored (nohup)."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def running(out: Path, *arguments: Any, before: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
     """A command at work: its unfinished folder is there."""
     command = [*before, *lobit_command(*arguments, "-o", out)]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd="/", start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        cwd="/",
+        start_new_session=True,
+        preexec_fn=_heed_hangups,
     )
     try:
         deadline = time.monotonic() + PATIENCE
@@ -250,6 +262,7 @@ def test_what_a_killed_process_leaves_is_no_obstacle(slow_model: Path, tmp_path:
 def test_an_interrupted_export_goes_on_or_begins_anew(tmp_path: Path) -> None:
     out, work = tmp_path / "out", ("export", "demo", "--recipe", "8da4w-g32", "--target", "xnnpack", "--context", "64")
     for seconds in (0.0, 2.0, 4.0):
+        (tmp_path / "out.partial" / ".writer").unlink(missing_ok=True)  # of the run before
         with running(out, *work) as process:
             time.sleep(seconds)
             os.killpg(process.pid, signal.SIGINT)
