@@ -49,7 +49,7 @@ class FloatEntries:
 
     @staticmethod
     def encode(x: Tensor) -> tuple[Tensor, ...]:
-        """x [1, T, heads, E] as the cache keeps it."""
+        """x [1, T, heads, E] as the cache keeps it; a part's output must not be its input."""
         return (x.clone(),)
 
     @staticmethod
@@ -215,7 +215,7 @@ class Caches:
         self.entries: Entries = FloatEntries if kv_bits is None else Int8Entries
         self.slots = config.cache_slots(context)
         self.rings = sorted({layer.window for layer in config.layers if layer.window and layer.window < context})
-        self.bounds = bounds(context) if len(self.rings) < len({layer.window for layer in config.layers}) else []
+        self.bounds = bounds(context) if any(layer.window not in self.rings for layer in config.layers) else []
         self.names = [f"{side}_{name}" for side in "kv" for name in self.entries.names]
 
     def declare(self, parts: Parts) -> None:

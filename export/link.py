@@ -7,20 +7,20 @@ behind it, each in a place of its own.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from executorch.exir import schema
+from executorch.exir._serialize.padding import aligned_size
 from executorch.exir.scalar_type import ScalarType
 from torch import Tensor, nn
 
 from lobit.export.lowering import LoweredPart
 from lobit.export.parts import INPUTS, OUTPUT, Choice, Parts, Step, Tokens, Value
 from lobit.export.stages import Count
-from lobit.export.stamp import as_bytes, key_of, serialized
+from lobit.export.stamp import digest_of, key_of, serialized
 
 ALIGNMENT = 64
 """Bytes, of a tensor in memory: a cache line."""
@@ -53,11 +53,11 @@ class Linked:
 
     program: schema.Program
     """Without constants, delegates and named data."""
-    constants: list[Tensor] = field(default_factory=list)
-    """What the tensors of the program refer to by their number, counted from 1."""
-    delegates: list[bytes] = field(default_factory=list)
+    constants: dict[str, Tensor]
+    """By their digests; the program's tensors refer to them by their number in this order, counted from 1."""
+    delegates: list[bytes]
     """What the program's delegates refer to."""
-    weights: dict[str, Weight] = field(default_factory=dict)
+    weights: dict[str, Weight]
     """What the delegates refer to by name."""
 
 
@@ -76,14 +76,16 @@ class Linker:
         self.operators: list[schema.Operator] = []
         self.instructions: list[schema.Instruction] = []
         self.delegates: list[schema.BackendDelegate] = []
-        self.linked = Linked(None)
-        self.scratch = max(_scratch(part) for part in lowered.values())
-        self.size = _aligned(self.scratch)
+        self.constants: dict[str, Tensor] = {}
+        self.blobs: list[bytes] = []
+        self.weights: dict[str, Weight] = {}
+        self.size = aligned_size(max(_scratch(part) for part in lowered.values()), ALIGNMENT)
+        self._sizes = parts.places(chunk)
         self._places: dict[str, int] = {}
         self._named: dict[str, int] = {}
         self._inner: dict[str, dict[int, int]] = {}
         self._lists: dict[tuple[Any, ...], int] = {}
-        self._constants: dict[bytes, int] = {}
+        self._numbers: dict[str, int] = {}
         self._delegates: dict[tuple[bytes, str], int] = {}
         self._keys: dict[tuple[int, str], str] = {}
 
@@ -104,7 +106,8 @@ class Linker:
             else:
                 self._choose(step, false)
         outputs = [self._value(OUTPUT)]
-        first, last = (self._plan(step) for step in (self._first(), self._last()))
+        begin, *_, end = self.parts.every_step()
+        first, last = self._plan(begin), self._plan(end)
         container = schema.ContainerMetadata(first.container_meta_type.encoded_inp_str, last.container_meta_type.encoded_out_str)
         chain = schema.Chain(inputs=inputs, outputs=outputs, instructions=self.instructions, stacktrace=None)
         plan = schema.ExecutionPlan(
@@ -112,14 +115,8 @@ class Linker:
         )
         version = next(iter(self.lowered.values())).program.version
         empty = schema.SubsegmentOffsets(0, [])
-        self.linked.program = schema.Program(version, [plan, *constant_methods], [], [], [], empty, [], [])
-        return self.linked
-
-    def _first(self) -> Step:
-        return next(self.parts.every_step())
-
-    def _last(self) -> Step:
-        return list(self.parts.every_step())[-1]
+        program = schema.Program(version, [plan, *constant_methods], [], [], [], empty, [], [])
+        return Linked(program, self.constants, self.blobs, self.weights)
 
     def _plan(self, step: Step) -> schema.ExecutionPlan:
         plan: schema.ExecutionPlan = self.lowered[self.parts.part_of(step)].program.execution_plan[0]
@@ -148,8 +145,7 @@ class Linker:
 
     def _emit(self, step: Step) -> None:
         """Emits a part's instructions with this step's values and weights."""
-        name = self.parts.part_of(step)
-        part, plan = self.lowered[name], self._plan(step)
+        part, plan = self.lowered[self.parts.part_of(step)], self._plan(step)
         outputs = plan.outputs[len(plan.outputs) - len(step.outputs) :]
         bound = dict(zip(plan.inputs, map(self._value, step.inputs), strict=True))
         bound |= dict(zip(outputs, map(self._value, step.outputs), strict=True))
@@ -196,11 +192,11 @@ class Linker:
         return inner[index]
 
     def _constant(self, tensor: Tensor) -> int:
-        digest = hashlib.sha256(as_bytes(tensor)).digest()
-        if digest not in self._constants:
-            self.linked.constants.append(tensor)
-            self._constants[digest] = len(self.linked.constants)
-        return self._constants[digest]
+        digest = digest_of(tensor)
+        if digest not in self.constants:
+            self.constants[digest] = tensor
+            self._numbers[digest] = len(self.constants)
+        return self._numbers[digest]
 
     def _operator(self, operator: schema.Operator) -> int:
         if operator not in self.operators:
@@ -209,27 +205,26 @@ class Linker:
 
     def _delegate(self, step: Step, part: LoweredPart, delegate: schema.BackendDelegate) -> int:
         """The delegate with this step's weights; one for all steps with the same."""
-        names = self.lowered[self.parts.part_of(step)].stamp.keys
+        names = part.stamp.keys
         blob = bytes(part.program.backend_delegate_data[delegate.processed.index].data)
         for key in names:
             if key.encode() in blob:
                 blob = blob.replace(key.encode(), self._key(step.module, names[key]).encode())
         known = (blob, delegate.id)
         if known not in self._delegates:
-            self.linked.delegates.append(blob)
-            where = schema.BackendDelegateDataReference(schema.DataLocation.SEGMENT, len(self.linked.delegates) - 1)
+            self.blobs.append(blob)
+            where = schema.BackendDelegateDataReference(schema.DataLocation.SEGMENT, len(self.blobs) - 1)
             self.delegates.append(schema.BackendDelegate(delegate.id, where, delegate.compile_specs))
             self._delegates[known] = len(self.delegates) - 1
         return self._delegates[known]
 
     def _key(self, module: nn.Module, name: str) -> str:
         """The name of a tensor's data; notes where to find it."""
-        tensor = module.state_dict()[name]
         known = (id(module), name)
         if known not in self._keys:
-            data = serialized(module, name, tensor)
+            data = serialized(module, name, module.state_dict()[name])
             self._keys[known] = key_of(module, name, data)
-            self.linked.weights.setdefault(self._keys[known], Weight(module, name, data.nbytes))
+            self.weights.setdefault(self._keys[known], Weight(module, name, data.nbytes))
         return self._keys[known]
 
     def _value(self, name: str) -> int:
@@ -241,9 +236,9 @@ class Linker:
     def _tensor(self, name: str, value: Value) -> schema.Tensor:
         sizes = value.sizes(self.chunk)
         moves = any(isinstance(size, Tokens) for size in value.shape)
-        where = None
-        if value.constant is None and name not in INPUTS:
-            offset = self._place(name, value)
+        place, where = self.parts.place_of(name), None
+        if place is not None:
+            offset = self._offset(place)
             where = schema.AllocationDetails(1, offset & 0xFFFFFFFF, offset >> 32)
         return schema.Tensor(
             scalar_type=SCALARS[value.dtype],
@@ -257,20 +252,11 @@ class Linker:
             shape_dynamism=schema.TensorShapeDynamism.DYNAMIC_BOUND if moves else schema.TensorShapeDynamism.STATIC,
         )
 
-    def _place(self, name: str, value: Value) -> int:
-        """The offset of a value's memory: its own, its cache's, or its overlay's."""
-        place = value.memory or value.overlay or name
+    def _offset(self, place: str) -> int:
         if place not in self._places:
-            sharing = [self.parts.memories[place]] if value.memory else []
-            sharing += [other for other in self.parts.values.values() if value.overlay and other.overlay == value.overlay]
-            sizes = [torch.Size(one.sizes(self.chunk)).numel() * one.dtype.itemsize for one in sharing or [value]]
             self._places[place] = self.size
-            self.size += _aligned(max(sizes))
+            self.size += aligned_size(self._sizes[place], ALIGNMENT)
         return self._places[place]
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _scratch(part: LoweredPart) -> int:

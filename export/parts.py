@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,10 @@ class Value:
         """The shape in a call of `length` tokens."""
         return [size.at(length) if isinstance(size, Tokens) else size for size in self.shape]
 
+    def bytes(self, length: int) -> int:
+        """Of memory, in a call of `length` tokens."""
+        return math.prod(self.sizes(length)) * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class Step:
@@ -84,12 +89,33 @@ class Parts:
                 for _, steps in step.cases:
                     yield from steps
 
+    _parts: dict[Step, str] = field(default_factory=dict)
+
     def part_of(self, step: Step) -> str:
         """All that a step's graph depends on, but no weights: steps of one part have one graph."""
+        if step not in self._parts:
+            self._parts[step] = self._describe(step)
+        return self._parts[step]
+
+    def _describe(self, step: Step) -> str:
         modules = [f"{name}:{type(module).__name__}({module.extra_repr()})" for name, module in step.module.named_modules()]
         tensors = [f"{name}:{tensor.dtype}{list(tensor.shape)}" for name, tensor in step.module.state_dict().items()]
         ports = [f"{self.values[name].dtype}{list(self.values[name].shape)}" for name in step.inputs]
         return "\n".join([step.kind, *modules, *tensors, *ports])
+
+    def place_of(self, name: str) -> str | None:
+        """Where a value lies: its cache, its overlay, or a place of its own; None: it is handed in, or a constant."""
+        value = self.values[name]
+        return None if name in INPUTS or value.constant is not None else value.memory or value.overlay or name
+
+    def places(self, length: int) -> dict[str, int]:
+        """Bytes of every place, in a call of `length` tokens."""
+        sizes = {name: value.bytes(length) for name, value in self.memories.items()}
+        for name, value in self.values.items():
+            place = self.place_of(name)
+            if place is not None:
+                sizes[place] = max(sizes.get(place, 0), value.bytes(length))
+        return sizes
 
     def distinct(self) -> dict[str, Step]:
         """The first step of each part."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lobit.export.attention import Caches
 from lobit.export.parts import INPUTS, OUTPUT, Parts, Step, Tokens, Value
-from lobit.model import Block, Config, Rope, Table, Tables, Transformer
+from lobit.model import Block, Config, Rope, Table, Tables, Transformer, capped, rotary_table
 
 
 class Positions(nn.Module):
@@ -28,7 +28,7 @@ class Positions(nn.Module):
     def __init__(self, config: Config, caches: Caches, ropes: list[Rope]) -> None:
         super().__init__()
         self.group = config.heads // config.kv_heads
-        self.rings, self.bounds = caches.rings, caches.bounds[:-1]
+        self.ropes, self.rings, self.bounds = len(ropes), caches.rings, caches.bounds[:-1]
         self.register_buffer("steps", torch.arange(caches.chunk), persistent=False)
         for number, rope in enumerate(ropes):
             frequencies, factors = rope.spectrum(config.head_dim)
@@ -50,11 +50,9 @@ class Positions(nn.Module):
         length = tokens.shape[1]
         queries = input_pos + self.steps[:length]
         last = queries[-1:]
-        made = []
-        for number in range(sum(name.startswith("cos_") for name in self.outputs)):
-            angles = queries.float()[:, None, None] * getattr(self, f"frequencies_{number}")
-            factors = getattr(self, f"factors_{number}")
-            made += [angles.cos() * factors, angles.sin() * factors]
+        made: list[Tensor] = []
+        for number in range(self.ropes):
+            made += rotary_table(queries, getattr(self, f"frequencies_{number}"), getattr(self, f"factors_{number}"))
         made += [input_pos == 0, last == input_pos, *(last < bound for bound in self.bounds)]
         made += [queries.float()[:, None].expand(-1, self.group).reshape(-1, 1)]
         for ring in self.rings:
@@ -121,8 +119,7 @@ class Score(nn.Module):
         self.block, self.norm, self.head, self.cap = block, model.norm, model.head, model.config.logits_softcap
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        scores = cast(Tensor, self.head(self.norm(self.block.leave(x[:, -1:], y[:, -1:]))))
-        return scores if self.cap is None else torch.tanh(scores / self.cap) * self.cap
+        return capped(self.head(self.norm(self.block.leave(x[:, -1:], y[:, -1:]))), self.cap)
 
 
 def build(model: Transformer, caches: Caches) -> Parts:

@@ -6,18 +6,18 @@ data of those. Where named data is what a constant holds already, as a head that
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from executorch.exir import schema
 from executorch.exir._serialize._flatbuffer_program import _program_to_flatbuffer
 from executorch.exir._serialize._program import _ExtendedHeader, _insert_flatbuffer_header
+from executorch.exir._serialize.padding import aligned_size
 from torch import Tensor
 
 from lobit.export.link import Linked, Weight
 from lobit.export.stages import Count
-from lobit.export.stamp import as_bytes
+from lobit.export.stamp import SCALE, as_bytes
 
 SEGMENT_ALIGNMENT = 128
 CONSTANT_ALIGNMENT = 16
@@ -36,7 +36,7 @@ class _Layout:
 
     def place(self, source: Source, size: int, alignment: int) -> int:
         """Adds data; its offset."""
-        offset = _aligned(self.end, alignment)
+        offset: int = aligned_size(self.end, alignment)
         self.pieces.append((offset, source))
         self.end = offset + size
         return offset
@@ -56,10 +56,10 @@ def write_program(linked: Linked, path: Path, count: Count | None = None) -> Non
     for delegate in program.execution_plan[0].delegates:
         where = schema.BackendDelegateDataReference(schema.DataLocation.SEGMENT, numbers[delegate.processed.index])
         delegate.processed = where
-    held = {hashlib.sha256(as_bytes(tensor)).hexdigest(): offset for tensor, offset in zip(linked.constants, offsets, strict=True)}
+    held = dict(zip(linked.constants, offsets, strict=True))
     program.named_data = []
     for key, weight in linked.weights.items():
-        digest = key.removeprefix("scale_")
+        digest = key.removeprefix(SCALE)
         offset = held[digest] if digest in held else layout.place(weight, weight.bytes, SEGMENT_ALIGNMENT)
         program.named_data.append(schema.NamedData(key, layout.segment(offset, weight.bytes)))
     program.segments = layout.segments
@@ -74,7 +74,7 @@ def write_program(linked: Linked, path: Path, count: Count | None = None) -> Non
 
 def _constants(linked: Linked, layout: _Layout) -> list[int]:
     """Places the constants in segment 0; their offsets."""
-    offsets = [layout.place(tensor, tensor.nbytes, CONSTANT_ALIGNMENT) for tensor in linked.constants]
+    offsets = [layout.place(tensor, tensor.nbytes, CONSTANT_ALIGNMENT) for tensor in linked.constants.values()]
     layout.segment(0, layout.end)
     return offsets
 
@@ -87,15 +87,12 @@ def _data(source: Source) -> bytes | memoryview:
 def _head(program: schema.Program, data_size: int) -> bytes:
     """Header and flatbuffer, padded to where the segments begin."""
     result = _program_to_flatbuffer(program, constant_tensor_alignment=CONSTANT_ALIGNMENT, delegate_alignment=None)
-    header_size = _aligned(_ExtendedHeader.EXPECTED_LENGTH, result.max_alignment)
+    header_size = aligned_size(_ExtendedHeader.EXPECTED_LENGTH, result.max_alignment)
     size = header_size + len(result.data)
-    begin = _aligned(size, SEGMENT_ALIGNMENT)
+    begin = aligned_size(size, SEGMENT_ALIGNMENT)
     header = _ExtendedHeader(program_size=size, segment_base_offset=begin, segment_data_size=data_size).to_bytes()
     data: bytes = _insert_flatbuffer_header(
         flatbuffer_data=result.data, magic_regex=r"ET[0-9a-zA-Z][0-9a-zA-Z]", header_data=header.ljust(header_size, b"\0")
     )
     return data.ljust(begin, b"\0")
 
-
-def _aligned(size: int, alignment: int) -> int:
-    return -(-size // alignment) * alignment

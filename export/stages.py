@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lobit.memory import peak_rss_bytes
+from lobit.quant_recipes.apply import Progress
 
-Progress = Callable[[str, int, int], None]
-"""(what, done, of how many)"""
 Count = Callable[[int, int], None]
 """(done, of how many) within a stage"""
 WHOLE = 1000

@@ -19,6 +19,8 @@ from lobit.errors import TargetError
 from lobit.export.delegated import DelegatedLinear
 from lobit.quant_recipes.packing import pack_int4
 
+SCALE = "scale_"
+
 
 def randomize(graph: ExportedProgram) -> None:
     """Puts random numbers in place of a traced graph's weights: its persistent tensors, save zero points, which stay 0."""
@@ -53,8 +55,13 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return tensor.flatten().view(torch.uint8).numpy().data
 
 
+def digest_of(tensor: Tensor) -> str:
+    """sha256 of a tensor's bytes, in hexadecimal."""
+    return hashlib.sha256(as_bytes(tensor)).hexdigest()
+
+
 def key_of(module: nn.Module, name: str, data: Tensor) -> str:
-    """XNNPACK's name of a constant: sha256 of its bytes, with a prefix where it is a scale.
+    """XNNPACK's name of a constant: its digest, with `SCALE` before it where it is a scale.
 
     Args:
         module: as in `serialized`.
@@ -63,7 +70,7 @@ def key_of(module: nn.Module, name: str, data: Tensor) -> str:
     """
     path, _, part = name.rpartition(".")
     is_scale = isinstance(module.get_submodule(path), DelegatedLinear) and part == "scale"
-    return ("scale_" if is_scale else "") + hashlib.sha256(as_bytes(data)).hexdigest()
+    return (SCALE if is_scale else "") + digest_of(data)
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,8 @@ def stamp_of(graph: ExportedProgram, module: nn.Module, keys: set[str], program:
         TargetError: a constant of XNNPACK's is none of the module's tensors.
     """
     weights = {name: tensor.detach() for name, tensor in graph.state_dict.items() if tensor.dtype != torch.int64}
-    plain = {hashlib.sha256(as_bytes(tensor)).digest(): name for name, tensor in weights.items()}
-    buffers = {number: hashlib.sha256(buffer.storage).digest() for number, buffer in enumerate(program.constant_buffer)}
+    plain = {digest_of(tensor): name for name, tensor in weights.items()}
+    buffers = {number: hashlib.sha256(buffer.storage).hexdigest() for number, buffer in enumerate(program.constant_buffer)}
     found = {key_of(module, name, serialized(module, name, tensor)): name for name, tensor in weights.items()}
     unknown = sorted(keys - set(found))
     if unknown:

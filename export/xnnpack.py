@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata, resources
@@ -19,7 +18,7 @@ from lobit.export.attention import Caches
 from lobit.export.delegated import DelegatedLinear, DelegatedNorm, DelegatedTurn, PackedEmbedding, SharedHead
 from lobit.export.link import Linker
 from lobit.export.lowering import LoweredPart, lower_part, trace_part, without_collection
-from lobit.export.parts import OUTPUT, Interpreter, Parts, Step, Value
+from lobit.export.parts import OUTPUT, Interpreter, Parts, Step
 from lobit.export.program import build, replace_layers
 from lobit.export.pte import write_program
 from lobit.export.stages import Count, Kept
@@ -121,8 +120,7 @@ def needs(model: Transformer, spec: Spec) -> Needs:
     # A head that is the embedding is in the file once, but packed anew for the head.
     head = model.head.integers.numel() * model.head.rule.weights.bits // 8 if config.tied and isinstance(model.head, IntegerLinear) else 0
     parts = program(model, spec)
-    places = {value.memory or value.overlay or name: value for name, value in parts.values.items() if value.constant is None}
-    handed = sum(_bytes(parts.memories.get(place, value), spec.chunk) for place, value in places.items())
+    handed = sum(parts.places(spec.chunk).values())
     slots = max(config.cache_slots(spec.context))
     scores = 2 * config.heads * spec.chunk * slots * 4
     floats = 4 * slots * config.kv_heads * config.head_dim * 4
@@ -131,10 +129,6 @@ def needs(model: Transformer, spec: Spec) -> Needs:
     layer = PER_LAYER + (PER_INTEGER_LAYER if spec.recipe.rules else 0)
     overhead = OVERHEAD + PER_ARGUMENT * arguments + PER_PART * len(distinct) + layer * len(config.layers)
     return Needs(len(distinct), overhead, stored + head + handed + max(scores + floats, WORKSPACE * spec.chunk * config.intermediate_size))
-
-
-def _bytes(value: Value, chunk: int) -> int:
-    return math.prod(value.sizes(chunk)) * value.dtype.itemsize
 
 
 def trace(parts: Parts, spec: Spec) -> Graphs:

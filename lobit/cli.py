@@ -38,6 +38,11 @@ Out = Annotated[Path, typer.Option("-o", "--out", help="Where to write; must not
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Threads = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Of the runtime; default: one per core.")]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that `lobit export` wrote.")]
+Source = Annotated[str, typer.Argument(metavar="MODEL|CKPT", help="A float model, or a quantized checkpoint.")]
+Target = Annotated[str, typer.Option("--target", help="xnnpack.")]
+FloatRecipe = Annotated[str | None, typer.Option("--recipe", help="For a float model (`lobit recipes`).")]
+Context = Annotated[int | None, typer.Option("--context", help="Tokens to hold; default: the model's, at most 2048.")]
+Chunk = Annotated[int | None, typer.Option("--chunk", help="Most tokens in one prefill call; default: 512.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub name, or 'demo'.")]
 
 
@@ -122,11 +127,11 @@ def recipes(
 
 @app.command(epilog="Example: lobit plan ./SmolLM2-135M --recipe 8da4w-g32 --target xnnpack --context 2048")
 def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL|CKPT", help="A float model, or a quantized checkpoint.")],
-    target: Annotated[str, typer.Option("--target", help="xnnpack.")],
-    recipe: Annotated[str | None, typer.Option("--recipe", help="For a float model (`lobit recipes`).")] = None,
-    context: Annotated[int | None, typer.Option("--context", help="Tokens to hold; default: the model's, at most 2048.")] = None,
-    chunk: Annotated[int | None, typer.Option("--chunk", help="Most tokens in one prefill call; default: 512.")] = None,
+    model: Source,
+    target: Target,
+    recipe: FloatRecipe = None,
+    context: Context = None,
+    chunk: Chunk = None,
     exclude: Except = None,
     group_size: GroupSize = None,
     kv_cache: KVCache = None,
@@ -173,12 +178,12 @@ def quantize(
 
 @app.command(epilog="Example: lobit export ./SmolLM2-135M --recipe 8da4w-g32 --target xnnpack --context 2048 -o bundle")
 def export(
-    model: Annotated[str, typer.Argument(metavar="MODEL|CKPT", help="A float model, or a quantized checkpoint.")],
-    target: Annotated[str, typer.Option("--target", help="xnnpack.")],
+    model: Source,
+    target: Target,
     out: Out,
-    recipe: Annotated[str | None, typer.Option("--recipe", help="For a float model (`lobit recipes`).")] = None,
-    context: Annotated[int | None, typer.Option("--context", help="Tokens to hold; default: the model's, at most 2048.")] = None,
-    chunk: Annotated[int | None, typer.Option("--chunk", help="Most tokens in one prefill call; default: 512.")] = None,
+    recipe: FloatRecipe = None,
+    context: Context = None,
+    chunk: Chunk = None,
     exclude: Except = None,
     group_size: GroupSize = None,
     kv_cache: KVCache = None,

@@ -154,10 +154,20 @@ def rotary_tables(config: Config, positions: Tensor) -> Tables:
     """Cosine and sine of `positions` [T] for each kind of rotary embedding in the model."""
     tables: Tables = {}
     for rope in {layer.rope for layer in config.layers if layer.rope}:
-        frequencies, factors = (part.to(positions.device) for part in rope.spectrum(config.head_dim))
-        angles = positions.float()[:, None, None] * frequencies
-        tables[rope] = Table(angles.cos() * factors, angles.sin() * factors)
+        frequencies, factors = rope.spectrum(config.head_dim)
+        tables[rope] = rotary_table(positions, frequencies.to(positions.device), factors.to(positions.device))
     return tables
+
+
+def rotary_table(positions: Tensor, frequencies: Tensor, factors: Tensor) -> Table:
+    """Cosine and sine of `positions` [T] for one spectrum (`Rope.spectrum`)."""
+    angles = positions.float()[:, None, None] * frequencies
+    return Table(angles.cos() * factors, angles.sin() * factors)
+
+
+def capped(scores: Tensor, cap: float | None) -> Tensor:
+    """Scores drawn into (-cap, cap), where there is a cap."""
+    return scores if cap is None else torch.tanh(scores / cap) * cap
 
 
 class QuarterTurn(nn.Module):
@@ -327,9 +337,7 @@ class Transformer(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Scores [B, T, V] of the stream x [B, T, D]."""
-        scores = self.head(self.norm(x))
-        cap = self.config.logits_softcap
-        return scores if cap is None else torch.tanh(scores / cap) * cap
+        return capped(self.head(self.norm(x)), self.config.logits_softcap)
 
     def forward(self, tokens: Tensor, tables: Tables | None = None, attend: Attend | None = None) -> Tensor:
         """Scores [B, T, V] of tokens [B, T]; without tables and attention, of a whole sequence that begins at position 0."""
@@ -353,7 +361,7 @@ def dot_product_attention(config: Config, q: Tensor, k: Tensor, v: Tensor, seen:
         return mixed.transpose(1, 2)
     groups = config.heads // config.kv_heads
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = torch.tanh(q @ k.transpose(2, 3) * config.scale / config.attention_softcap) * config.attention_softcap
+    scores = capped(q @ k.transpose(2, 3) * config.scale, config.attention_softcap)
     return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v).transpose(1, 2)
 
 

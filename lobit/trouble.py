@@ -15,6 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 from lobit.errors import LobitError
+from lobit.place import FULL
 
 MISTAKE = 2
 SIGNALED = 128
@@ -111,7 +112,7 @@ def _system(error: OSError) -> str:
     """What the operating system refuses."""
     place = error.filename2 or error.filename or "the output"
     why = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in FULL:
         return f"{place} cannot be written ({why}): make space, or choose another place"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{place} cannot be used ({why}): change its rights, or choose another place"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -156,6 +158,21 @@ class Bundles:
 def bundles(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Bundles:
     """`bundles(model, recipe, kv_cache=None)`: a bundle for target xnnpack, exported once a session."""
     return Bundles(models, tmp_path_factory.mktemp("bundles"))
+
+
+@pytest.fixture(scope="session")
+def another_process() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`another_process(code, *arguments, **options)`: Python code in a process of its own, which must not fail.
+
+    `environment` changes variables; other options are those of `subprocess.run`.
+    """
+
+    def run(code: str, *arguments: Any, environment: Mapping[str, str] | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
+        variables = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **(environment or {})}
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        return subprocess.run(command, check=True, env=variables, capture_output=True, text=True, **options)
+
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -120,8 +120,7 @@ def export(
 
     source = resolve(model)
     config = load_config(source)
-    context = min(config.max_context, DEFAULT_CONTEXT) if context is None else context
-    chunk = min(context, DEFAULT_CHUNK) if chunk is None else chunk
+    context, chunk = _sizes(config, context, chunk)
     check_place(out)
     bundle.check_context(config, context, chunk)
     asked = _asked(source, recipe)
@@ -150,8 +149,13 @@ def plan(model: str, recipe: Recipe | None, target: str, *, context: int | None 
 
     source = resolve(model)
     config = load_config(source)
+    return planning.plan(config, _asked(source, recipe), target, *_sizes(config, context, chunk))
+
+
+def _sizes(config: Config, context: int | None, chunk: int | None) -> tuple[int, int]:
+    """Context and chunk, with defaults in the place of None."""
     context = min(config.max_context, DEFAULT_CONTEXT) if context is None else context
-    return planning.plan(config, _asked(source, recipe), target, context, min(context, DEFAULT_CHUNK) if chunk is None else chunk)
+    return context, min(context, DEFAULT_CHUNK) if chunk is None else chunk
 
 
 def _asked(source: Path, recipe: Recipe | None) -> Recipe:

@@ -1,9 +1,6 @@
 """`lobit plan` against what an export then gives."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,22 +49,6 @@ def test_every_recipe_and_target_has_a_plan(recipe: str, target: str, models: An
     assert (plan.device_peak_bytes > plan.file_bytes) != bool(plan.problems)
 
 
-def test_the_command_prints_the_plan_and_fails_where_something_speaks_against_it(models: Any) -> None:
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        paths = {"PYTHONPATH": str(Path(__file__).parents[2])}
-        command = [sys.executable, "-m", "lobit.cli", "plan", str(models("llama")), "--target", "xnnpack", "--context", "64", *arguments]
-        return subprocess.run(command, env={**os.environ, **paths}, capture_output=True, text=True, check=False)
-
-    fine = run("--recipe", "8da4w-g32", "--json")
-    assert fine.returncode == 0, fine.stderr
-    said = json.loads(fine.stdout)
-    wanted = {"parameters", "file_bytes", "bits_per_weight", "kv_cache_bytes", "host_peak_bytes", "device_peak_bytes", "problems"}
-    assert wanted <= set(said)
-    refused = run("--recipe", "w4-channel")
-    assert refused.returncode == 1
-    assert "INT8" in refused.stdout
-
-
 def test_progress_never_turns_back_and_ends_at_the_whole() -> None:
     told: list[tuple[str, int, int]] = []
     stages = Stages({"one": 3.0, "two": 1.0}, lambda *said: told.append(said))
@@ -97,9 +78,8 @@ MEMORY_SHARE = 0.20
 
 
 @pytest.mark.slow
-def test_the_plan_says_what_memory_the_export_takes(tmp_path: Path) -> None:
-    paths = {"PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run([sys.executable, "-c", EXPORT, str(tmp_path / "bundle")], check=True, env={**os.environ, **paths})
+def test_the_plan_says_what_memory_the_export_takes(tmp_path: Path, another_process: Any) -> None:
+    another_process(EXPORT, tmp_path / "bundle")
     stages = json.loads((tmp_path / "bundle" / "build.json").read_text(encoding="utf-8"))["stages"]
     assert [stage["name"] for stage in stages] == ["quantize", "lower", "write"]
     found = max(stage["peak_rss_bytes"] for stage in stages)

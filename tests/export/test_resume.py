@@ -50,7 +50,7 @@ print(json.dumps({"status": status, "seen": seen}))
 
 
 @pytest.mark.slow
-def test_twenty_kills_change_no_byte(bundles: Any, models: Any, tmp_path: Path) -> None:
+def test_twenty_kills_change_no_byte(bundles: Any, models: Any, tmp_path: Path, another_process: Any) -> None:
     first = bundles("mobilellm_p1", "8da4w-g32")
     stages = json.loads((first / "build.json").read_text(encoding="utf-8"))["stages"]
     seconds = sum(stage["seconds"] for stage in stages)
@@ -58,9 +58,7 @@ def test_twenty_kills_change_no_byte(bundles: Any, models: Any, tmp_path: Path) 
     while kills < KILLS:
         out = tmp_path / str(rounds) / first.name
         out.parent.mkdir()
-        arguments = [str(models("mobilellm_p1")), str(out), str(seconds / 4), str(KILLS - kills)]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-        done = subprocess.run([sys.executable, "-c", DRIVER, *arguments], check=True, env=environment, capture_output=True, text=True)
+        done = another_process(DRIVER, models("mobilellm_p1"), out, seconds / 4, KILLS - kills)
         result = json.loads(done.stdout.splitlines()[-1])
         assert result["status"] == 0, done.stderr
         assert any(any(name.endswith(".part") for name in names) for names in result["seen"]), "some kills came late enough"

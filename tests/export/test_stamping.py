@@ -56,7 +56,7 @@ def test_stamped_layers_are_what_lowering_each_by_itself_gives(
     assert set(stamped.weights) == set(long.weights)
     for key, weight in stamped.weights.items():
         assert as_bytes(weight.data()) == as_bytes(long.weights[key].data()), key
-    assert {bytes(as_bytes(one)) for one in stamped.constants} == {bytes(as_bytes(one)) for one in long.constants}
+    assert {bytes(as_bytes(one)) for one in stamped.constants.values()} == {bytes(as_bytes(one)) for one in long.constants.values()}
     logits = []
     for name, linked in (("stamped", stamped), ("long", long)):
         write_program(linked, tmp_path / name)

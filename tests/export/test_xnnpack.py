@@ -1,9 +1,6 @@
 """Target xnnpack, end to end: what ExecuTorch runs is the model, at every position, in its own memory, on its own runner."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -389,12 +386,13 @@ verbs.export(model, "xnnpack", Path(out), recipe=recipe, context=int(context), c
 """
 
 
-def test_another_process_folder_umask_and_hash_seed_give_the_same_bytes(bundles: Bundles, models: Any, tmp_path: Path) -> None:
+def test_another_process_folder_umask_and_hash_seed_give_the_same_bytes(
+    bundles: Bundles, models: Any, tmp_path: Path, another_process: Any
+) -> None:
     first = bundles("qwen3", "8da4w-g32")
     manifest = json.loads((first / "manifest.json").read_text(encoding="utf-8"))
     again = tmp_path / first.name
-    arguments = [str(models("qwen3")), str(again), str(manifest["context"]), str(manifest["chunk"])]
-    paths = {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONHASHSEED": "4711"}
-    subprocess.run([sys.executable, "-c", EXPORT, *arguments], check=True, env={**os.environ, **paths}, umask=0o077)
+    sizes = manifest["context"], manifest["chunk"]
+    another_process(EXPORT, models("qwen3"), again, *sizes, environment={"PYTHONHASHSEED": "4711"}, umask=0o077)
     assert (again / "model.pte").read_bytes() == (first / "model.pte").read_bytes()
     assert (again / "manifest.json").read_bytes() == (first / "manifest.json").read_bytes()

@@ -271,3 +271,15 @@ def test_demo_takes_the_shipped_model_through_everything(tmp_path: Path, lobit: 
     assert json.loads((tmp_path / "demo" / "parity.json").read_text())["phases"]["wrapped"]["kl_mean"] < 0.05
     again = lobit("demo", "--out", tmp_path / "demo")
     assert again.code == MISTAKE and "already there" in again.err
+
+
+def test_the_plan_is_printed_and_fails_where_something_speaks_against_it(lobit: Lobit, models: Any) -> None:
+    arguments = ("plan", models("llama"), *TO_XNNPACK, "--context", "64")
+    fine = lobit(*arguments, "--recipe", "8da4w-g32", "--json")
+    assert fine.code == DONE, fine.err
+    said = json.loads(fine.out)
+    wanted = {"parameters", "file_bytes", "bits_per_weight", "kv_cache_bytes", "host_peak_bytes", "device_peak_bytes", "problems"}
+    assert wanted <= set(said)
+    refused = lobit(*arguments, "--recipe", "w4-channel")
+    assert refused.code == 1
+    assert "INT8" in refused.out
