@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from lobit import __version__
 from lobit.checkpoint import TOKENIZER_FILES
 from lobit.errors import InputError
 from lobit.export.stages import Kept, Stages
-from lobit.export.target import Lowered, Spec, find_target
+from lobit.export.target import Spec, find_target
 from lobit.model import Config, Transformer
 from lobit.quant_recipes.apply import skeleton
 from lobit.quant_recipes.quantized import fingerprint
@@ -109,7 +110,7 @@ def write_bundle(model: Transformer, recipe: Recipe, request: Request, folder: P
         delegation=lowered.delegation,
         weights=module.weights(recipe, config),
         files=files,
-        versions=_versions(lowered),
+        versions=versions(request.target),
     )
     (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
     build = {"kind": "build", "bundle": request.name, "command": " ".join(request.command), "stages": stages.rows}
@@ -132,12 +133,7 @@ def _copy_tokenizer(source: Path, folder: Path) -> list[FileEntry]:
     return entries
 
 
-def _versions(lowered: Lowered) -> dict[str, str]:
-    versions = {name: metadata.version(name) for name in VERSIONED}
-    return dict(sorted((versions | lowered.versions | {"lobit": _lobit_version()}).items()))
-
-
-def _lobit_version() -> str:
-    from lobit import __version__
-
-    return __version__
+def versions(target: str) -> dict[str, str]:
+    """Of all that a bundle's bytes depend on: lobit, its packages and the target's."""
+    found = {name: metadata.version(name) for name in VERSIONED} | find_target(target).versions()
+    return dict(sorted((found | {"lobit": __version__}).items()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -41,7 +41,6 @@ class Lowered:
     inputs: list[Port]
     outputs: list[Port]
     delegation: Delegation
-    versions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,9 @@ class Needs:
 
 class Target(Protocol):
     """The names that a target's module has."""
+
+    def versions(self) -> dict[str, str]:
+        """Of the packages that the target is lowered with."""
 
     def check(self, recipe: Recipe, config: Config) -> list[str]:
         """Every reason why the target cannot hold the model under the recipe, before anything slow."""

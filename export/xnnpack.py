@@ -37,6 +37,11 @@ WORKSPACE = 16
 Graphs = dict[str, ExportedProgram]
 
 
+def versions() -> dict[str, str]:
+    """Of ExecuTorch, whose release a program is tied to."""
+    return {"executorch": metadata.version("executorch")}
+
+
 def check(recipe: Recipe, config: Config) -> list[str]:
     """Every reason why XNNPACK through ExecuTorch cannot hold the model under the recipe."""
     problems = []
@@ -179,7 +184,7 @@ def lower(parts: Parts, spec: Spec, kept: Kept, count: Count) -> Lowered:
     inputs = [Port("tokens", [1, f"1..{spec.chunk}"], "int64"), Port("input_pos", [1], "int64")]
     outputs = [Port("logits", [1, 1, vocabulary], "float32")]
     delegation = _delegation(parts, lowered)
-    return Lowered((parts, lowered, spec.chunk), inputs, outputs, delegation, {"executorch": metadata.version("executorch")})
+    return Lowered((parts, lowered, spec.chunk), inputs, outputs, delegation)
 
 
 def _kept_part(step: Step, parts: Parts, chunk: int, methods: dict[str, Any], kept: Kept) -> LoweredPart:

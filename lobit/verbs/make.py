@@ -132,7 +132,8 @@ def export(
         tokens = Tokens(tokenizer.bos, tokenizer.stop, tokenizer.chat_template, tokenizer.special)
     request = bundle.Request(source, out.name, target, tokens, context, chunk, command)
     with new_folder(out, resume=True) as folder:
-        kept = Kept(folder / KEPT, key_of(source, recipe=recipe and recipe.to_json(), request=replace(request, command=())))
+        settings = {"recipe": recipe and recipe.to_json(), "request": replace(request, command=()), "versions": bundle.versions(target)}
+        kept = Kept(folder / KEPT, key_of(source, **settings))
         needs = find_target(target).needs(empty_model(config, asked), Spec(asked, context, chunk))
         stages = Stages(expected_seconds(bundle.parameter_count(config), needs), progress)
         with stages.stage("quantize") as count:

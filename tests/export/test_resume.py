@@ -69,6 +69,23 @@ def test_twenty_kills_change_no_byte(bundles: Any, models: Any, tmp_path: Path, 
         kills, rounds = kills + len(result["seen"]), rounds + 1
 
 
+def test_leftovers_of_another_release_are_not_used(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lobit.export import bundle, stages
+
+    keys, key_of = [], stages.key_of
+
+    def seen(*arguments: Any, **settings: Any) -> str:
+        keys.append(key_of(*arguments, **settings))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "key_of", seen)
+    for release in ("1.0", "1.0", "1.1"):
+        monkeypatch.setattr(bundle.metadata, "version", lambda name, release=release: release)
+        with pytest.raises(KeyboardInterrupt):
+            verbs.export(models("llama"), "xnnpack", tmp_path / "bundle", recipe=verbs.choose_recipe("fp"), context=64, chunk=8)
+    assert keys[0] == keys[1] != keys[2]
+
+
 def test_another_models_leftovers_are_not_used(models: Any, tmp_path: Path) -> None:
     from lobit.export.stages import Kept
 
