@@ -12,8 +12,9 @@ from pathlib import Path
 from lobit import __version__
 from lobit.checkpoint import TOKENIZER_FILES
 from lobit.errors import InputError
-from lobit.export.stages import Kept, Stages
+from lobit.export.stages import Stages
 from lobit.export.target import Spec, find_target
+from lobit.kept import Kept
 from lobit.model import Config, Transformer
 from lobit.quant_recipes.apply import skeleton
 from lobit.quant_recipes.quantized import fingerprint

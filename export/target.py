@@ -9,7 +9,8 @@ from typing import Any, Protocol, cast
 
 from lobit.errors import MissingPartError, TargetError, listed
 from lobit.export.parts import Interpreter, Parts
-from lobit.export.stages import Count, Kept
+from lobit.export.stages import Count
+from lobit.kept import Kept
 from lobit.model import Config, Transformer
 from lobit.quant_recipes.recipe import Recipe
 from lobit.quiet import quiet_python

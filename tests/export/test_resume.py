@@ -70,15 +70,16 @@ def test_twenty_kills_change_no_byte(bundles: Any, models: Any, tmp_path: Path, 
 
 
 def test_leftovers_of_another_release_are_not_used(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lobit.export import bundle, stages
+    from lobit import kept
+    from lobit.export import bundle
 
-    keys, key_of = [], stages.key_of
+    keys, key_of = [], kept.key_of
 
     def seen(*arguments: Any, **settings: Any) -> str:
         keys.append(key_of(*arguments, **settings))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, "key_of", seen)
+    monkeypatch.setattr(kept, "key_of", seen)
     for release in ("1.0", "1.0", "1.1"):
         monkeypatch.setattr(bundle.metadata, "version", lambda name, release=release: release)
         with pytest.raises(KeyboardInterrupt):
@@ -87,7 +88,7 @@ def test_leftovers_of_another_release_are_not_used(models: Any, tmp_path: Path, 
 
 
 def test_another_models_leftovers_are_not_used(models: Any, tmp_path: Path) -> None:
-    from lobit.export.stages import Kept
+    from lobit.kept import Kept
 
     folder = tmp_path / "stages"
     with Kept(folder, "one").making("checkpoint") as path:
@@ -98,7 +99,7 @@ def test_another_models_leftovers_are_not_used(models: Any, tmp_path: Path) -> N
 
 
 def test_what_is_half_written_is_not_kept(tmp_path: Path) -> None:
-    from lobit.export.stages import Kept
+    from lobit.kept import Kept
 
     kept = Kept(tmp_path / "stages", "one")
     with pytest.raises(RuntimeError), kept.making("part") as path:
@@ -108,7 +109,7 @@ def test_what_is_half_written_is_not_kept(tmp_path: Path) -> None:
 
 
 def test_a_changed_model_is_exported_anew(tmp_path: Path) -> None:
-    from lobit.export.stages import key_of
+    from lobit.kept import key_of
 
     model = tmp_path / "model.safetensors"
     model.write_bytes(b"weights")
