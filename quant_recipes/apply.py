@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
@@ -20,8 +21,11 @@ from lobit.quant_recipes.recipe import Recipe, Rule
 
 MOST_WORKERS = 8
 """Layers that are quantized at once: each takes some ten bytes per weight meanwhile."""
+HALF = torch.finfo(torch.float16)
 Progress = Callable[[str, int, int], None]
 """(what, done, of how many)"""
+Integers = tuple[torch.Tensor, torch.Tensor]
+"""Of a layer: integers [out, in], int8, and scales [out, groups]."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,8 @@ class Fate:
     @property
     def problem(self) -> str | None:
         """Why the recipe cannot be applied to this layer, or None."""
-        group = self.rule.weights.group_size if self.rule else None
-        if group is None or self.shape[1] % group == 0:
-            return None
-        return f"{self.name} (in={self.shape[1]})"
+        misfit = self.rule.weights.misfit(*self.shape) if self.rule else None
+        return f"{self.name} ({misfit})" if misfit else None
 
 
 def layers_of(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
@@ -69,7 +71,8 @@ def fates(config: Config, recipe: Recipe) -> list[Fate]:
     for name, module in layers_of(skeleton(config)):
         out, inner = weight_of(module).shape
         rule, excluded = recipe.rule_for(name), recipe.excluded_by(name)
-        why = f"excluded by {excluded}" if excluded else str(rule.weights) if rule else "no rule"
+        kept = " (half)" if recipe.float_bits == 16 else ""
+        why = f"excluded by {excluded}{kept}" if excluded else str(rule.weights) if rule else f"no rule{kept}"
         shared = "embedding" if name == "head" and config.tied and not recipe.untied else None
         rows.append(Fate(name, (out, inner), rule, why, shared))
     return rows
@@ -81,24 +84,32 @@ def problems(config: Config, recipe: Recipe) -> list[str]:
     found = []
     misfits = [(fate, fate.problem) for fate in rows if fate.problem and fate.rule]
     if misfits:
-        sizes = sorted({fate.rule.weights.group_size or 0 for fate, _ in misfits if fate.rule})
+        divisors = sorted({fate.rule.weights.divisor for fate, _ in misfits if fate.rule})
         patterns = sorted({_pattern(fate.name) for fate, _ in misfits})
         exclusion = " ".join(f"--except '{pattern}'" for pattern in patterns)
         named = ", ".join(text for _, text in misfits[:MOST_LISTED] if text)
         named += f" … and {len(misfits) - MOST_LISTED} more" if len(misfits) > MOST_LISTED else ""
         found.append(
-            f"{len(misfits)} layers do not divide by group_size={', '.join(map(str, sizes))}: {named}; "
-            f"keep them in floating point with {exclusion}, or take a recipe without groups such as 8da8w"
+            f"{len(misfits)} layers do not divide by {', '.join(divisors)}: {named}; "
+            f"keep them in floating point with {exclusion}, take another --group-size, or a recipe without groups such as 8da8w"
         )
     by_name = {fate.name: fate for fate in rows}
     embedding, head = by_name["embedding"], by_name["head"]
-    if head.shared_with and head.rule != embedding.rule:
+    if head.shared_with and _elsewhere(head.rule) != _elsewhere(embedding.rule):
         found.append(
             f"head ({head.why}) and embedding ({embedding.why}) share one tensor but not one grid: give both the same, or untie them"
         )
     unused = [pattern for pattern in recipe.exclude if not any(recipe.excluded_by(fate.name) == pattern for fate in rows)]
     found += [f"the exclusion '{shown_name(pattern)}' matches no layer: names are such as {rows[-2].name}" for pattern in unused]
+    patterns = [pattern for rule in recipe.rules for pattern in rule.match]
+    idle = [pattern for pattern in patterns if not any(fnmatchcase(fate.name, pattern) for fate in rows)]
+    found += [f"the pattern '{shown_name(pattern)}' matches no layer: names are such as {rows[-2].name}" for pattern in idle]
     return found
+
+
+def _elsewhere(rule: Rule | None) -> Rule | None:
+    """What a rule does, wherever it does it."""
+    return rule and replace(rule, match=())
 
 
 def _pattern(name: str) -> str:
@@ -118,35 +129,62 @@ def check(config: Config, recipe: Recipe) -> None:
         raise RecipeError(listed(found, f"recipe {recipe.name} does not fit this {config.family} model:"))
 
 
+def _check_chooses(recipe: Recipe) -> None:
+    """Refuses a recipe that has no rule for scales.
+
+    Raises:
+        RecipeError: it is that of a model that was quantized before.
+    """
+    if any(rule.weights.scale_rule == "exact" for rule in recipe.rules):
+        raise RecipeError(f"recipe {recipe.name} is that of a model that was quantized before: take one of `lobit recipes`")
+
+
 def prepare(model: Transformer, recipe: Recipe) -> Transformer:
     """Puts fake-quantized layers in place of those that the recipe quantizes; the weights stay trainable floats. In place.
+
+    Layers that ship in half precision begin rounded to it and train in float32: to round them again at the end moves a weight by
+    at most 2^-11 of itself.
 
     Raises:
         RecipeError: the recipe does not fit the model.
     """
     check(model.config, recipe)
+    _check_chooses(recipe)
     if recipe.untied and model.config.tied:
         _untie(model)
     for name, module in list(layers_of(model)):
         rule = recipe.rule_for(name)
-        if rule is not None:
+        if rule is None:
+            _to_floats(module, recipe)
+        else:
             wrap = FakeQuantizedEmbedding if name == "embedding" else FakeQuantizedLinear
             model.set_submodule(name, wrap(module, rule))
+    head, embedding = model.head, model.embedding
+    if model.config.tied and isinstance(head, FakeQuantizedLinear) and isinstance(embedding, FakeQuantizedEmbedding):
+        head.weight, head.quantizer = embedding.weight, embedding.quantizer
     return model
 
 
-def convert(model: Transformer, recipe: Recipe, progress: Progress | None = None, weights: Weights | None = None) -> Transformer:
+def convert(
+    model: Transformer,
+    recipe: Recipe,
+    progress: Progress | None = None,
+    weights: Weights | None = None,
+    calibrated: Mapping[str, Integers] | None = None,
+) -> Transformer:
     """Puts integers and scales in place of the weights that the recipe quantizes. In place, so that memory shrinks on the way.
 
     Args:
         model: a float model, or one that `prepare` made and training changed.
         progress: called after each layer.
         weights: of a model without memory (`Weights.model`), read when a layer's turn comes; None: the model has its own.
+        calibrated: the integers and scales of layers whose rule rounds on a calibration text.
 
     Raises:
-        RecipeError: the recipe does not fit the model.
+        RecipeError: the recipe does not fit the model, needs a calibration, or a weight is not finite.
     """
     check(model.config, recipe)
+    _check_chooses(recipe)
     if recipe.untied and model.config.tied:
         _untie(model)
     names = [name for name, _ in layers_of(model)]
@@ -155,7 +193,9 @@ def convert(model: Transformer, recipe: Recipe, progress: Progress | None = None
         module, rule = model.get_submodule(name), recipe.rule_for(name)
         if weights:
             _fill(module, name, weights, None if rule else torch.float32)
-        return _to_integers(model, name, module, rule) if rule else module
+        if rule is None:
+            return _to_floats(module, recipe)
+        return _to_integers(model, name, module, rule, (calibrated or {}).get(name))
 
     shares = model.config.tied and recipe.rule_for("head") is not None
     with _one_thread_each(), ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_WORKERS)) as pool:
@@ -193,10 +233,28 @@ def _fill(module: nn.Module, name: str, weights: Weights, dtype: torch.dtype | N
             setattr(owner, part, nn.Parameter(tensor, requires_grad=False))
 
 
-def _to_integers(model: Transformer, name: str, module: nn.Module, rule: Rule) -> nn.Module:
+def _to_floats(module: nn.Module, recipe: Recipe) -> nn.Module:
+    """The layer with its weight as the recipe keeps floats."""
+    if recipe.float_bits == 16:
+        weight = weight_of(module)
+        weight.data = weight.data.clamp(-HALF.max, HALF.max).half().float()
+    return module
+
+
+def _to_integers(model: Transformer, name: str, module: nn.Module, rule: Rule, calibrated: Integers | None) -> nn.Module:
     if name == "head" and model.config.tied and isinstance(model.embedding, IntegerEmbedding):
         return IntegerLinear(model.embedding.integers, model.embedding.scale, None, rule)
-    integers, scale = quantize_linear(weight_of(module).detach(), rule.weights)
+    weight = weight_of(module).detach()
+    if not weight.isfinite().all():
+        raise RecipeError(f"{name} has {int((~weight.isfinite()).sum())} weights that are not finite: train with a lower learning rate")
+    if isinstance(module, (FakeQuantizedLinear, FakeQuantizedEmbedding)):
+        integers, scale = module.integers()
+    elif rule.rounding == "gptq":
+        if calibrated is None:
+            raise RecipeError(f"{name} is rounded on a calibration text: quantize with --calibration FILE")
+        integers, scale = calibrated
+    else:
+        integers, scale = quantize_linear(weight, rule.weights)
     if name == "embedding":
         return IntegerEmbedding(integers, scale, rule)
     return IntegerLinear(integers, scale, bias_of(module), rule)

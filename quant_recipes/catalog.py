@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from lobit.errors import RecipeError
 from lobit.quant_recipes.recipe import Recipe, Rule, WeightGrid
 
-EVERYWHERE = ("embedding", "head", "layers.*")
+LINEARS = ("layers.*",)
+EVERYWHERE = ("embedding", "head", *LINEARS)
+_GPTQ: tuple[tuple[Literal[3, 4, 6, 8], int | None, str], ...] = (
+    (3, 128, "in groups of 128"),
+    (4, 128, "in groups of 128"),
+    (6, None, "per output channel"),
+    (8, None, "per output channel"),
+)
+"""Bits, group size [Spectra section 4]."""
 
 _ALL = (
     Recipe(
@@ -33,6 +43,51 @@ _ALL = (
         rules=(Rule(EVERYWHERE, WeightGrid(bits=4, group_size=None)),),
         untied=True,
         source="MobileLLM-Pro, Table 3 (accelerator), vanilla ranges",
+    ),
+    Recipe(
+        name="w4-channel-learned",
+        summary="As w4-channel, the ranges of its weights learned in training.",
+        rules=(Rule(EVERYWHERE, WeightGrid(bits=4, group_size=None, scale_rule="learned")),),
+        untied=True,
+        source="MobileLLM-Pro, section 7.1, Tables 3 and 15",
+    ),
+    Recipe(
+        name="bitnet",
+        summary="Ternary weights, one scale per matrix, INT8 activations without zero point; embedding and head half.",
+        rules=(Rule(LINEARS, WeightGrid(2, None, "absmean", shards=1), activation_bits=8, activation_rule="absmax"),),
+        float_bits=16,
+        source="BitNet b1.58, eq. 1 to 3",
+    ),
+    Recipe(
+        name="trilm",
+        summary="Ternary weights, one scale per matrix, float activations; embedding and head half.",
+        rules=(Rule(LINEARS, WeightGrid(2, None, "absmean", shards=1)),),
+        float_bits=16,
+        source="Spectra, Table 1 and section 3.3",
+    ),
+    Recipe(
+        name="bonsai",
+        summary="Ternary weights, a learned scale per output channel, float activations; embedding and head half.",
+        rules=(Rule(LINEARS, WeightGrid(2, None, "row_norm")),),
+        float_bits=16,
+        source="Bonsai, eq. 1 and 2",
+    ),
+    Recipe(
+        name="bilm",
+        summary="Binary weights, one scale per matrix, float activations; embedding and head half.",
+        rules=(Rule(LINEARS, WeightGrid(1, None, "absmean", shards=1)),),
+        float_bits=16,
+        source="Spectra, Table 1 and appendix B.2",
+    ),
+    *(
+        Recipe(
+            name=f"gptq-w{bits}",
+            summary=f"INT{bits} weights {where}, rounded by GPTQ on a calibration text; float activations, embedding and head half.",
+            rules=(Rule(LINEARS, WeightGrid(bits, group), rounding="gptq"),),
+            float_bits=16,
+            source="Spectra, section 4 (QuantLM); Frantar et al. 2022 (GPTQ)",
+        )
+        for bits, group, where in _GPTQ
     ),
 )
 CATALOG: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}

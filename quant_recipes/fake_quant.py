@@ -2,20 +2,57 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lobit.model import Attend, bias_of, weight_of
-from lobit.quant_recipes.grid import choose_scale, dequantize, fake_quantize_tokens, quantize
-from lobit.quant_recipes.recipe import Rule, WeightGrid
+from lobit.quant_recipes.grid import fake_quantize_tokens, quantize_tokens
+from lobit.quant_recipes.quantizers import Quantizer, quantizer_for
+from lobit.quant_recipes.recipe import Recipe, Rule, WeightGrid
 
 
 def fake_quantize_weight(weight: Tensor, grid: WeightGrid) -> Tensor:
-    """The weight [out, in] that ships, bit for bit, with straight-through gradients."""
-    detached = weight.detach().float()
-    scale = choose_scale(detached, grid)
-    rounded = dequantize(quantize(detached, scale, grid), scale)
-    return weight + (rounded - weight).detach() if weight.requires_grad else rounded
+    """The weight [out, in] that ships, bit for bit, with straight-through gradients; for grids that learn nothing else."""
+    return Quantizer(weight, grid)(weight)  # type: ignore[no-any-return]
+
+
+class _Product(torch.autograd.Function):
+    """x̂ ŵᵀ + b of what is rounded, with straight-through gradients.
+
+    For the backward pass it keeps the input's integers, a byte each, and no rounded weight, which is rounded again: a step of
+    training takes less memory than a float one, not more.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, layer: FakeQuantizedLinear, x: Tensor, bias: Tensor | None, *weights: Tensor) -> Tensor:
+        kept, rounded = layer.round_input(x.float() if layer.rule.activation_bits else x)
+        ctx.layer, ctx.kept = layer, len(kept)
+        ctx.save_for_backward(*kept, *weights)
+        return F.linear(rounded.to(x.dtype), layer.quantizer(*weights).to(x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        layer, gradient, needed = ctx.layer, gradients[0], ctx.needs_input_grad
+        saved = ctx.saved_tensors  # once: activations that are computed again are there but once
+        kept, weights = saved[: ctx.kept], saved[ctx.kept :]
+        leaves = [weight.detach().requires_grad_(needs) for weight, needs in zip(weights, needed[3:], strict=True)]
+        with torch.enable_grad():
+            weight = layer.quantizer(*leaves)
+        back: list[Tensor | None] = [None] * len(leaves)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        if wanted:
+            x = layer.kept_input(kept).to(gradient.dtype).flatten(0, -2)
+            of_weight = (gradient.flatten(0, -2).T @ x).to(weight.dtype)
+            found = iter(torch.autograd.grad(weight, wanted, of_weight))
+            back = [next(found) if leaf.requires_grad else None for leaf in leaves]
+        of_x = gradient @ weight.detach().to(gradient.dtype) if needed[1] else None
+        of_bias = gradient.flatten(0, -2).sum(0) if needed[2] else None
+        return None, of_x, of_bias, *back
 
 
 class FakeQuantizedLinear(nn.Module):
@@ -24,12 +61,35 @@ class FakeQuantizedLinear(nn.Module):
     def __init__(self, linear: nn.Module, rule: Rule) -> None:
         super().__init__()
         self.rule = rule
-        self.weight = weight_of(linear)
         self.bias = bias_of(linear)
+        self.weight, self.quantizer = trained(weight_of(linear), rule)
+
+    def round_input(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What is kept of the input x [..., in] for the backward pass, and the rounded input."""
+        if not self.rule.activation_bits:
+            return [x], x
+        integers, scale, zero_point = quantize_tokens(x, self.rule.activation_rule)
+        return [integers.to(torch.int8), scale, zero_point], integers.sub_(zero_point).mul_(scale)
+
+    def kept_input(self, kept: tuple[Tensor, ...]) -> Tensor:
+        """The rounded input again."""
+        if not self.rule.activation_bits:
+            return kept[0]
+        integers, scale, zero_point = kept
+        return (integers.float() - zero_point).mul_(scale)
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The rounded input and weight of the product, with straight-through gradients."""
+        if self.rule.activation_bits:
+            x = fake_quantize_tokens(x, self.rule.activation_rule)
+        return x, self.quantizer(self.weight, *self.quantizer.learned())
 
     def forward(self, x: Tensor) -> Tensor:
-        x = fake_quantize_tokens(x) if self.rule.activation_bits else x
-        return F.linear(x, fake_quantize_weight(self.weight, self.rule.weights), self.bias)
+        return _Product.apply(self, x, self.bias, self.weight, *self.quantizer.learned())  # type: ignore[no-untyped-call, no-any-return]
+
+    def integers(self) -> tuple[Tensor, Tensor]:
+        """Integers [out, in], int8, and scales [out, groups] that ship."""
+        return self.quantizer.integers(self.weight.detach())
 
 
 class FakeQuantizedEmbedding(nn.Module):
@@ -38,10 +98,27 @@ class FakeQuantizedEmbedding(nn.Module):
     def __init__(self, embedding: nn.Module, rule: Rule) -> None:
         super().__init__()
         self.rule = rule
-        self.weight = weight_of(embedding)
+        self.weight, self.quantizer = trained(weight_of(embedding), rule)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, fake_quantize_weight(self.weight, self.rule.weights))
+        learned = self.quantizer.learned()
+        if self.rule.weights.shards:
+            return F.embedding(tokens, self.quantizer(self.weight, *learned))
+        rows = (F.embedding(tokens.flatten(), table) for table in (self.weight, *learned))
+        return self.quantizer(*rows).reshape(*tokens.shape, -1)  # type: ignore[no-any-return]
+
+    def integers(self) -> tuple[Tensor, Tensor]:
+        """Integers [vocabulary, hidden], int8, and scales [vocabulary, groups] that ship."""
+        return self.quantizer.integers(self.weight.detach())
+
+
+def trained(weight: Tensor, rule: Rule) -> tuple[Tensor, Quantizer]:
+    """What is trained in the place of a float weight, and its quantizer; a weight that is used twice stays one tensor."""
+    quantizer = quantizer_for(weight, rule.weights)
+    start = quantizer.start(weight)
+    if start is not weight:
+        start = nn.Parameter(start.detach(), requires_grad=weight.requires_grad)
+    return start, quantizer.requires_grad_(weight.requires_grad)
 
 
 class FakeQuantizedAttention:
@@ -52,3 +129,8 @@ class FakeQuantizedAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.attend(layer, q, fake_quantize_tokens(k), fake_quantize_tokens(v))
+
+
+def attention_for(recipe: Recipe | None, attend: Attend) -> Attend:
+    """Attention over the key-value cache that the recipe has."""
+    return FakeQuantizedAttention(attend) if recipe is not None and recipe.kv_bits else attend

@@ -11,6 +11,12 @@ SMALLEST_SCALE = 2.0**-14
 """float16's smallest normal number."""
 LARGEST_SCALE = 65280.0
 """The largest bfloat16 that float16 holds too."""
+ABSMEAN_EPS = 1e-5
+"""Added to the mean of absolute weights [Spectra Table 1]."""
+SHARES = [step / 20 for step in range(8, 21)]
+"""Of the largest weight: ranges that are tried where they are to be learned."""
+TERNARY_THRESHOLD = 0.7
+"""Of a row's mean of absolute weights: what is smaller becomes 0 [Ternary Weight Networks, Li et al. 2016, eq. 6]."""
 
 
 def round_scale(scale: Tensor) -> Tensor:
@@ -26,15 +32,69 @@ def grouped(weight: Tensor, grid: WeightGrid) -> Tensor:
     return weight.reshape(weight.shape[0], -1, grid.group_size or weight.shape[1])
 
 
+def shard_mean(weight: Tensor, grid: WeightGrid) -> Tensor:
+    """The mean of every shard of weight [out, in], [out, 1]: for each of its rows."""
+    shards = grid.shards or weight.shape[0]
+    return weight.reshape(shards, -1).mean(1).repeat_interleave(weight.shape[0] // shards)[:, None]
+
+
+def range_scale(largest: Tensor, grid: WeightGrid) -> Tensor:
+    """Scales of grids whose largest weight is `largest`: s = largest / 7.5 at 4 bits [MobileLLM-Pro eq. 4]."""
+    return round_scale(largest / ((grid.q_max - grid.q_min) / 2))
+
+
+def row_norm_scale(magnitude: Tensor, integers: Tensor) -> Tensor:
+    """Scales [out, 1] of rows of integers [out, in] whose norm is to be `magnitude` [out, 1] [Bonsai eq. 1, the norm folded in]."""
+    return round_scale(magnitude / integers.float().norm(dim=1, keepdim=True).clamp(min=1))
+
+
+def best_range(weight: Tensor, grid: WeightGrid) -> Tensor:
+    """How much of its largest weight each group's range should reach for the least squared error, [out, groups], in 0.4 to 1."""
+    groups = grouped(weight, grid)
+    largest = groups.abs().amax(dim=2)
+    least, best = torch.full_like(largest, torch.inf), torch.ones_like(largest)
+    for share in SHARES:
+        scale = range_scale(largest * share, grid)
+        error = grouped(quantize_float(weight, scale, grid), grid).mul_(scale[:, :, None]).sub_(groups).square_().sum(2)
+        best = torch.where(error < least, share, best)
+        least = torch.minimum(least, error)
+    return best
+
+
 def choose_scale(weight: Tensor, grid: WeightGrid) -> Tensor:
-    """Scales [out, groups] of weight [out, in]: max(-w_min, w_max) / 7.5 at 4 bits [MobileLLM-Pro eq. 4], rounded once."""
-    return round_scale(grouped(weight, grid).abs().amax(dim=2) / ((grid.q_max - grid.q_min) / 2))
+    """Scales [out, groups] of weight [out, in] by the grid's rule, rounded once; of ranges to learn, where they begin."""
+    match grid.scale_rule:
+        case "learned":
+            return range_scale(grouped(weight, grid).abs().amax(dim=2) * best_range(weight, grid), grid)
+        case "absmean":
+            return round_scale(ABSMEAN_EPS + shard_mean(weight.abs(), grid))
+        case "row_norm":
+            return row_norm_scale(weight.norm(dim=1, keepdim=True), ternary_sign(weight))
+    return range_scale(grouped(weight, grid).abs().amax(dim=2), grid)
+
+
+def ternary_sign(weight: Tensor) -> Tensor:
+    """-1, 0, 1 [out, in]: the sign of each weight that is not small in its row [Ternary Weight Networks, eq. 3]."""
+    return weight.sign() * (weight.abs() > TERNARY_THRESHOLD * weight.abs().mean(1, keepdim=True))
+
+
+def quantize_float(weight: Tensor, scale: Tensor, grid: WeightGrid) -> Tensor:
+    """`quantize`, the integers as floats."""
+    if grid.bits == 1:
+        return torch.where(weight < shard_mean(weight, grid), -1.0, 1.0)
+    if grid.scale_rule == "row_norm":
+        return ternary_sign(weight)
+    ratio = grouped(weight, grid) / scale[:, :, None]
+    return ratio.round_().clamp_(grid.q_min, grid.q_max).reshape(weight.shape)
 
 
 def quantize(weight: Tensor, scale: Tensor, grid: WeightGrid) -> Tensor:
-    """Integers [out, in], int8: clip(round(w / s), q_min, q_max) [MobileLLM-Pro eq. 4], halves to even."""
-    ratio = grouped(weight, grid) / scale[:, :, None]
-    return ratio.round().clamp(grid.q_min, grid.q_max).to(torch.int8).reshape(weight.shape)
+    """Integers [out, in], int8, of weight [out, in] that was not trained for them.
+
+    clip(round(w / s), q_min, q_max), halves to even [MobileLLM-Pro eq. 4; BitNet b1.58 eq. 1]; binary: the sign of w - mean w
+    [Spectra Table 1]; rows with a magnitude: `ternary_sign` [Bonsai section 2.1].
+    """
+    return quantize_float(weight, scale, grid).to(torch.int8)
 
 
 def dequantize(integers: Tensor, scale: Tensor) -> Tensor:
@@ -56,8 +116,28 @@ def token_range(x: Tensor) -> tuple[Tensor, Tensor]:
     return scale, zero_point.clamp(-128, 127).round()
 
 
-def fake_quantize_tokens(x: Tensor) -> Tensor:
+def token_absmax(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point 0 [..., 1] of each token: s = max |x| / 127 [BitNet b1.58 section 2: scaled to [-Q, Q] per token]."""
+    scale = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).eps)
+    return scale, torch.zeros_like(scale)
+
+
+TOKEN_GRIDS = {"range": token_range, "absmax": token_absmax}
+
+
+def quantize_tokens(x: Tensor, rule: str = "range") -> tuple[Tensor, Tensor, Tensor]:
+    """x [..., n] as integers of each token's grid, still floats, with scale and zero point [..., 1].
+
+    Args:
+        x: float32.
+        rule: a name in `TOKEN_GRIDS`.
+    """
+    scale, zero_point = TOKEN_GRIDS[rule](x)
+    return (x * (1 / scale)).add_(zero_point).round_().clamp_(-128, 127), scale, zero_point
+
+
+def fake_quantize_tokens(x: Tensor, rule: str = "range") -> Tensor:
     """x [..., n] rounded to each token's INT8 grid, with straight-through gradients."""
-    scale, zero_point = token_range(x.detach().float())
-    rounded = ((x * (1 / scale) + zero_point).round().clamp(-128, 127) - zero_point) * scale
+    integers, scale, zero_point = quantize_tokens(x.detach().float(), rule)
+    rounded = integers.sub_(zero_point).mul_(scale)
     return x + (rounded - x).detach() if x.requires_grad else rounded

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,10 +18,12 @@ ROWS = 1024
 def quantize_linear(weight: Tensor, grid: WeightGrid) -> tuple[Tensor, Tensor]:
     """Integers [out, in], int8, and scales [out, groups], float32, of a float weight."""
     integers, scales = torch.empty(weight.shape, dtype=torch.int8), []
-    for start in range(0, len(weight), ROWS):
-        rows = weight[start : start + ROWS].float()
-        scales.append(choose_scale(rows, grid))
-        integers[start : start + ROWS] = quantize(rows, scales[-1], grid)
+    together = len(weight) // grid.shards if grid.shards else ROWS
+    one = replace(grid, shards=1) if grid.shards else grid
+    for start in range(0, len(weight), together):
+        rows = weight[start : start + together].float()
+        scales.append(choose_scale(rows, one))
+        integers[start : start + together] = quantize(rows, scales[-1], one)
     return integers, torch.cat(scales)
 
 
@@ -43,7 +47,7 @@ class IntegerLinear(nn.Module):
         return dequantize(self.integers, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = fake_quantize_tokens(x) if self.rule.activation_bits else x
+        x = fake_quantize_tokens(x, self.rule.activation_rule) if self.rule.activation_bits else x
         return F.linear(x, self.weight, self.bias)
 
 

@@ -1,6 +1,7 @@
 """The quantized checkpoint: integers, scales and the recipe verbatim. The only thing that exporters read.
 
-A folder with `model.safetensors` (INT4 packed as `packing` says), `recipe.json`, and the model's own config.json and tokenizer.
+A folder with `model.safetensors` (integers packed as `packing` says, layers that stay floats at the recipe's bits), `recipe.json`,
+and the model's own config.json and tokenizer.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from lobit.model import Config, Transformer, bias_of, weight_of
 from lobit.quant_recipes.apply import check, layers_of, skeleton
 from lobit.quant_recipes.grid import round_scale
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
-from lobit.quant_recipes.packing import pack_int4, unpack_int4
+from lobit.quant_recipes.packing import Layout, layout_of
 from lobit.quant_recipes.recipe import Recipe, WeightGrid
 
 CONFIG_FILE = "config.json"
 RECIPE_FILE = "recipe.json"
 WEIGHTS_FILE = "model.safetensors"
-LAYOUT = "nibbles-1"
+HEADER = "lobit"
+"""Of the file's metadata: layout and seal, in one entry, since the library writes several in an order of chance."""
+LAYOUT = "packed-2"
+"""Of integers: those of each width in the layout that `packing.layout_of` gives, 8 bits as int8."""
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -54,9 +58,23 @@ def fingerprint(model: Transformer) -> str:
     return digest.hexdigest()
 
 
-def _packs(recipe: Recipe, name: str) -> bool:
-    rule = recipe.rule_for(name.removesuffix(".integers"))
-    return name.endswith(".integers") and rule is not None and rule.weights.bits == 4
+def _packing(recipe: Recipe, name: str) -> Layout | None:
+    """How a tensor of the model is packed, or None."""
+    rule = recipe.rule_for(name.removesuffix(".integers")) if name.endswith(".integers") else None
+    return layout_of(rule.weights.bits) if rule else None
+
+
+def _is_half(recipe: Recipe, name: str) -> bool:
+    """Whether a tensor is stored in half precision: the weight of a layer that stays in floating point."""
+    return recipe.float_bits == 16 and name.endswith(".weight") and "norm" not in name
+
+
+def _stored(tensor: Tensor, name: str, recipe: Recipe) -> Tensor:
+    """A tensor of the model as the file has it."""
+    packing = _packing(recipe, name)
+    if packing is not None:
+        return packing.pack(tensor)
+    return tensor.detach().half() if _is_half(recipe, name) else tensor.detach()
 
 
 def _seal(model: Transformer, recipe: Recipe, config: Mapping[str, Any]) -> str:
@@ -72,12 +90,10 @@ def save_checkpoint(model: Transformer, recipe: Recipe, source: Path, folder: Pa
         source: the float model's folder, for its config.json and tokenizer.
         folder: must exist.
     """
-    packed = {
-        name: (pack_int4(tensor) if _packs(recipe, name) else tensor.detach()).contiguous() for name, tensor in _tensors(model)
-    }
+    packed = {name: _stored(tensor, name, recipe).contiguous() for name, tensor in _tensors(model)}
     (folder / RECIPE_FILE).write_text(json.dumps(recipe.to_json(), indent=2) + "\n", encoding="utf-8")
     sha256 = _seal(model, recipe, read_json(source / CONFIG_FILE))
-    write_tensors(packed, folder / WEIGHTS_FILE, {"format": "pt", "layout": LAYOUT, "sha256": sha256})
+    write_tensors(packed, folder / WEIGHTS_FILE, {HEADER: f"{LAYOUT} {sha256}"})
     shutil.copymode(folder / RECIPE_FILE, folder / WEIGHTS_FILE)  # safetensors leaves it to its owner alone
     for name in [CONFIG_FILE, "generation_config.json", *TOKENIZER_FILES]:
         if (source / name).is_file():
@@ -145,30 +161,39 @@ def _read(path: Path, model: Transformer, recipe: Recipe) -> tuple[dict[str, Ten
     if not path.is_file():
         raise ModelError(f"{path} is missing: quantize the model again")
     with open_tensors(path) as file:
-        metadata = file.metadata() or {}
-        if metadata.get("layout") != LAYOUT:
-            raise ModelError(f"{path} is in layout {shown(metadata.get('layout'))}, {LAYOUT} is read: quantize the model again")
+        found, _, sha256 = (file.metadata() or {}).get(HEADER, "").partition(" ")
+        if found != LAYOUT:
+            raise ModelError(f"{path} is in layout {shown(found)}, {LAYOUT} is read: quantize the model again")
         names = set(file.keys())
         problems = [f"{name} is missing" for name in wanted if name not in names]
         problems += [f"{shown_name(name)} is not used" for name in sorted(names - set(wanted))]
         state = {name: file.get_tensor(name) for name in wanted if name in names}
     for name, tensor in state.items():
         rows, *rest = wanted[name].shape
-        packed = _packs(recipe, name)
-        kind, shape = (torch.uint8, [rows, (rest[0] + 1) // 2]) if packed else (wanted[name].dtype, [rows, *rest])
+        packing = _packing(recipe, name)
+        kind, shape = (torch.uint8, [rows, packing.width(rest[0])]) if packing else (wanted[name].dtype, [rows, *rest])
+        kind = torch.float16 if _is_half(recipe, name) else kind
         if tensor.dtype != kind or list(tensor.shape) != shape:
             problems.append(f"{name} is {tensor.dtype} {shown(list(tensor.shape))}: {kind} {shape} is needed")
-        elif packed:
-            state[name] = unpack_int4(tensor, rest[0])
-        elif name.endswith(".scale") and not tensor.equal(round_scale(tensor)):
-            problems.append(f"{name} has scales that not every runtime holds")
+        elif packing:
+            state[name] = packing.unpack(tensor, rest[0])
         elif not tensor.isfinite().all():
             problems.append(f"{name} has values that are not finite")
+        elif name.endswith(".scale") and not _is_exact(recipe, name) and not tensor.equal(round_scale(tensor)):
+            problems.append(f"{name} has scales that not every runtime holds")
+        elif kind == torch.float16:
+            state[name] = tensor.float()
     if problems:
         raise ModelError(
             listed(problems, f"{path} does not fit its config and recipe, {len(problems)} problems (quantize the model again):")
         )
-    return state, str(metadata.get("sha256"))
+    return state, sha256
+
+
+def _is_exact(recipe: Recipe, name: str) -> bool:
+    """Whether a layer's scales are those that an earlier quantization had."""
+    rule = recipe.rule_for(name.removesuffix(".scale"))
+    return rule is not None and rule.weights.scale_rule == "exact"
 
 
 def integer_layers(model: Transformer) -> Iterator[tuple[str, Tensor, Tensor, WeightGrid]]:

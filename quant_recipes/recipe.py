@@ -4,39 +4,65 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
 
-from lobit.errors import RecipeError
+from lobit.errors import RecipeError, listed, shown, shown_name
 from lobit.typed import build
 
-KEPT_IN_FLOAT = "float"
+ScaleRule = Literal["range", "learned", "absmean", "row_norm", "exact"]
+NAMES = {1: "binary", 2: "ternary"}
 
 
 @dataclass(frozen=True)
 class WeightGrid:
     """Symmetric integers with one scale per group of weights along the input axis."""
 
-    bits: Literal[4, 8]
+    bits: Literal[1, 2, 3, 4, 6, 8]
+    """1: the integers are -1 and 1; 2: they are -1, 0 and 1 (1.58 bits); else -2^(bits-1) to 2^(bits-1) - 1."""
     group_size: int | None
     """Weights that share a scale; None: a whole output channel (row)."""
-    scale_rule: Literal["range"] = "range"
-    """`range`: max(-w_min, w_max) / ((2^bits - 1) / 2) [MobileLLM-Pro eq. 4], rounded as `grid.round_scale` says."""
+    scale_rule: ScaleRule = "range"
+    """How a weight chooses its scales, each then rounded as `grid.round_scale` says.
+
+    `range`: max(-w_min, w_max) / ((2^bits - 1) / 2) [MobileLLM-Pro eq. 4]; `learned`: the same of a w_min and w_max for every
+    output channel that training learns [section 7.1]; `absmean`: mean |w| [BitNet b1.58 eq. 3; Spectra Table 1, TriLM and BiLM];
+    `row_norm`: a magnitude for every row over the norm of its integers [Bonsai eq. 1]; `exact`: as the checkpoint had them, which
+    was quantized before, and not rounded.
+    """
+    shards: int | None = None
+    """Equal blocks of rows whose weights share one scale [Spectra section A.4], 1: the whole matrix; None: rows do not share scales."""
 
     @property
     def q_min(self) -> int:
         """Smallest integer."""
-        return -(1 << (self.bits - 1))
+        return -1 if self.bits <= 2 else -(1 << (self.bits - 1))
 
     @property
     def q_max(self) -> int:
         """Largest integer."""
-        return (1 << (self.bits - 1)) - 1
+        return 1 if self.bits <= 2 else (1 << (self.bits - 1)) - 1
+
+    @property
+    def divisor(self) -> str:
+        """What a layer's size must divide by."""
+        return f"shards={self.shards}" if self.shards else f"group_size={self.group_size or 0}"
+
+    def misfit(self, out: int, inner: int) -> str | None:
+        """Why a weight [out, inner] cannot have this grid, or None."""
+        if self.group_size and inner % self.group_size:
+            return f"in={inner}"
+        return f"out={out}" if self.shards and out % self.shards else None
 
     def __str__(self) -> str:
-        return f"int{self.bits} " + ("per channel" if self.group_size is None else f"group {self.group_size}")
+        if self.shards:
+            where = "per matrix" if self.shards == 1 else f"in {self.shards} shards"
+        else:
+            where = "per channel" if self.group_size is None else f"group {self.group_size}"
+        return f"{NAMES.get(self.bits) or f'int{self.bits}'} {where}"
 
 
 @dataclass(frozen=True)
@@ -47,7 +73,25 @@ class Rule:
     """Shell patterns on names such as `layers.0.mlp.down`, `embedding`, `head`."""
     weights: WeightGrid
     activation_bits: Literal[8] | None = None
-    """8: the input is quantized per token, asymmetric, at run time; None: the input stays in floating point."""
+    """8: the input is quantized per token at run time; None: the input stays in floating point."""
+    activation_rule: Literal["range", "absmax"] = "range"
+    """Of the input's grid in training: `range` has a zero point [MobileLLM-Pro eq. 3], `absmax` has none [BitNet b1.58 section 2]."""
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    """`gptq`: after training, each weight makes up for the rounding of those before it on a calibration text (`gptq.py`)."""
+
+
+ENDS = ("embedding", "head")
+GRIDS: dict[str, WeightGrid] = {
+    "binary": WeightGrid(1, None, "absmean"),
+    "ternary": WeightGrid(2, None, "absmean"),
+    "int3": WeightGrid(3, None),
+    "int4": WeightGrid(4, None),
+    "int6": WeightGrid(6, None),
+    "int8": WeightGrid(8, None),
+}
+"""Grids by the names that mixed precision has for them, with one scale per output channel."""
+_MIXED = re.compile(r"([^=]+)=(?:(float|binary|ternary)|(int[3468])(?::([1-9]\d{0,7}))?)", re.ASCII)
+"""PATTERN=GRID, integers with or without a group size."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +108,8 @@ class Recipe:
     """8: keys and values are cached as INT8, asymmetric, one scale per token and head; None: in floating point."""
     untied: bool = False
     """The head gets integers of its own where the model shares the embedding with it."""
+    float_bits: Literal[16, 32] = 32
+    """Of the layers that stay in floating point; 16: rounded once to half precision. Norms and biases keep 32."""
     source: str = ""
     """Where the recipe comes from."""
 
@@ -78,17 +124,24 @@ class Recipe:
         return next((pattern for pattern in self.exclude if fnmatchcase(name, pattern)), None)
 
     def with_changes(
-        self, exclude: tuple[str, ...] = (), group_size: int | None = None, kv_cache: Literal["int8", "float"] | None = None
+        self,
+        exclude: tuple[str, ...] = (),
+        group_size: int | None = None,
+        kv_cache: Literal["int8", "float"] | None = None,
+        mixed: Sequence[str] = (),
     ) -> Recipe:
-        """The recipe with more exclusions, another group size or another key-value cache.
+        """The recipe with more exclusions, another group size, another key-value cache or mixed precision.
 
         Args:
             exclude: further patterns that stay in floating point.
             group_size: weights per scale, in every rule that has groups.
             kv_cache: overrides how keys and values are cached.
+            mixed: `PATTERN=GRID` such as `layers.0.mlp.down=int8`, `embedding=int4:32` (in groups) or `head=float`, the grids of
+                other layers than the recipe's: the first that matches a layer decides, floating point before all. Inputs are
+                rounded as the recipe's own rules say; GPTQ rounds integers of layers where it does so in the recipe.
 
         Raises:
-            RecipeError: a group size for a recipe without groups, or below 1.
+            RecipeError: a group size for a recipe without groups, or below 1; an entry of `mixed` that is none or is never reached.
         """
         rules = self.rules
         if group_size is not None:
@@ -100,8 +153,18 @@ class Recipe:
                 else replace(rule, weights=replace(rule.weights, group_size=group_size))
                 for rule in rules
             )
+        entries = _entries(mixed)
+        exclude = (*exclude, *(pattern for pattern, grid in entries if grid is None))
+        _check_reached(entries, self.exclude + exclude)
+        rules = (*(self._rule(pattern, grid) for pattern, grid in entries if grid), *rules)
         kv_bits: Literal[8] | None = self.kv_bits if kv_cache is None else 8 if kv_cache == "int8" else None
         return replace(self, rules=rules, exclude=self.exclude + exclude, kv_bits=kv_bits)
+
+    def _rule(self, pattern: str, grid: WeightGrid) -> Rule:
+        """A rule of another grid, otherwise like the recipe's own."""
+        own = self.rules[-1] if self.rules else Rule((), grid)
+        calibrated = own.rounding == "gptq" and grid.scale_rule == "range" and not any(fnmatchcase(end, pattern) for end in ENDS)
+        return replace(own, match=(pattern,), weights=grid, rounding="gptq" if calibrated else "nearest")
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON values."""
@@ -122,3 +185,35 @@ class Recipe:
         if any(rule.weights.group_size == 0 for rule in recipe.rules):
             raise RecipeError("the recipe has groups of 0 weights: quantize the model again")
         return recipe
+
+
+def _entries(mixed: Sequence[str]) -> list[tuple[str, WeightGrid | None]]:
+    """Pattern and grid of each `PATTERN=GRID`; None: floating point."""
+    found = [_MIXED.fullmatch(entry) for entry in mixed]
+    wrong = [shown(entry) for entry, match in zip(mixed, found, strict=True) if not match]
+    if wrong:
+        grids = f"float, {', '.join(GRIDS)}"
+        raise RecipeError(
+            listed(wrong, f"mixed precision is PATTERN=GRID, with a grid of {grids}, or integers in groups such as int4:32; these are not:")
+        )
+    return [(match[1], _grid(match)) for match in found if match]
+
+
+def _grid(match: re.Match[str]) -> WeightGrid | None:
+    _, plain, integers, group = match.groups()
+    grid = GRIDS.get(plain or integers)
+    return replace(grid, group_size=int(group)) if grid and group else grid
+
+
+def _check_reached(entries: Sequence[tuple[str, WeightGrid | None]], floats: Sequence[str]) -> None:
+    """Refuses entries whose layers others have already."""
+    taken, late = list(floats), []
+    for pattern in (pattern for pattern, grid in entries if grid):
+        plain = set("*?[").isdisjoint(pattern)
+        late += [(pattern, other) for other in taken if pattern == other or (plain and fnmatchcase(pattern, other))][:1]
+        taken.append(pattern)
+    if late:
+        told = [f"{shown_name(pattern)}: {shown_name(other)} decides for it" for pattern, other in late]
+        raise RecipeError(
+            listed(told, "in mixed precision the first pattern that matches decides, floating point before all; put these first or out:")
+        )

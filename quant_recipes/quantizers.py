@@ -1,0 +1,151 @@
+"""How a weight in training becomes the one that ships: what is learned besides it, and how gradients reach both.
+
+Each quantizer takes the weight and what is learned as arguments, so that a product can do the rounding again in its backward pass
+instead of keeping a rounded copy of every weight.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from lobit.quant_recipes.grid import (
+    best_range,
+    choose_scale,
+    grouped,
+    quantize,
+    quantize_float,
+    range_scale,
+    round_scale,
+    row_norm_scale,
+    ternary_sign,
+)
+from lobit.quant_recipes.recipe import WeightGrid
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, exact: Tensor, rounded: Tensor) -> Tensor:
+        return rounded
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def straight_through(exact: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, whose gradient is that of `exact` [Bengio et al. 2013]."""
+    return _StraightThrough.apply(exact, rounded)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class Quantizer(nn.Module):
+    """Scales computed from the weight on every call; its gradient goes straight through [Spectra Table 1, backward pass]."""
+
+    def __init__(self, weight: Tensor, grid: WeightGrid) -> None:
+        super().__init__()
+        self.grid = grid
+
+    @staticmethod
+    def start(weight: Tensor) -> Tensor:
+        """What is trained in the place of the float weight [out, in]."""
+        return weight
+
+    def learned(self) -> list[Tensor]:
+        """What is learned besides the weight, a row for every output channel."""
+        return list(self.parameters())
+
+    def forward(self, weight: Tensor, *learned: Tensor) -> Tensor:
+        """The weight [out, in] that ships."""
+        detached = weight.detach()
+        scale = choose_scale(detached, self.grid)
+        groups = grouped(quantize_float(detached, scale, self.grid), self.grid)
+        return straight_through(weight, (groups * scale[:, :, None]).reshape(weight.shape))
+
+    def integers(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Integers [out, in], int8, and scales [out, groups] that ship."""
+        scale = choose_scale(weight, self.grid)
+        return quantize(weight, scale, self.grid), scale
+
+
+class _Clipped(torch.autograd.Function):
+    """round(clip(w / s)) s with the gradients of Learned Step Size Quantization (Esser et al. 2020, eq. 3 and 5, section 2.2)."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, grid: WeightGrid) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.grid = grid
+        groups = grouped(quantize_float(weight, scale, grid), grid)
+        return (groups * scale[:, :, None]).reshape(weight.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (weight, scale), grid = ctx.saved_tensors, ctx.grid
+        gradient, ratio = grouped(gradients[0], grid), grouped(weight, grid) / scale[:, :, None]
+        inside = (ratio > grid.q_min) & (ratio < grid.q_max)
+        step = torch.where(inside, ratio.round() - ratio, ratio.clamp(grid.q_min, grid.q_max))
+        balance = 1 / math.sqrt(ratio.shape[2] * grid.q_max)
+        return (gradient * inside).reshape(weight.shape), (gradient * step).sum(2) * balance, None
+
+
+class LearnedRange(Quantizer):
+    """w_min and w_max of every group are learned [MobileLLM-Pro section 7.1, Table 15].
+
+    They begin as the weight's, both drawn in where that rounds with less error: outliers cost a whole channel its resolution.
+    """
+
+    def __init__(self, weight: Tensor, grid: WeightGrid) -> None:
+        super().__init__(weight, grid)
+        detached = weight.detach().float()
+        (low, high), share = torch.aminmax(grouped(detached, grid), dim=2), best_range(detached, grid)
+        self.low, self.high = nn.Parameter(low * share), nn.Parameter(high * share)
+
+    def forward(self, weight: Tensor, *learned: Tensor) -> Tensor:
+        """The weight [out, in] that ships."""
+        low, high = learned
+        largest = torch.maximum(-low, high)
+        exact = largest / ((self.grid.q_max - self.grid.q_min) / 2)
+        scale = straight_through(exact, range_scale(largest.detach(), self.grid))
+        return _Clipped.apply(weight, scale, self.grid)  # type: ignore[no-untyped-call, no-any-return]
+
+    def integers(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Integers [out, in], int8, and scales [out, groups] that ship."""
+        scale = range_scale(torch.maximum(-self.low, self.high).detach(), self.grid)
+        return quantize(weight, scale, self.grid), scale
+
+
+class RowNorm(Quantizer):
+    """A latent ternary matrix T, and a learned magnitude v for every row: w = v Q(T) / ||Q(T)||, by rows [Bonsai eq. 1 and 2]."""
+
+    def __init__(self, weight: Tensor, grid: WeightGrid) -> None:
+        super().__init__(weight, grid)
+        self.magnitude = nn.Parameter(weight.detach().float().norm(dim=1, keepdim=True))
+
+    @staticmethod
+    def start(weight: Tensor) -> Tensor:
+        """T: the signs of the weights that are not small [Bonsai section 2.1]."""
+        return ternary_sign(weight)
+
+    def forward(self, weight: Tensor, *learned: Tensor) -> Tensor:
+        """The weight [out, in] that ships."""
+        (magnitude,) = learned
+        clamped = weight.clamp(-1, 1)
+        integers = straight_through(clamped, clamped.detach().round())
+        norm = integers.square().sum(1, keepdim=True).clamp(min=1).sqrt()
+        exact = magnitude.abs() / norm
+        return integers * straight_through(exact, round_scale(exact.detach()))
+
+    def integers(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Integers [out, in], int8, and scales [out, 1] that ship."""
+        integers = weight.clamp(-1, 1).round().to(torch.int8)
+        return integers, row_norm_scale(self.magnitude.detach().abs(), integers)
+
+
+def quantizer_for(weight: Tensor, grid: WeightGrid) -> Quantizer:
+    """The quantizer of the grid's rule for a float weight [out, in]."""
+    kinds: dict[str, type[Quantizer]] = {"learned": LearnedRange, "row_norm": RowNorm}
+    return kinds.get(grid.scale_rule, Quantizer)(weight, grid)
