@@ -1,0 +1,236 @@
+"""Training."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lobit.errors import InputError
+from lobit.verbs.make import Progress
+
+if TYPE_CHECKING:
+    from lobit.model import Config, Transformer
+    from lobit.quant_recipes.corpus import Corpus
+    from lobit.quant_recipes.recipe import Recipe
+    from lobit.quant_recipes.schedule import Training
+    from lobit.quant_recipes.train import Run, Trainer
+
+HELD_OUT = 0.05
+"""Share of the text that is only for the figures, where no file is given for them."""
+RECORD_FILE = "training.json"
+STEPS = "training"
+"""In an unfinished folder: the newest checkpoint."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is read: to train on, and to measure on."""
+
+    training: Sequence[str]
+    held_out: str | None = None
+    length: int | None = None
+    """Tokens of a sequence; None: the model's context, at most 512."""
+    seed: int = 0
+    """Of the order of the sequences, and of new weights."""
+
+
+def train(
+    model: str,
+    recipe: Recipe,
+    texts: Texts,
+    out: Path,
+    *,
+    run: Run,
+    training: Training | None = None,
+    from_scratch: bool = False,
+    recompute: bool = False,
+    command: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Trains a float model as a recipe rounds it, and writes a checkpoint folder; of `fp` a Hugging Face folder.
+
+    A run that was killed goes on from its newest checkpoint in `out`.partial when the same call is made again. Under torchrun every
+    process makes the call, and the first one writes.
+
+    Args:
+        model: a Hugging Face folder, a hub name or `demo`.
+        recipe: what ships.
+        texts: to train on.
+        out: a new folder.
+        run: how much.
+        training: how; None: the recipe's own way.
+        from_scratch: from new weights, of the model only the config and the tokenizer.
+        recompute: activations inside of blocks are computed again for the backward pass, and not kept.
+        command: for the record.
+        progress: of the steps.
+
+    Returns:
+        What is in `training.json`: `steps`, `tokens`, `seconds`, the held-out `loss`, `perplexity` and, where there is a float model,
+        `kl`, `top1` and its own `reference_loss`.
+
+    Raises:
+        InputError: the text is too short, the batch does not fit, or the model is a quantized checkpoint.
+        RecipeError: the recipe does not fit the model, or the loss is no longer finite.
+    """
+    from lobit.checkpoint import load_config, load_model, resolve
+    from lobit.quant_recipes.apply import check
+    from lobit.quant_recipes.schedule import training_of
+    from lobit.quant_recipes.trainee import new_weights
+
+    source = resolve(model)
+    config = load_config(source)
+    training = training or training_of(recipe)
+    _check(source, recipe, training, from_scratch)
+    check(config, recipe)
+    run.check()
+    corpus, held_out = _corpora(source, config, texts)
+    reference = None if from_scratch else load_model(source)
+    student = new_weights(config, texts.seed) if reference is None else load_model(source)
+    settings = {"model": str(source), "recipe": recipe.to_json(), "training": asdict(training), "run": asdict(run), "seed": texts.seed}
+    settings["text"] = hashlib.sha256(corpus.sequences.numpy().tobytes()).hexdigest()
+    settings["from_scratch"] = from_scratch
+    with _place(out, run, settings) as folder:
+        trainer = _trainer(student, recipe, reference, training, corpus, run, folder / STEPS, recompute)
+        for row in trainer.train():
+            if progress and run.rank == 0:
+                speed = run.batch * corpus.length / row.seconds
+                progress(f"loss {row.loss:.3f} {speed:7,.0f} t/s", row.step, trainer.steps)
+        return _finish(trainer, source, recipe, held_out, folder, settings | {"command": " ".join(command)})
+
+
+def _check(source: Path, recipe: Recipe, training: Training, from_scratch: bool) -> None:
+    from lobit.quant_recipes.quantized import is_checkpoint
+
+    if is_checkpoint(source):
+        raise InputError(f"{source} is quantized already: give the float model that it was made from")
+    if any(rule.rounding == "gptq" for rule in recipe.rules):
+        raise InputError(f"recipe {recipe.name} rounds after training: use `lobit quantize --calibration FILE`")
+    if from_scratch and training.distillation:
+        raise InputError("new weights have no float model to learn from: leave --distillation out, or --from-scratch")
+
+
+def _corpora(source: Path, config: Config, texts: Texts) -> tuple[Corpus, Corpus]:
+    """To train on, and held out."""
+    from lobit.quant_recipes.corpus import pack
+    from lobit.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(source, config.vocab_size)
+    length = min(config.max_context, 512) if texts.length is None else texts.length
+    if not 1 <= length <= config.max_context:
+        raise InputError(f"--length {length} is outside of 1 to {config.max_context}, the model's context: choose one inside")
+
+    def packed(documents: Sequence[str]) -> Corpus:
+        return pack([tokenizer.encode(document) for document in documents], length, texts.seed)
+
+    corpus = packed(texts.training)
+    return corpus.split(HELD_OUT) if texts.held_out is None else (corpus, packed([texts.held_out]))
+
+
+@contextlib.contextmanager
+def _place(out: Path, run: Run, settings: dict[str, Any]) -> Iterator[Path]:
+    """The folder to write to, which the first process makes; what another training has left there is not touched.
+
+    Raises:
+        InputError: an unfinished training with other settings is there.
+    """
+    from lobit.place import new_folder
+
+    partial = out.with_name(out.name + ".partial")
+    if run.rank:
+        run.wait()
+        yield partial
+        return
+    with new_folder(out, resume=True) as folder:
+        told, mark = json.dumps(settings, indent=2, sort_keys=True), folder / "settings.json"
+        if (folder / STEPS).is_dir() and mark.read_text(encoding="utf-8") != told:
+            raise InputError(
+                f"{partial} holds an unfinished training with other settings ({mark}): give the same ones to go on, choose another "
+                "place with -o, or remove it"
+            )
+        mark.write_text(told, encoding="utf-8")
+        run.wait()
+        yield folder
+        mark.unlink()
+
+
+def _trainer(
+    student: Transformer,
+    recipe: Recipe,
+    reference: Transformer | None,
+    training: Training,
+    corpus: Corpus,
+    run: Run,
+    folder: Path,
+    recompute: bool,
+) -> Trainer:
+    from lobit.quant_recipes.apply import prepare
+    from lobit.quant_recipes.train import Trainer
+    from lobit.quant_recipes.trainee import Trainee
+
+    prepared = prepare(student.requires_grad_(True).train(), recipe)
+    return Trainer(Trainee(prepared, recipe, reference, training.distillation, recompute), training, corpus, run, folder)
+
+
+def _finish(
+    trainer: Trainer,
+    source: Path,
+    recipe: Recipe,
+    held_out: Corpus,
+    folder: Path,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """Writes the checkpoint, the curves and the record, in the first process."""
+    from lobit.checkpoint import load_model
+    from lobit.quant_recipes.curves import write_curves
+    from lobit.quant_recipes.figures import figures
+
+    trained = trainer.trained()
+    if trainer.run.rank:
+        return {}
+    shipped = _ship(trained, recipe, source, folder)
+    device = trainer.run.device
+    reference = None if settings["from_scratch"] else load_model(source).to(device)
+    found = figures(shipped.to(device), held_out, recipe, reference)
+    record = {
+        "steps": trainer.steps,
+        "tokens": trainer.rows[-1].tokens,
+        "seconds": round(sum(row.seconds for row in trainer.rows), 3),
+        "held_out_tokens": found.tokens,
+        "loss": found.loss,
+        "perplexity": found.perplexity,
+        "kl": found.kl,
+        "top1": found.top1,
+        "reference_loss": figures(reference, held_out).loss if reference else None,
+        "settings": settings,
+        "versions": {"torch": metadata.version("torch")},
+    }
+    write_curves(trainer.rows, folder, f"{source.name}, {recipe.name}")
+    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(folder / STEPS, ignore_errors=True)
+    return record
+
+
+def _ship(trained: Transformer, recipe: Recipe, source: Path, folder: Path) -> Transformer:
+    """Writes a quantized checkpoint, or a float model where nothing is quantized."""
+    import torch
+
+    from lobit.checkpoint import TOKENIZER_FILES, read_json, save_model
+    from lobit.quant_recipes.apply import convert
+    from lobit.quant_recipes.quantized import save_checkpoint
+
+    if recipe.rules:
+        shipped = convert(trained, recipe)
+        save_checkpoint(shipped, recipe, source, folder)
+        return shipped
+    save_model(trained, read_json(source / "config.json"), folder, torch.float32)
+    for name in ["generation_config.json", *TOKENIZER_FILES]:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    return trained.eval().requires_grad_(False)
