@@ -1,0 +1,87 @@
+"""Quantization on a calibration text.
+
+Imports are inside the functions: what a verb does not need is not loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lobit.errors import InputError
+
+if TYPE_CHECKING:
+    from lobit.model import Transformer
+    from lobit.quant_recipes.recipe import Recipe
+    from lobit.verbs.make import Progress
+
+SAMPLES, LENGTH = 512, 2048
+"""Sequences, and tokens in each [Spectra appendix A.1]."""
+CALIBRATION_FILE = "calibration.json"
+"""In a checkpoint: every layer's error."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a recipe that rounds on a text is given."""
+
+    text: str
+    samples: int = SAMPLES
+    """Sequences; fewer where the text has fewer."""
+    length: int | None = None
+    """Of a sequence, in tokens; None: the model's context, at most `LENGTH`."""
+    act_order: bool = False
+    """Inputs with the largest mean square are rounded first, onto scales of the weights as they were."""
+    seed: int = 0
+    """Of the choice of sequences."""
+
+
+def calibrated(
+    source: Path, recipe: Recipe, given: Calibration, progress: Progress | None = None
+) -> tuple[Transformer, dict[str, Any]]:
+    """The converted model of a float folder under a recipe that rounds on a calibration text, and what the calibration found.
+
+    Args:
+        source: the folder, with tokenizer.json.
+        recipe: one with GPTQ, such as gptq-w4.
+        given: the text, and how much of it.
+        progress: of the whole.
+
+    Returns:
+        The model, and `{"sequences", "asked", "length", "act_order", "seed", "layers": [{"name", "nearest", "gptq"}]}`. A layer's two
+        figures are its squared error on the text, of its squared output: rounded to nearest, and as it is now.
+
+    Raises:
+        InputError: the model is quantized already, the recipe does not calibrate, or the text is too short.
+        RecipeError: the recipe does not fit the model.
+        ModelError: the model or its tokenizer cannot be read.
+    """
+    from lobit.checkpoint import load_config, load_model
+    from lobit.quant_recipes.apply import check, convert
+    from lobit.quant_recipes.gptq import calibrate, sequences_of
+    from lobit.quant_recipes.quantized import is_checkpoint
+    from lobit.tokenizer import Tokenizer
+
+    if is_checkpoint(source):
+        raise InputError(f"{source} is quantized already: give the float model that it was made from")
+    if all(rule.rounding != "gptq" for rule in recipe.rules):
+        raise InputError(f"recipe {recipe.name} needs no calibration text: leave --calibration out, or take gptq-w4")
+    config = load_config(source)
+    check(config, recipe)
+    length = min(config.max_context, LENGTH) if given.length is None else given.length
+    if length > config.max_context:
+        raise InputError(f"a sequence of {length} tokens is longer than the model's context of {config.max_context}: take at most that")
+    tokenizer = Tokenizer.from_folder(source, config.vocab_size)
+    sequences = sequences_of(tokenizer.encode(given.text, bos=False), given.samples, length, given.seed, tokenizer.bos)
+    model = load_model(source, config)
+    found = calibrate(model, recipe, sequences, act_order=given.act_order, progress=progress)
+    result = {
+        "sequences": len(sequences),
+        "asked": given.samples,
+        "length": length,
+        "act_order": given.act_order,
+        "seed": given.seed,
+        "layers": [error._asdict() for error in found.errors],
+    }
+    return convert(model, recipe, progress, calibrated=found.integers), result
