@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from lobit.errors import MissingPartError, ModelError, listed, reason, shown, shown_name
 from lobit.families import read_config
-from lobit.layout import Stored, layout, read, write
+from lobit.layout import Stored, layout, read, read_integers, write
 from lobit.model import Config, Transformer
+from lobit.prequantized import FAKE_QUANTIZER, Header, Shapes, torchao_weights
+from lobit.prequantized import FLOATS as FLOATS
 
 LONGEST_NAME = 80
 """Characters of the name of a shard; with four bytes each still less than file systems hold."""
@@ -29,11 +32,10 @@ SAFE_FILES = ["*.safetensors", "config.json", "generation_config.json", "model.s
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"]
 ROWS = 4096
 """Of a tensor that are looked at together, so that temporary memory stays small."""
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
-"""Constants that old Llama checkpoints carry; they follow from the config."""
-Header = tuple[Path, list[int], str]
-"""File, shape and dtype of a tensor."""
+OWN_HEAD = f"lm_head.{FAKE_QUANTIZER}scale"
+"""Scales of a head that shares its floats with the embedding, but not its integers."""
+IGNORED = re.compile(r"\.(rotary_emb\.inv_freq|activation_fake_quantizer\.(scale|zero_point))$")
+"""Constants that old Llama checkpoints carry, which follow from the config; ranges of inputs, which are quantized by token if at all."""
 
 
 def resolve(model: str) -> Path:
@@ -145,17 +147,19 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
-def _headers(files: list[Path]) -> dict[str, Header]:
-    """The header of every tensor."""
+def _headers(files: list[Path]) -> tuple[dict[str, Header], dict[str, str]]:
+    """The header of every tensor, and what the files say besides."""
     found: dict[str, Header] = {}
+    metadata: dict[str, str] = {}
     for path in files:
         with open_tensors(path) as tensors:
+            metadata |= tensors.metadata() or {}
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                 if name in found:
                     raise ModelError(f"{shown_name(name)} is in {found[name][0].name} and in {path.name}: fetch both again")
                 part = tensors.get_slice(name)
                 found[name] = (path, part.get_shape(), part.get_dtype())
-    return found
+    return found, metadata
 
 
 class Weights:
@@ -165,16 +169,25 @@ class Weights:
         folder: of a float model.
         config: as `load_config` gives it.
 
+    Attributes:
+        untied: the head has integers of its own, although the config shares the embedding's floats with it.
+
     Raises:
         ModelError: tensors are missing, misshapen, of another kind or unused; all are named.
     """
 
     def __init__(self, folder: Path, config: Config) -> None:
+        self.headers, metadata = _headers(_files(folder))
+        self.untied = config.tied and OWN_HEAD in self.headers
+        config = replace(config, tied=config.tied and not self.untied)
         self.folder, self.config = folder, config
         with torch.device("meta"):
             self.model = Transformer(config)
-        self.headers = _headers(_files(folder))
-        self.places = layout(self.model, self.headers)
+        self.places = layout(self.model, self.headers, torchao_weights(self.headers, metadata))
+        head = self.places.get("head.weight")
+        if self.untied and head and head.quantized and head.name not in self.headers:
+            shared = self.places["embedding.weight"].name
+            self.places["head.weight"] = replace(head, name=shared, quantized=replace(head.quantized, values=shared))
         problems = _problems(self.places, self.headers, config)
         if problems:
             raise ModelError(listed(problems, f"{folder} does not fit a {config.family} model, {len(problems)} tensors:"))
@@ -195,6 +208,23 @@ class Weights:
         if any((rows.float() * 0).sum() != 0 for rows in tensor.split(ROWS)):
             raise ModelError(f"{self.places[name].name} of {self.folder} has values that are not finite: train or fetch it again")
         return tensor
+
+    def integers(self, name: str) -> tuple[Tensor, Tensor]:
+        """The integers [out, in], int8, and scales [out, groups], float32, that the folder keeps of a quantized weight.
+
+        Args:
+            name: ours, with `Stored.quantized`.
+
+        Raises:
+            ModelError: they are not of its grid.
+        """
+        place = self.places[name]
+        values, scale = read_integers(self.config, name, place, self._get)
+        low, high = place.quantized.range if place.quantized else (0, 0)
+        wrong = sum(int(((rows != rows.round()) | (rows < low) | (rows > high)).sum()) for rows in values.split(ROWS))
+        if wrong:
+            raise ModelError(f"{wrong} of {values.numel()} values of {place.name} are no integers in [{low}, {high}]: fetch the file again")
+        return values.to(torch.int8), scale.contiguous()
 
     def _get(self, name: str) -> Tensor:
         with open_tensors(self.headers[name][0]) as tensors:
@@ -222,24 +252,20 @@ def _problems(places: Mapping[str, Stored], headers: Mapping[str, Header], confi
     """Every tensor that is missing, misshapen, of an unknown kind or left over."""
     problems, used = [], {"lm_head.weight"} if config.tied else set()
     for stored in places.values():
-        needed = [(stored.name, stored.shape)] + ([(stored.scale, stored.scale_shape)] if stored.scale else [])
-        for name, shape in needed:
+        for name, shapes in stored.tensors().items():
             if name not in used:
-                problems += _tensor_problems(stored, name, shape, headers.get(name))
+                problems += _tensor_problems(name, shapes, headers.get(name))
             used.add(name)
     unused = sorted(set(headers) - used)
     return problems + [f"{shown_name(name)} is not used by the family" for name in unused if not IGNORED.search(name)]
 
 
-def _tensor_problems(stored: Stored, name: str, shape: tuple[int, ...], header: Header | None) -> list[str]:
+def _tensor_problems(name: str, shapes: Shapes, header: Header | None) -> list[str]:
     """Why a tensor of the checkpoint cannot be read."""
     if header is None:
         return [f"{name} is missing"]
     _, found, kind = header
-    shapes = dict.fromkeys(FLOATS, shape)
-    if stored.packed_shape and name == stored.name:
-        shapes["U8"] = stored.packed_shape
-    needed = shapes.get(kind, shape)
+    needed = shapes.get(kind, next(iter(shapes.values())))
     problems = [] if tuple(found) == needed else [f"{name} has shape {shown(found)}: {list(needed)} is needed"]
     return problems + ([] if kind in shapes else [f"{name} is {kind}: {', '.join(shapes)} are read"])
 

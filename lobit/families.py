@@ -63,9 +63,11 @@ def _ternary(fields: Fields) -> Literal["none", "multiply", "divide", "online"]:
     if not quantization.values:
         return "none"
     method, kept = quantization.values.get("quant_method"), quantization.values.get("modules_to_not_convert")
+    if method == "torchao":
+        return "none"  # the file says of each tensor what it is
     linear, mode = (quantization.values.get(*pair) for pair in (("linear_class", "bitlinear"), ("quantization_mode", "offline")))
     if method != "bitnet":
-        fields.problems.append(f"quantization_config is of {shown(method)}: bitnet and floats are read, take the float checkpoint")
+        fields.problems.append(f"quantization_config is of {shown(method)}: bitnet, torchao and floats are read, take the float checkpoint")
     elif kept not in (None, ["lm_head"]):
         fields.problems.append(f"modules_to_not_convert is {shown(kept)}: ternary layers with all but lm_head converted are read")
     elif quantization.flag("use_rms_norm"):

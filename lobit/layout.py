@@ -1,21 +1,17 @@
-"""How checkpoints lay out our tensors: the family's names, fused rows, paired rotary rows, shifted norms, ternary codes.
-
-What is read here is a float weight, whatever the file holds.
-"""
+"""How checkpoints lay out our tensors: the family's names, fused rows, paired rotary rows, shifted norms, quantized weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lobit.errors import ModelError
 from lobit.families import FAMILIES
 from lobit.model import Config, Transformer
+from lobit.prequantized import FLOATS, Header, Kind, Quantized, Shapes, integers, product, quantized
 
 LLAMA = {
     "embedding": "model.embed_tokens",
@@ -29,11 +25,6 @@ LLAMA = {
 }
 """Our name of every module, and Llama's; what a family calls otherwise is in its entry of `FAMILIES`."""
 LINEARS = {f"attention.{part}" for part in "qkvo"} | {f"mlp.{part}" for part in ("gate", "up", "down")}
-CODES = 4
-"""Ternary codes in a byte of transformers' packing."""
-
-Ternary = Literal["none", "multiply", "divide", "online", "channels"]
-"""`Config.ternary`, and `channels`: rounded to -1, 0, 1 on use, and a factor for each output channel (Bonsai)."""
 
 
 @dataclass(frozen=True)
@@ -47,33 +38,35 @@ class Stored:
     """Our first row of it."""
     last: int
     """The row after our last."""
-    ternary: Ternary = "none"
-    scale: str | None = None
-    """The tensor that scales the ternary values."""
+    quantized: Quantized | None = None
+    """How it is kept; None: as floats."""
 
     @property
-    def packed_shape(self) -> tuple[int, ...] | None:
-        """The shape of the same tensor in packed codes; None where it cannot be packed."""
-        can_be = self.ternary in ("multiply", "divide") and self.shape[0] % CODES == 0
-        return (self.shape[0] // CODES, *self.shape[1:]) if can_be else None
+    def ternary(self) -> str:
+        """The kind of a quantized weight, or `none`."""
+        return self.quantized.kind if self.quantized else "none"
 
-    @property
-    def scale_shape(self) -> tuple[int, ...]:
-        """One factor for the whole tensor, or one for each row."""
-        return (self.shape[0],) if self.ternary == "channels" else (1,)
+    def tensors(self) -> dict[str, Shapes]:
+        """The tensors of the checkpoint that it is made of."""
+        if self.quantized is None:
+            return {self.name: dict.fromkeys(FLOATS, self.shape)}
+        return self.quantized.tensors(self.shape)
 
 
-def layout(model: Transformer, present: Iterable[str] = ()) -> dict[str, Stored]:
+def layout(
+    model: Transformer, headers: Mapping[str, Header] | None = None, torchao: Mapping[str, Quantized] | None = None
+) -> dict[str, Stored]:
     """Where a checkpoint keeps each tensor of the model; a head that is the embedding is left out.
 
     Args:
         model: only its shapes count, it may be on the meta device.
-        present: the names in the checkpoint; `.scales` among them mean Bonsai's linear layers.
+        headers: of the checkpoint's tensors; None: all are floats.
+        torchao: as `torchao_weights` gives it.
     """
-    config = model.config
+    config, headers = model.config, headers or {}
     names = {**LLAMA, **FAMILIES[config.family].names}
-    ternary: Ternary = config.ternary
-    if ternary == "none" and any(name.endswith(".scales") for name in present):
+    ternary: Kind | None = config.ternary if config.ternary != "none" else None
+    if ternary is None and any(name.endswith(".scales") for name in headers):
         ternary = "channels"
     tensors = {ours: tensor for ours, tensor in model.state_dict().items() if not (config.tied and ours == "head.weight")}
     fused: dict[str, list[str]] = {}
@@ -82,9 +75,11 @@ def layout(model: Transformer, present: Iterable[str] = ()) -> dict[str, Stored]
     places = {}
     for theirs, parts in fused.items():
         ends = list(accumulate(len(tensors[ours]) for ours in parts))
+        shape = (ends[-1], *tensors[parts[0]].shape[1:])
+        of_layer = ternary if _parts(parts[0])[1] in LINEARS else None
+        kept = quantized(theirs, shape, of_layer, headers, torchao or {}) if len(shape) == 2 else None
         for ours, last in zip(parts, ends, strict=True):
-            shape, first = (ends[-1], *tensors[ours].shape[1:]), last - len(tensors[ours])
-            places[ours] = Stored(theirs, shape, first, last, *_ternary(ours, theirs, ternary))
+            places[ours] = Stored(kept.values if kept else theirs, shape, last - len(tensors[ours]), last, kept)
     return {ours: places[ours] for ours in tensors}
 
 
@@ -102,16 +97,6 @@ def _stored_name(names: Mapping[str, str], ours: str) -> str:
     return ("" if layer is None else f"model.layers.{layer}.") + f"{names[module]}.{kind}"
 
 
-def _ternary(ours: str, theirs: str, ternary: Ternary) -> tuple[Ternary, str | None]:
-    """How the tensor is kept, and the tensor of its scales."""
-    _, module, kind = _parts(ours)
-    if ternary == "none" or module not in LINEARS or kind != "weight":
-        return "none", None
-    if ternary == "online":
-        return ternary, None
-    return ternary, theirs.removesuffix("weight") + ("scales" if ternary == "channels" else "weight_scale")
-
-
 def read(config: Config, ours: str, stored: Stored, get: Callable[[str], Tensor], dtype: torch.dtype | None = torch.float32) -> Tensor:
     """A tensor as our model holds it.
 
@@ -123,15 +108,21 @@ def read(config: Config, ours: str, stored: Stored, get: Callable[[str], Tensor]
         dtype: of the result; None: of the checkpoint where it holds floats, so that a file that is mapped to memory is not copied.
 
     Raises:
-        ModelError: packed codes that are none.
+        ModelError: as `prequantized.integers`.
     """
-    values = get(stored.name)
-    if stored.ternary != "none":
-        values = _effective(values, stored, get)
+    values = get(stored.name) if stored.quantized is None else product(*integers(stored.quantized, get))
     rows = values[stored.first : stored.last]
     if dtype is not None:
         rows = rows.to(dtype, copy=len(rows) < len(values))
     return from_checkpoint(config, ours, rows)
+
+
+def read_integers(config: Config, ours: str, stored: Stored, get: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:
+    """Integers [out, in], as floats, and scales [out, groups] of a weight that the checkpoint keeps quantized; as `read` otherwise."""
+    assert stored.quantized is not None
+    values, scale = integers(stored.quantized, get)
+    rows, scales = (part[stored.first : stored.last] for part in (values, scale.expand(len(values), -1)))
+    return from_checkpoint(config, ours, rows), from_checkpoint(config, ours, scales)
 
 
 def write(model: Transformer) -> dict[str, Tensor]:
@@ -173,33 +164,3 @@ def to_checkpoint(config: Config, ours: str, tensor: Tensor) -> Tensor:
         return tensor
     heads = tensor.reshape(-1, 2, config.head_dim // 2, *tensor.shape[1:])
     return heads.transpose(1, 2).reshape(tensor.shape)
-
-
-def unpack_ternary(packed: Tensor, name: str) -> Tensor:
-    """-1, 0, 1 [4 R, in] of transformers' packing uint8 [R, in]: bits 2i and 2i + 1 of row r are 1 more than row r + i R.
-
-    Raises:
-        ModelError: a code is 3.
-
-    Source: transformers integrations/bitnet.py, `unpack_weights`.
-    """
-    codes = torch.cat([packed >> shift & 3 for shift in range(0, 2 * CODES, 2)])
-    wrong = int((codes == 3).sum())
-    if wrong:
-        raise ModelError(f"{wrong} of {codes.numel()} codes in {name} are 3: ternary ones are 0, 1 and 2, fetch the file again")
-    return codes.float() - 1
-
-
-def _effective(values: Tensor, stored: Stored, get: Callable[[str], Tensor]) -> Tensor:
-    """The float weight that ternary values, or what is rounded to them on use, stand for.
-
-    Source: transformers integrations/bitnet.py, `WeightQuant`, `AutoBitLinear` and `BitLinear`; deepgrove-ai/Bonsai, `QLinear`.
-    """
-    values = unpack_ternary(values, stored.name) if values.dtype == torch.uint8 else values.float()
-    if stored.scale is None:
-        inverse = 1 / values.abs().mean().clamp(min=1e-5)
-        return (values * inverse).round().clamp(-1, 1) / inverse
-    scale = get(stored.scale).float()
-    if stored.ternary == "channels":
-        return values.clamp(-1, 1).round() * scale[:, None]
-    return values / scale if stored.ternary == "divide" else values * scale

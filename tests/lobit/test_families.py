@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from lobit.checkpoint import load_config, load_model, read_json, save_model
 from lobit.errors import ModelError
 from lobit.families import FAMILIES, read_config
-from lobit.layout import from_checkpoint, layout, to_checkpoint, unpack_ternary, write
+from lobit.layout import from_checkpoint, layout, to_checkpoint, write
 from lobit.model import Transformer
+from lobit.prequantized import unpack_ternary
 from tests import small_models as zoo
 from tests.oracles import MOBILELLM_PRO, SMALL, WINDOW, of_class, pack_weights, randomize
 from tests.small_models import oracle_logits
