@@ -7,7 +7,7 @@ exports of models from 0.1 to 1100 million parameters, memory within 20 %.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lobit.errors import LobitError
 from lobit.export.bundle import cache_info, check_context, parameter_count
@@ -16,7 +16,11 @@ from lobit.model import Config
 from lobit.quant_recipes.apply import fates, problems
 from lobit.quant_recipes.quantized import empty_model
 from lobit.quant_recipes.recipe import Recipe
+from lobit.quant_recipes.sizes import Size, checkpoint_sizes
 from lobit.runtime.manifest import CacheInfo, TensorGroup
+
+if TYPE_CHECKING:
+    from lobit.export.plan_detail import Detail
 
 IMPORTS_BYTES = 830_000_000
 """Of the exporter before it has a model: PyTorch and ExecuTorch."""
@@ -35,6 +39,11 @@ class Plan:
     """What an export will give and take."""
 
     parameters: int
+    checkpoint: list[Size]
+    """Of the quantized checkpoint, the same for every target: bytes of each kind."""
+    checkpoint_bytes: int
+    checkpoint_bits_per_weight: float
+    """Of the checkpoint's bytes, over the model's parameters; a head that a recipe unties adds to the bytes alone."""
     weights: list[TensorGroup]
     """Bytes of each kind."""
     file_bytes: int
@@ -51,11 +60,14 @@ class Plan:
     export_seconds: float
     problems: list[str]
     """Every reason why not."""
+    detail: Detail | None = None
+    """What the papers reason with, where it was asked for."""
 
     def to_json(self) -> dict[str, Any]:
         """As the command prints it."""
         values = asdict(self)
         cache = values.pop("cache")
+        values["detail"] = self.detail and self.detail.to_json()
         return {"kind": "plan", "kv_cache_bytes": self.cache.bytes, "kv_cache": cache, **values}
 
 
@@ -86,8 +98,13 @@ def plan(config: Config, recipe: Recipe, target: str, context: int, chunk: int) 
         needs = module.needs(empty_model(config, recipe), Spec(recipe, context, chunk))
     file_bytes = sum(group.bytes for group in weights) + needs.overhead_bytes
     seconds = expected_seconds(parameters, needs)
+    checkpoint = checkpoint_sizes(config, recipe)
+    checkpoint_bytes = sum(size.bytes for size in checkpoint)
     return Plan(
         parameters=parameters,
+        checkpoint=checkpoint,
+        checkpoint_bytes=checkpoint_bytes,
+        checkpoint_bits_per_weight=8 * checkpoint_bytes / parameters,
         weights=weights,
         file_bytes=file_bytes,
         bits_per_weight=8 * file_bytes / parameters,
