@@ -10,86 +10,60 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import lobit.cli_learn  # noqa: F401 (its commands)
+from lobit.cli_options import (
+    BundleArgument,
+    Chunk,
+    Context,
+    Except,
+    FloatRecipe,
+    GroupSize,
+    Json,
+    KVCache,
+    Mixed,
+    ModelArgument,
+    Out,
+    Source,
+    Target,
+    Threads,
+    app,
+    chosen_recipe,
+    numbers,
+    print_json,
+    read_text,
+)
 from lobit.errors import InputError
 from lobit.memory import check_address_space
 from lobit.trouble import MISTAKE, one_message
 
 if TYPE_CHECKING:
-    from lobit.quant_recipes.recipe import Recipe
-
-app = typer.Typer(
-    name="lobit",
-    help="A trained language model on a phone, with proof that what runs there is what was trained.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
-
-RecipeName = Annotated[str, typer.Option("--recipe", help="Name of the catalogue (`lobit recipes`).")]
-Except = Annotated[list[str] | None, typer.Option("--except", help="Layers that stay in floating point, such as 'layers.*.mlp.down'.")]
-GroupSize = Annotated[int | None, typer.Option("--group-size", help="Weights that share a scale, instead of the recipe's.")]
-KVCache = Annotated[Literal["int8", "float"] | None, typer.Option("--kv-cache", help="Instead of the recipe's.")]
-Out = Annotated[Path, typer.Option("-o", "--out", help="Where to write; must not exist.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Threads = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Of the runtime; default: one per core.")]
-BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that `lobit export` wrote.")]
-Source = Annotated[str, typer.Argument(metavar="MODEL|CKPT", help="A float model, or a quantized checkpoint.")]
-Target = Annotated[str, typer.Option("--target", help="xnnpack.")]
-FloatRecipe = Annotated[str | None, typer.Option("--recipe", help="For a float model (`lobit recipes`).")]
-Context = Annotated[int | None, typer.Option("--context", help="Tokens to hold; default: the model's, at most 2048.")]
-Chunk = Annotated[int | None, typer.Option("--chunk", help="Most tokens in one prefill call; default: 512.")]
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub name, or 'demo'.")]
-
+    pass
 
 @app.callback()
 def _before() -> None:
     check_address_space()
 
 
-def _print_json(result: dict[str, Any]) -> None:
-    typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
-
-
-def _numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:
-    """`128,512` as numbers."""
-    try:
-        values = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if not values or min(values) < least:
-        raise InputError(f"{option} {text!r} is no list of whole numbers from {least}: give one such as 128,512")
-    return values
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}): give a text file") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): give a text file") from None
-
-
 @app.command(epilog="Example: lobit demo --out demo-out")
 def demo(out: Annotated[Path, typer.Option("-o", "--out", help="A new folder.")] = Path("demo-out")) -> None:
-    """The shipped model through everything, to report.html."""
-    from lobit import verbs
+    """The shipped models through everything, to report.html."""
+    from lobit import tables, verbs
     from lobit.progress import announce
 
     with announce() as on_step:
         report_path = verbs.demo(out, on_step=on_step)
-    results = {name: json.loads((out / f"{name}.json").read_text(encoding="utf-8")) for name in ("verify", "parity", "bench")}
-    from lobit import tables
-
-    for name, table in (("verify", tables.verify), ("parity", tables.parity), ("bench", tables.bench)):
-        tables.show(table(results[name]))
+    shown = {"verify": tables.verify, "parity": tables.parity, "bench": tables.bench}
+    passed = True
+    for name in ("verify", "parity", "ternary-verify", "ternary-parity", "bench"):
+        result = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+        tables.show(shown[name.removeprefix("ternary-")](result))
+        passed &= result.get("passed", True)
     typer.echo(f"\nreport: {report_path}\nnext:   lobit run {out}/demo-8da4w-g32 --prompt 'Once'")
-    if not (results["verify"]["passed"] and results["parity"]["passed"]):
+    if not passed:
         raise typer.Exit(1)
 
 
@@ -100,6 +74,7 @@ def recipes(
     exclude: Except = None,
     group_size: GroupSize = None,
     kv_cache: KVCache = None,
+    mixed: Mixed = None,
     as_json: Json = False,
 ) -> None:
     """The catalogue; one recipe; the fate of every layer of a model."""
@@ -112,15 +87,15 @@ def recipes(
         raise InputError(f"--model needs the name of a recipe: lobit recipes {next(iter(CATALOG))} --model {model}")
     if name is None:
         found = list(CATALOG.values())
-        _print_json({"recipes": [recipe.to_json() for recipe in found]}) if as_json else tables.show(tables.recipes(found))
+        print_json({"recipes": [recipe.to_json() for recipe in found]}) if as_json else tables.show(tables.recipes(found))
         return
-    recipe = verbs.choose_recipe(name, exclude or (), group_size, kv_cache)
+    recipe = verbs.choose_recipe(name, exclude or (), group_size, kv_cache, mixed or ())
     if model is None:
-        _print_json(recipe.to_json()) if as_json else typer.echo(json.dumps(recipe.to_json(), indent=2))
+        print_json(recipe.to_json()) if as_json else typer.echo(json.dumps(recipe.to_json(), indent=2))
         return
     fates = verbs.recipes(recipe, model)
     if as_json:
-        _print_json({"recipe": recipe.to_json(), "layers": [dataclasses.asdict(fate) for fate in fates]})
+        print_json({"recipe": recipe.to_json(), "layers": [dataclasses.asdict(fate) for fate in fates]})
     else:
         tables.show(tables.fates(fates))
 
@@ -135,45 +110,66 @@ def plan(
     exclude: Except = None,
     group_size: GroupSize = None,
     kv_cache: KVCache = None,
+    mixed: Mixed = None,
+    detail: Annotated[bool, typer.Option("--detail", help="Bound on decode speed, energy, entropy of the weights.")] = False,
+    bandwidth: Annotated[float | None, typer.Option("--bandwidth", min=0.1, help="GB/s, for --detail; default: measured here.")] = None,
     as_json: Json = False,
 ) -> None:
     """Sizes, memory and time of an export, and every reason why not, before any slow work."""
     from lobit import tables, verbs
+    from lobit.progress import bar
 
-    found = verbs.plan(model, _chosen(recipe, exclude, group_size, kv_cache), target, context=context, chunk=chunk)
-    _print_json(found.to_json()) if as_json else tables.show(tables.plan(found))
+    if bandwidth is not None and not detail:
+        raise InputError(f"--bandwidth {bandwidth:g} is for the bound on decode speed: add --detail")
+    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed)
+    with bar() as shown:
+        found = verbs.plan(
+            model, chosen, target, context=context, chunk=chunk, detail=detail, bandwidth=bandwidth, progress=shown.count
+        )
+    if as_json:
+        print_json(found.to_json())
+    else:
+        for table in tables.plan(found):
+            tables.show(table)
     if found.problems:
         raise typer.Exit(1)
 
 
-def _chosen(recipe: str | None, exclude: list[str] | None, group_size: int | None, kv_cache: str | None) -> Recipe | None:
-    """The recipe that is named, with its changes."""
-    from lobit import verbs
-
-    if recipe is None and (exclude or group_size or kv_cache):
-        raise InputError("--except, --group-size and --kv-cache change a recipe: name it with --recipe")
-    return None if recipe is None else verbs.choose_recipe(recipe, exclude or (), group_size, cast("verbs.make.KVCache | None", kv_cache))
-
-
-@app.command(epilog="Example: lobit quantize ./SmolLM2-135M --recipe 8da4w-g32 -o checkpoint")
+@app.command(epilog="Example: lobit quantize ./SmolLM2-135M --recipe gptq-w4 --calibration wiki.txt -o checkpoint")
 def quantize(
     model: ModelArgument,
-    recipe: RecipeName,
     out: Out,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="(`lobit recipes`); without it, a model that was quantized before is taken in.")
+    ] = None,
+    calibration: Annotated[Path | None, typer.Option("--calibration", metavar="FILE", help="Text for recipes with GPTQ.")] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Sequences of the calibration text.")] = 512,
+    length: Annotated[int | None, typer.Option("--length", min=1, help="Their tokens; default: the context, at most 2048.")] = None,
+    act_order: Annotated[bool, typer.Option("--act-order", help="GPTQ rounds the weights of large inputs first.")] = False,
     exclude: Except = None,
     group_size: GroupSize = None,
     kv_cache: KVCache = None,
+    mixed: Mixed = None,
     as_json: Json = False,
 ) -> None:
     """Post-training quantization into a checkpoint folder."""
     from lobit import tables, verbs
     from lobit.progress import bar
+    from lobit.verbs.calibrate import CALIBRATION_FILE, Calibration
 
-    chosen = verbs.choose_recipe(recipe, exclude or (), group_size, kv_cache)
+    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed)
+    given = Calibration(read_text(calibration), samples, length, act_order) if calibration else None
     tables.show(tables.fates(verbs.recipes(chosen, model)), error=True)
     with bar() as shown:
-        path = verbs.quantize(model, chosen, out, shown.count)
-    _print_json({"checkpoint": str(path), "recipe": chosen.to_json()}) if as_json else typer.echo(f"checkpoint: {path}")
+        path = verbs.quantize(model, chosen, out, shown.count, calibration=given)
+    found = json.loads((path / CALIBRATION_FILE).read_text(encoding="utf-8")) if given else None
+    told = {"checkpoint": str(path), "recipe": json.loads((path / "recipe.json").read_text(encoding="utf-8"))}
+    if as_json:
+        print_json(told | ({"calibration": found} if found else {}))
+        return
+    if found:
+        tables.show(tables.calibration(found))
+    typer.echo(f"checkpoint: {path}")
 
 
 @app.command(epilog="Example: lobit export ./SmolLM2-135M --recipe 8da4w-g32 --target xnnpack --context 2048 -o bundle")
@@ -187,13 +183,14 @@ def export(
     exclude: Except = None,
     group_size: GroupSize = None,
     kv_cache: KVCache = None,
+    mixed: Mixed = None,
     as_json: Json = False,
 ) -> None:
     """Lowers a model for a target and writes a bundle."""
     from lobit import tables, verbs
     from lobit.progress import bar
 
-    chosen = _chosen(recipe, exclude, group_size, kv_cache)
+    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed)
     if chosen is not None:
         tables.show(tables.fates(verbs.recipes(chosen, model)), error=True)
     with bar() as shown:
@@ -207,7 +204,7 @@ def export(
             command=["lobit", *sys.argv[1:]],
             progress=shown.count,
         )
-    _print_json(json.loads(manifest.to_json())) if as_json else tables.show(tables.manifest(manifest))
+    print_json(json.loads(manifest.to_json())) if as_json else tables.show(tables.manifest(manifest))
 
 
 @app.command(epilog="Example: lobit verify bundle checkpoint")
@@ -223,7 +220,7 @@ def verify(
     from lobit import tables, verbs
 
     result = verbs.verify(bundle, checkpoint)
-    _print_json(result) if as_json else tables.show(tables.verify(result))
+    print_json(result) if as_json else tables.show(tables.verify(result))
     if not result["passed"]:
         raise typer.Exit(1)
 
@@ -265,7 +262,7 @@ def run(
         echo=True,
     )
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         typer.echo()
         typer.echo(tables.speed(result["stats"]), err=True)
@@ -307,7 +304,7 @@ def parity(
         result = verbs.parity(
             bundle,
             reference,
-            _read_text(text),
+            read_text(text),
             tokens=tokens,
             checkpoint=checkpoint,
             stages=stages.split(","),
@@ -315,7 +312,7 @@ def parity(
             progress=shown.count,
         )
     result["text"] = text.name
-    _print_json(result) if as_json else tables.show(tables.parity(result))
+    print_json(result) if as_json else tables.show(tables.parity(result))
     if not result["passed"]:
         raise typer.Exit(1)
 
@@ -340,14 +337,14 @@ def bench(
     with bar() as shown:
         result = verbs.bench(
             bundles,
-            prompts=_numbers(prompts, "-p"),
-            generates=_numbers(generates, "-n"),
-            depths=_numbers(depths, "-d", least=0),
+            prompts=numbers(prompts, "-p"),
+            generates=numbers(generates, "-n"),
+            depths=numbers(depths, "-d", least=0),
             threads=threads,
             repetitions=repetitions,
             progress=shown.count,
         )
-    _print_json(result) if as_json else tables.show(tables.bench(result))
+    print_json(result) if as_json else tables.show(tables.bench(result))
 
 
 @app.command(epilog="Example: lobit report bundle/manifest.json parity.json bench.json verify.json -o report.html")
@@ -370,7 +367,7 @@ def doctor(
     from lobit import tables, verbs
 
     result = verbs.doctor(target)
-    _print_json(result) if as_json else tables.show(tables.doctor(result))
+    print_json(result) if as_json else tables.show(tables.doctor(result))
     if not result["passed"]:
         raise typer.Exit(MISTAKE)
 

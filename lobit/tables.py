@@ -7,16 +7,24 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lobit.export.plan import Plan
+    from lobit.export.plan_detail import Decode, Energy
     from lobit.quant_recipes.apply import Fate
+    from lobit.quant_recipes.entropy import Entropies
     from lobit.quant_recipes.recipe import Recipe
     from lobit.runtime.manifest import Manifest
 
 WIDTH_WITHOUT_TERMINAL = 160
+MOST_LAYERS = 40
+"""That a table of single layers has."""
+BAR = 24
+"""Characters."""
 
 
 class _Console(Console):
@@ -24,7 +32,7 @@ class _Console(Console):
         raise BrokenPipeError  # a reader that has enough is no error: rich would exit with 1
 
 
-def show(table: Table, error: bool = False) -> None:
+def show(table: RenderableType, error: bool = False) -> None:
     """Prints a table to stdout, or to stderr."""
     stream = sys.stderr if error else sys.stdout
     _Console(file=stream, width=None if stream.isatty() else WIDTH_WITHOUT_TERMINAL, highlight=False, markup=False).print(table)
@@ -68,12 +76,13 @@ def fates(rows: Sequence[Fate]) -> Table:
     return table
 
 
-def plan(found: Plan) -> Table:
-    """An export before it is made."""
+def plan(found: Plan) -> list[RenderableType]:
+    """An export before it is made, and its detail."""
     table = _table("", "plan", "" if found.problems else "nothing speaks against it")
     scales = f" + {megabytes(found.cache.scale_bytes)} of scales" if found.cache.scale_bytes else ""
     rows = [
         ("parameters", f"{found.parameters:,}"),
+        ("checkpoint", f"{megabytes(found.checkpoint_bytes)}, {found.checkpoint_bits_per_weight:.2f} bits a weight"),
         ("program", f"{megabytes(found.file_bytes)}, {found.bits_per_weight:.2f} bits a weight"),
         *((f"  {group.kind}", f"{group.format}, {megabytes(group.bytes)}") for group in found.weights),
         ("KV cache", f"{found.cache.dtype}, {megabytes(found.cache.value_bytes)}{scales} for {found.context} tokens"),
@@ -84,7 +93,48 @@ def plan(found: Plan) -> Table:
     ]
     for name, value in rows:
         table.add_row(name, value)
-    return table
+    detail = found.detail
+    return [table, *([_decode(found, detail.decode), _energy(detail.energy), _entropy(detail.entropy)] if detail else [])]
+
+
+def _modelled(table: Table, found: Decode | Energy | Entropies, *notes: str) -> Group:
+    """A table of figures, and what they rest on."""
+    return Group(table, *notes, f"source: {found.source}", f"assumes: {'; '.join(found.assumes)}", "")
+
+
+def _decode(found: Plan, decode: Decode) -> Group:
+    """What bounds decoding."""
+    columns = ("this recipe", "half precision")
+    table = _table(f"decode, bound by memory: {decode.speedup:.2f}x half precision", "read per token", *columns, right=columns)
+    table.add_row("weights", megabytes(decode.weight_bytes), megabytes(decode.half_weight_bytes))
+    table.add_row(f"KV cache of {found.context} tokens", megabytes(decode.cache_bytes), megabytes(decode.half_cache_bytes))
+    bound = decode.tokens_per_second
+    table.add_row("at most, tokens/s", f"{bound:,.0f}", f"{bound / decode.speedup:,.0f}")
+    return _modelled(table, decode, f"memory: {decode.bandwidth_gb_s:.1f} GB/s, {decode.bandwidth_of}")
+
+
+def _energy(energy: Energy) -> Group:
+    """What the arithmetic takes."""
+    columns = ("number", "pJ each", "µJ", "FP16 takes")
+    title = f"arithmetic: {energy.microjoules:,.2f} µJ a token, FP16 takes {energy.saving:.1f}x"
+    table = _table(title, "products", "operation", *columns, right=columns)
+    for row in energy.products:
+        cost = f"{row.number * row.picojoules / 1e6:,.2f}"
+        table.add_row(row.kind, row.operation, f"{row.number:,}", f"{row.picojoules:g}", cost, f"{row.saving:.1f}x")
+    return _modelled(table, energy)
+
+
+def _entropy(found: Entropies | None) -> RenderableType:
+    """What the weights hold and what the recipe spends on them."""
+    if found is None:
+        return "weights: no entropy, the model is quantized already\n"
+    columns = ("number", "sigma", "Gaussian", *(f"{count} bins" for count in found.kinds[0].shannon_bits), "recipe spends")
+    table = _table("weights: entropy in bits, and bits that the recipe spends", "weights", *columns, right=columns)
+    for row in found.kinds:
+        gaussian = "" if row.gaussian_bits is None else f"{row.gaussian_bits:.2f}"
+        shannon = [f"{value:.2f}" for value in row.shannon_bits.values()]
+        table.add_row(row.kind, f"{row.weights:,}", f"{row.sigma:.4f}", gaussian, *shannon, f"{row.recipe_bits:.2f}")
+    return _modelled(table, found)
 
 
 def manifest(found: Manifest) -> Table:
@@ -166,4 +216,74 @@ def doctor(result: dict[str, Any]) -> Table:
     table = _table("", "for", "part", "found", "way out")
     for row in result["parts"]:
         table.add_row(row["for"], row["part"], row["found"] or "missing", "" if row["found"] else row["way_out"])
+    return table
+
+
+def merge(result: dict[str, Any]) -> Table:
+    """Models and their weights, with losses where a text was given."""
+    measured = f", loss in nats a token on {result['tokens']} tokens" if result["tokens"] else ""
+    table = _table(f"weights: {result['weights']}{measured}", "model", "weight", "loss", right=("weight", "loss"))
+    for row in result["models"]:
+        table.add_row(row["model"], f"{row['weight']:.4f}", _loss(row["loss"]))
+    table.add_row("equal weights", "", _loss(result["uniform_loss"]))
+    table.add_row("merged, as written", "", _loss(result["loss"]))
+    return table
+
+
+def sensitivity(result: dict[str, Any]) -> Group:
+    """The layers that a recipe harms most, and the options that give few of them a wider grid."""
+    columns = ("KL", "top-1", "perplexity", "checkpoint", "bits a weight")
+    whole = _table("all layers quantized", "", *columns, right=columns)
+    options = [f"--mixed '{entry}'" for entry in result["proposal"]["mixed"]]
+    for name, found in (("recipe", result["all"]), (f"{len(options)} layers wider", result["proposal"])):
+        figures = f"{found['kl']:.2e}", f"{found['top1']:.1%}", f"{found['perplexity']:.3f}"
+        whole.add_row(name, *figures, megabytes(found["bytes"]), f"{found['bits_per_weight']:.2f}")
+    notes = ["layers that GPTQ rounds are rounded to nearest here\n"] if result["gptq_to_nearest"] else []
+    return Group(_sensitive(result), whole, *notes, "wider: " + (" \\\n       ".join(options) or "nothing"))
+
+
+def _sensitive(result: dict[str, Any]) -> Table:
+    """The layers, each with a bar."""
+    rows, right = result["rows"], ("parameters", "saves", "KL", "of the sum")
+    total, largest = sum(row["kl"] for row in rows) or 1.0, rows[0]["kl"] or 1.0
+    table = _table(f"one layer quantized at a time: nats a token, {result['tokens']} tokens", "layer", "grid", *right, "", right=right)
+    for row in rows[:MOST_LAYERS]:
+        figures = f"{row['parameters']:,}", megabytes(row["bytes_saved"]), f"{row['kl']:.2e}", f"{row['kl'] / total:.1%}"
+        table.add_row(", ".join(row["layers"]), row["grid"], *figures, _bar(row["kl"] / largest))
+    if rows[MOST_LAYERS:]:
+        rest = sum(row["kl"] for row in rows[MOST_LAYERS:])
+        table.add_row(f"and {len(rows) - MOST_LAYERS} more", "", "", "", f"{rest:.2e}", f"{rest / total:.1%}")
+    return table
+
+
+def _bar(share: float) -> str:
+    """A bar of at most `BAR` characters."""
+    whole, eighths = divmod(round(max(share, 0) * BAR * 8), 8)
+    return "█" * whole + " ▏▎▍▌▋▊▉"[eighths].strip()
+
+
+def training(result: dict[str, Any], out: Path) -> Table:
+    """What was trained, and what it is worth on text that was held out."""
+    table = _table(f"{out}: {result['steps']} steps, {result['tokens']:,} tokens in {result['seconds']:.0f} s", "held out", "", right=("",))
+    table.add_row("tokens", f"{result['held_out_tokens']:,}")
+    table.add_row("loss, nats a token", _loss(result["loss"]))
+    table.add_row("perplexity", f"{result['perplexity']:.3f}")
+    if result["reference_loss"] is not None:
+        table.add_row("loss of the float model", _loss(result["reference_loss"]))
+        table.add_row("KL from the float model", f"{result['kl']:.4f}")
+        table.add_row("same most probable token", f"{result['top1']:.1%}")
+    return table
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def calibration(result: dict[str, Any]) -> Table:
+    """What GPTQ gained in each layer."""
+    title = f"{result['sequences']} sequences of {result['length']} tokens; squared error of each layer's output, of its square"
+    table = _table(title, "layer", "nearest", "GPTQ", "of it", right=("nearest", "GPTQ", "of it"))
+    for row in result["layers"]:
+        share = f"{row['gptq'] / row['nearest']:.0%}" if row["nearest"] else ""
+        table.add_row(row["name"], f"{row['nearest']:.2e}", f"{row['gptq']:.2e}", share)
     return table

@@ -5,6 +5,7 @@ Imports are inside the functions: what a verb does not need is not loaded.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,15 @@ from lobit.errors import InputError
 
 if TYPE_CHECKING:
     from lobit.export.plan import Plan
-    from lobit.export.stages import Count, Kept
+    from lobit.export.plan_detail import Detail
+    from lobit.export.stages import Count
+    from lobit.kept import Kept
     from lobit.model import Config, Transformer
     from lobit.quant_recipes.apply import Fate
     from lobit.quant_recipes.recipe import Recipe
     from lobit.runtime.manifest import Manifest
     from lobit.tokenizer import Tokenizer
+    from lobit.verbs.calibrate import Calibration
 
 DEFAULT_CONTEXT = 2048
 DEFAULT_CHUNK = 512
@@ -31,24 +35,38 @@ KEPT = "stages"
 
 
 def choose_recipe(
-    name: str, exclude: Sequence[str] = (), group_size: int | None = None, kv_cache: KVCache | None = None
+    name: str,
+    exclude: Sequence[str] = (),
+    group_size: int | None = None,
+    kv_cache: KVCache | None = None,
+    mixed: Sequence[str] = (),
 ) -> Recipe:
     """A recipe of the catalogue with changes."""
     from lobit.quant_recipes.catalog import find_recipe
 
-    return find_recipe(name).with_changes(tuple(exclude), group_size, kv_cache)
+    return find_recipe(name).with_changes(tuple(exclude), group_size, kv_cache, mixed)
 
 
-def recipes(recipe: Recipe, model: str) -> list[Fate]:
-    """What a recipe does to each layer of a model."""
+def recipes(recipe: Recipe | None, model: str) -> list[Fate]:
+    """What a recipe does to each layer of a model; None: the recipe that the folder was quantized with before."""
     from lobit.checkpoint import load_config, resolve
     from lobit.quant_recipes.apply import fates
 
-    return fates(load_config(resolve(model)), recipe)
+    source = resolve(model)
+    return fates(load_config(source), _asked(source, recipe))
 
 
-def quantize(model: str, recipe: Recipe, out: Path, progress: Progress | None = None) -> Path:
+def quantize(
+    model: str, recipe: Recipe | None, out: Path, progress: Progress | None = None, *, calibration: Calibration | None = None
+) -> Path:
     """Quantizes a float model after training and writes a checkpoint folder.
+
+    Args:
+        model: a Hugging Face folder, a hub name or `demo`.
+        recipe: None: the folder was quantized before, and its integers are taken in as they are.
+        out: a new folder.
+        progress: of the layers.
+        calibration: for recipes with GPTQ, whose errors go to `calibration.json`.
 
     Raises:
         BundleError: something is at `out`.
@@ -58,18 +76,25 @@ def quantize(model: str, recipe: Recipe, out: Path, progress: Progress | None = 
     from lobit.checkpoint import resolve
     from lobit.place import new_folder
     from lobit.quant_recipes.quantized import save_checkpoint
+    from lobit.verbs.calibrate import CALIBRATION_FILE, calibrated
 
     source = resolve(model)
     with new_folder(out) as folder:
-        integer, _ = converted(source, recipe, progress)
-        save_checkpoint(integer, recipe, source, folder)
+        if calibration is not None:
+            used = _asked(source, recipe)
+            integer, found = calibrated(source, used, calibration, progress)
+            (folder / CALIBRATION_FILE).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        else:
+            integer, used = converted(source, recipe, progress)
+        save_checkpoint(integer, used, source, folder)
     return out
 
 
 def converted(source: Path, recipe: Recipe | None, progress: Progress | None = None) -> tuple[Transformer, Recipe]:
-    """The converted model of a checkpoint, or of a float folder under `recipe`."""
+    """The converted model of a checkpoint, of a folder that was quantized before, or of a float folder under `recipe`."""
     from lobit.checkpoint import Weights, load_config
     from lobit.quant_recipes.apply import check, convert
+    from lobit.quant_recipes.intake import is_taken_in, take_in
     from lobit.quant_recipes.quantized import is_checkpoint, load_checkpoint
 
     if is_checkpoint(source):
@@ -77,9 +102,17 @@ def converted(source: Path, recipe: Recipe | None, progress: Progress | None = N
         if recipe is not None and recipe != own:
             raise InputError(f"{source} was quantized with recipe {own.name}: leave --recipe out, or give the float model")
         return model, own
-    recipe, config = _asked(source, recipe), load_config(source)
+    config = load_config(source)
+    if recipe is None or is_taken_in(recipe):
+        taken = take_in(source, config, progress)
+        if taken and recipe in (None, taken[1]):
+            return taken
+        if recipe is not None:
+            raise InputError(f"{source} does not hold integers of recipe {recipe.name}: give the folder that they were taken in from")
+    recipe = _asked(source, recipe)
     check(config, recipe)
     weights = Weights(source, config)
+    recipe = replace(recipe, untied=recipe.untied or weights.untied)
     return convert(weights.model, recipe, progress, weights), recipe
 
 
@@ -111,8 +144,9 @@ def export(
     from lobit.checkpoint import load_config, resolve
     from lobit.export import bundle
     from lobit.export.plan import expected_seconds
-    from lobit.export.stages import Kept, Stages, key_of
+    from lobit.export.stages import Stages
     from lobit.export.target import Spec, check_target, find_target
+    from lobit.kept import Kept, key_of
     from lobit.place import check_place, new_folder
     from lobit.quant_recipes.apply import check
     from lobit.quant_recipes.quantized import empty_model
@@ -143,14 +177,53 @@ def export(
     return manifest
 
 
-def plan(model: str, recipe: Recipe | None, target: str, *, context: int | None = None, chunk: int | None = None) -> Plan:
-    """What an export with the same arguments will give and take; nothing is written."""
+def plan(
+    model: str,
+    recipe: Recipe | None,
+    target: str,
+    *,
+    context: int | None = None,
+    chunk: int | None = None,
+    detail: bool = False,
+    bandwidth: float | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """What an export with the same arguments will give and take; nothing is written.
+
+    Args:
+        model: a float model or a quantized checkpoint.
+        recipe: for a float model.
+        target: name of the target.
+        context: positions to hold; None: as `export` has it.
+        chunk: the most tokens in one call; None: as `export` has it.
+        detail: speed and energy as the papers model them, and the entropy of the weights, which are read for it.
+        bandwidth: of the memory that decoding reads, in 10^9 bytes a second, for the detail; None: this machine's is measured.
+        progress: of reading the weights.
+    """
     from lobit.checkpoint import load_config, resolve
     from lobit.export import plan as planning
 
     source = resolve(model)
-    config = load_config(source)
-    return planning.plan(config, _asked(source, recipe), target, *_sizes(config, context, chunk))
+    config, asked = load_config(source), _asked(source, recipe)
+    found = planning.plan(config, asked, target, *_sizes(config, context, chunk))
+    return replace(found, detail=_detail(found, source, asked, bandwidth, progress)) if detail else found
+
+
+def _detail(found: Plan, source: Path, recipe: Recipe, bandwidth: float | None, progress: Progress | None) -> Detail:
+    """The detail of a plan."""
+    from lobit.checkpoint import Weights, load_config
+    from lobit.export.plan_detail import Detail, decode, energy
+    from lobit.quant_recipes.entropy import entropies
+    from lobit.quant_recipes.quantized import is_checkpoint
+    from lobit.runtime.host import memory_bandwidth, usable_cores
+
+    config, of = load_config(source), "as given"
+    if bandwidth is None:
+        bandwidth, of = memory_bandwidth(usable_cores()).gb_s, f"measured on this machine with {usable_cores()} threads"
+    entropy = None if is_checkpoint(source) else entropies(Weights(source, config), recipe, progress)
+    return Detail(
+        decode(config, found.weights, found.cache, bandwidth, of), energy(config, recipe, found.cache.slots), entropy
+    )
 
 
 def _sizes(config: Config, context: int | None, chunk: int | None) -> tuple[int, int]:
@@ -161,12 +234,17 @@ def _sizes(config: Config, context: int | None, chunk: int | None) -> tuple[int,
 
 def _asked(source: Path, recipe: Recipe | None) -> Recipe:
     """The recipe that is named, or the checkpoint's own."""
+    from lobit.checkpoint import Weights, load_config
+    from lobit.quant_recipes.intake import taken_recipe
     from lobit.quant_recipes.quantized import is_checkpoint, load_recipe
 
     if recipe is not None:
         return recipe
     if is_checkpoint(source):
         return load_recipe(source)
+    taken = taken_recipe(Weights(source, load_config(source)))
+    if taken is not None:
+        return taken
     raise InputError(f"{source} is a float model: say with --recipe how to quantize it (`lobit recipes` lists them)")
 
 

@@ -78,39 +78,52 @@ def doctor(target: str | None = None) -> dict[str, Any]:
 
 
 def demo(out: Path, *, on_step: Callable[[str], None] | None = None, repetitions: int = 3) -> Path:
-    """The shipped model through everything: quantize, export, verify, parity, bench, report. Returns the report.
+    """The shipped models through everything: quantize, export, verify, parity, bench, report. Returns the report.
+
+    Two models: the float one under `8da4w-g32`, and the ternary checkpoint that was trained from it.
 
     Raises:
         BundleError: something is at `out`.
     """
     import json
 
-    from lobit.demo import FOLDER, held_out_text
+    from lobit.demo import TERNARY_FOLDER
     from lobit.place import new_folder
     from lobit.runtime.manifest import FILE_NAME
 
     say = on_step or (lambda _: None)
     with new_folder(out) as folder:
-        recipe = choose_recipe("8da4w-g32")
-        checkpoint, bundle = folder / "checkpoint", folder / "demo-8da4w-g32"
+        checkpoint = folder / "checkpoint"
         say("quantize: INT4 weights in groups of 32")
-        quantize("demo", recipe, checkpoint)
-        say("export: ExecuTorch, XNNPACK (about half a minute)")
-        export(str(checkpoint), "xnnpack", bundle, context=512, chunk=128, command=["lobit", "demo"])
+        quantize("demo", choose_recipe("8da4w-g32"), checkpoint)
+        bundles = {folder / "demo-8da4w-g32": checkpoint, folder / "demo-bitnet": TERNARY_FOLDER}
         results: dict[str, dict[str, Any]] = {}
-        say("verify: every integer and scale, read back out of the program")
-        results["verify"] = verify(bundle, str(checkpoint))
-        say("parity: against the float model, on stories it has not seen")
-        results["parity"] = parity(bundle, str(FOLDER), held_out_text(8), tokens=600, checkpoint=str(checkpoint))
-        training = json.loads((FOLDER / "training.json").read_text(encoding="utf-8"))
-        results["parity"]["text"] = "held-out stories of the demo's grammar"
-        results["parity"]["entropy"] = {"nats_per_token": training["entropy"], "what": "the story grammar, exact"}
+        for (bundle, source), name in zip(bundles.items(), ("", "ternary-"), strict=True):
+            results |= {name + kind: result for kind, result in _proved(bundle, source, say).items()}
         say("bench: prefill and decode, each row in a process of its own")
-        results["bench"] = bench([bundle], prompts=(128,), generates=(32,), depths=(0, 256), repetitions=repetitions)
-        paths = [bundle / FILE_NAME, bundle / "build.json"]
+        results["bench"] = bench(list(bundles), prompts=(128,), generates=(32,), depths=(0, 256), repetitions=repetitions)
+        paths = [bundle / name for bundle in bundles for name in (FILE_NAME, "build.json")]
         for name, result in results.items():
             paths.append(folder / f"{name}.json")
             paths[-1].write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         say("report")
         report(paths, folder / "report.html")
     return out / "report.html"
+
+
+def _proved(bundle: Path, checkpoint: Path, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """Exports a checkpoint of the demo model; what verify and parity say of it."""
+    import json
+
+    from lobit.demo import FOLDER, held_out_text
+
+    say(f"export {bundle.name}: ExecuTorch, XNNPACK (about half a minute)")
+    export(str(checkpoint), "xnnpack", bundle, context=512, chunk=128, command=["lobit", "demo"])
+    say("verify: every integer and scale, read back out of the program")
+    verified = verify(bundle, str(checkpoint))
+    say("parity: against the float model, on stories it has not seen")
+    compared = parity(bundle, str(FOLDER), held_out_text(8), tokens=600, checkpoint=str(checkpoint))
+    training = json.loads((FOLDER / "training.json").read_text(encoding="utf-8"))
+    compared["text"] = "held-out stories of the demo's grammar"
+    compared["entropy"] = {"nats_per_token": training["entropy"], "what": "the story grammar, exact"}
+    return {"verify": verified, "parity": compared}

@@ -20,7 +20,10 @@ from lobit.runtime.parity import Limit
 
 Bundles = Any
 """The fixture of tests/conftest.py: `bundles(model, recipe, kv_cache)`."""
-VERBS = ["demo", "recipes", "plan", "quantize", "export", "verify", "run", "parity", "bench", "report", "doctor"]
+VERBS = [
+    *("demo", "recipes", "plan", "sensitivity", "train", "quantize", "merge", "export", "verify"),
+    *("run", "parity", "bench", "report", "doctor"),
+]
 HEAVY = ["torch", "numpy", "executorch", "transformers", "matplotlib", "tokenizers", "huggingface_hub"]
 """Packages that `--help` has no use for; each takes a good part of a second, or several."""
 REPOSITORY = Path(__file__).parents[2]

@@ -1,0 +1,84 @@
+"""What commands share: the application, their options, how results are printed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+
+from lobit.errors import InputError
+
+if TYPE_CHECKING:
+    from lobit.quant_recipes.recipe import Recipe
+
+app = typer.Typer(
+    name="lobit",
+    help="A trained language model on a phone, with proof that what runs there is what was trained.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+RecipeName = Annotated[str, typer.Option("--recipe", help="Name of the catalogue (`lobit recipes`).")]
+Except = Annotated[list[str] | None, typer.Option("--except", help="Layers that stay in floating point, such as 'layers.*.mlp.down'.")]
+GroupSize = Annotated[int | None, typer.Option("--group-size", help="Weights that share a scale, instead of the recipe's.")]
+Mixed = Annotated[
+    list[str] | None,
+    typer.Option("--mixed", metavar="PATTERN=GRID", help="Another grid for some layers, such as 'layers.0.mlp.down=int8', head=float."),
+]
+KVCache = Annotated[Literal["int8", "float"] | None, typer.Option("--kv-cache", help="Instead of the recipe's.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="Where to write; must not exist.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Threads = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Of the runtime; default: one per core.")]
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that `lobit export` wrote.")]
+Source = Annotated[str, typer.Argument(metavar="MODEL|CKPT", help="A float model, or a quantized checkpoint.")]
+Target = Annotated[str, typer.Option("--target", help="xnnpack.")]
+FloatRecipe = Annotated[str | None, typer.Option("--recipe", help="For a float model (`lobit recipes`).")]
+Context = Annotated[int | None, typer.Option("--context", help="Tokens to hold; default: the model's, at most 2048.")]
+Chunk = Annotated[int | None, typer.Option("--chunk", help="Most tokens in one prefill call; default: 512.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub name, or 'demo'.")]
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """The result of a command."""
+    typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+
+
+def numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:
+    """`128,512` as numbers."""
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or min(values) < least:
+        raise InputError(f"{option} {text!r} is no list of whole numbers from {least}: give one such as 128,512")
+    return values
+
+
+def read_text(path: Path) -> str:
+    """A text file.
+
+    Raises:
+        InputError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}): give a text file") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): give a text file") from None
+
+
+def chosen_recipe(
+    recipe: str | None, exclude: list[str] | None, group_size: int | None, kv_cache: str | None, mixed: list[str] | None
+) -> Recipe | None:
+    """The recipe that is named, with its changes."""
+    from lobit import verbs
+
+    if recipe is None and (exclude or group_size or kv_cache or mixed):
+        raise InputError("--except, --group-size, --kv-cache and --mixed change a recipe: name it with --recipe")
+    cache = cast("verbs.make.KVCache | None", kv_cache)
+    return None if recipe is None else verbs.choose_recipe(recipe, exclude or (), group_size, cache, mixed or ())

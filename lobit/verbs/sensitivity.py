@@ -1,0 +1,114 @@
+"""Which layers a recipe harms most.
+
+Imports are inside the functions: what a verb does not need is not loaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lobit.errors import InputError
+from lobit.verbs.make import Progress
+
+if TYPE_CHECKING:
+    from lobit.model import Config, Transformer
+    from lobit.quant_recipes.corpus import Corpus
+    from lobit.quant_recipes.recipe import Recipe
+    from lobit.quant_recipes.sensitivity import Row
+
+LONGEST_SEQUENCE = 512
+"""Tokens."""
+FEWEST_TOKENS = 16
+"""Fewer say nothing."""
+
+
+def sensitivity(model: str, recipe: Recipe, text: str, *, tokens: int = 2048, progress: Progress | None = None) -> dict[str, Any]:
+    """Measures how far each layer alone moves the model when it is quantized, and proposes wider grids for few layers.
+
+    Layers that GPTQ rounds are rounded to nearest here (`gptq_to_nearest`).
+
+    Args:
+        model: a float model.
+        recipe: what is quantized.
+        text: not one that the model learned by heart.
+        tokens: of the text, at most, spread over it.
+        progress: of the layers, then of the two recipes.
+
+    Returns:
+        `rows`, the most sensitive first, each with its `layers` (a shared head with its embedding), `grid`, `parameters`, `kl` (of
+        the float model from it, nats a token), the checkpoint's `bytes_saved` against floating point, and the `bytes_wider` that the
+        `wider` grid would add. `all` and `proposal` are measured with every layer quantized, and the recipe's key-value cache: `kl`,
+        `top1` (share of tokens with the same most probable successor), `perplexity`, `bytes` and `bits_per_weight` of the checkpoint;
+        `proposal` has the entries `mixed` besides, for `choose_recipe` before any others.
+
+    Raises:
+        InputError: the model is a quantized checkpoint, or the text is too short.
+        RecipeError: the recipe does not fit the model, or quantizes nothing.
+    """
+    from lobit.checkpoint import load_config, load_model, resolve
+    from lobit.quant_recipes import sensitivity as layers
+    from lobit.quant_recipes.apply import check
+    from lobit.quant_recipes.quantized import is_checkpoint
+
+    source = resolve(model)
+    if is_checkpoint(source):
+        raise InputError(f"{source} is quantized already: give the float model that it was made from")
+    config = load_config(source)
+    check(config, recipe)
+    corpus = _corpus(source, config, text, tokens)
+    floats = load_model(source)
+    rows = layers.sensitivity(floats, recipe, corpus, progress)
+    mixed = layers.proposal(rows)
+    whole = _measured(floats, recipe, corpus)
+    if progress:
+        progress("all layers", 1, 2)
+    proposed = _measured(floats, recipe.with_changes(mixed=mixed), corpus)
+    if progress:
+        progress("all layers", 2, 2)
+    return {
+        "kind": "sensitivity",
+        "model": model,
+        "recipe": recipe.name,
+        "tokens": len(corpus) * corpus.length,
+        "gptq_to_nearest": any(rule.rounding == "gptq" for rule in recipe.rules),
+        "rows": [_row(row) for row in rows],
+        "all": whole,
+        "proposal": {"mixed": mixed, **proposed},
+    }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    return {
+        "layers": list(row.layers),
+        "grid": str(row.rule.weights),
+        "parameters": row.parameters,
+        "bytes_saved": row.bytes_saved,
+        "wider": row.wider,
+        "bytes_wider": row.bytes_wider,
+        "kl": row.kl,
+    }
+
+
+def _measured(model: Transformer, recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
+    """The figures of a whole recipe."""
+    from lobit.quant_recipes.sensitivity import measured
+    from lobit.quant_recipes.sizes import checkpoint_bytes
+
+    found, size = measured(model, recipe, corpus), checkpoint_bytes(model.config, recipe)
+    bits = 8 * size / sum(weight.numel() for weight in model.parameters())
+    return {"kl": found.kl, "top1": found.top1, "perplexity": found.perplexity, "bytes": size, "bits_per_weight": bits}
+
+
+def _corpus(source: Path, config: Config, text: str, tokens: int) -> Corpus:
+    """Sequences of the text, each from a beginning as the model knows it."""
+    from lobit.quant_recipes.corpus import Corpus
+    from lobit.quant_recipes.gptq import sequences_of
+    from lobit.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(source, config.vocab_size)
+    ids = tokenizer.encode(text, bos=False)
+    length = min(tokens, config.max_context, LONGEST_SEQUENCE, len(ids) - (tokenizer.bos is None))
+    if length < FEWEST_TOKENS:
+        raise InputError(f"{length} tokens of the text would be read, at least {FEWEST_TOKENS} are needed: give more text or --tokens")
+    return Corpus(sequences_of(ids, tokens // length, length + 1, bos=tokenizer.bos))
