@@ -5,6 +5,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "model"
 """The shipped model, a Hugging Face folder."""
+TERNARY_FOLDER = Path(__file__).parent / "ternary"
+"""The same model trained on by recipe `bitnet`: a quantized checkpoint."""
 
 BEGIN, END = "<|begin|>", "<|end|>"
 """The special tokens around each story, ids 0 and 1."""
