@@ -8,13 +8,14 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test check bench venv clean
+.PHONY: help demo test check bench ablation ternary venv clean
 
 help:
 	@echo 'make demo    the shipped model through everything, to $(OUT)/report.html'
 	@echo 'make test    every test; ARGS='\''-m "not slow"'\'' leaves out the slow ones'
 	@echo 'make check   lint, types, layout'
 	@echo 'make bench   beside export_llm and llama.cpp, to bench-out/peers.md; ARGS='\''--rounds 1'\'' is a quick look; hours the first time'
+	@echo 'make ablation  what every recipe costs and wins back, to tests/benchmarks/ablation/; about an hour'
 	@echo 'make clean   removes $(VENV), $(OUT), build outputs and caches'
 
 demo: $(OUT)/report.html
@@ -36,6 +37,17 @@ check: $(INSTALLED)
 bench: $(INSTALLED)
 	mkdir -p bench-out
 	$(BIN)/python tests/benchmarks/peers.py --work bench-out --out bench-out/peers.md --json bench-out/peers.json $(ARGS)
+
+# What every recipe costs and wins back; what is finished stays in bench-out.
+ablation: $(INSTALLED)
+	$(BIN)/python tests/benchmarks/ablation.py $(ARGS)
+
+# The ternary model that ships, trained from the float one; remove the old one first.
+ternary: $(INSTALLED)
+	mkdir -p bench-out
+	$(BIN)/python -m lobit.demo.stories > bench-out/stories.txt
+	OMP_NUM_THREADS=1 $(BIN)/lobit train demo --recipe bitnet --text bench-out/stories.txt --length 512 --batch 4 --steps 1500 \
+	  --distillation 1 -o lobit/demo/ternary
 
 venv: $(INSTALLED)
 

@@ -13,6 +13,15 @@ from torch.nn import functional as F
 from lobit.model import QuarterTurn, RMSNorm
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
 from lobit.quant_recipes.packing import pack_int4
+from lobit.quant_recipes.recipe import WeightGrid
+
+
+def held(grid: WeightGrid, inner: int) -> WeightGrid:
+    """The grid of the program, INT4 or INT8, that holds the integers of a weight [out, inner]; their values stay.
+
+    Rows of odd length are INT8: with them XNNPACK's INT4 products give wrong sums (google/XNNPACK issue 5935; so in ExecuTorch 1.5.1).
+    """
+    return WeightGrid(4 if grid.bits <= 4 and inner % 2 == 0 else 8, grid.group_size)
 
 
 class DelegatedLinear(nn.Module):
@@ -25,7 +34,7 @@ class DelegatedLinear(nn.Module):
 
     def __init__(self, linear: IntegerLinear) -> None:
         super().__init__()
-        grid = linear.rule.weights
+        grid = held(linear.rule.weights, linear.integers.shape[1])
         self.grid, self.activation_bits = grid, linear.rule.activation_bits
         scale = linear.scale if grid.group_size else linear.scale[:, 0]
         self.register_buffer("integers", linear.integers)
@@ -117,15 +126,15 @@ class PackedEmbedding(nn.Module):
 
     def __init__(self, embedding: IntegerEmbedding) -> None:
         super().__init__()
-        self.grid = embedding.rule.weights
-        integers = embedding.integers
+        integers, grid = embedding.integers, embedding.rule.weights
+        self.grid = held(grid, integers.shape[1])
         if self.grid.bits == 4:
             packed = pack_int4(integers)
             self.register_buffer("packed", (packed << 4) | (packed >> 4))
         else:
             self.register_buffer("packed", integers)
-        # The recipe's scales are values that float16 holds exactly.
-        self.register_buffer("scale", embedding.scale.half())
+        # The scales that a recipe chooses are values that float16 holds exactly.
+        self.register_buffer("scale", embedding.scale if grid.scale_rule == "exact" else embedding.scale.half())
 
     def look_up(self, tokens: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
         """Rows [.., D] of the table."""

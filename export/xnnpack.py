@@ -15,22 +15,24 @@ from torch.export import ExportedProgram
 
 from lobit.errors import TargetError, listed
 from lobit.export.attention import Caches
-from lobit.export.delegated import DelegatedLinear, DelegatedNorm, DelegatedTurn, PackedEmbedding, SharedHead
+from lobit.export.delegated import DelegatedLinear, DelegatedNorm, DelegatedTurn, PackedEmbedding, SharedHead, held
 from lobit.export.link import Linker
 from lobit.export.lowering import LoweredPart, lower_part, trace_part, without_collection
 from lobit.export.parts import OUTPUT, Interpreter, Parts, Step
 from lobit.export.program import build, replace_layers
 from lobit.export.pte import write_program
-from lobit.export.stages import Count, Kept
+from lobit.export.stages import Count
 from lobit.export.target import Lowered, Needs, Spec
+from lobit.kept import Kept
 from lobit.model import Config, QuarterTurn, RMSNorm, Transformer
-from lobit.quant_recipes.apply import fates, skeleton
+from lobit.quant_recipes.apply import Fate, fates, skeleton
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
 from lobit.quant_recipes.recipe import Recipe
 from lobit.runtime.manifest import Delegation, FileEntry, Port, TensorGroup
 
 PROGRAM_FILE = "model.pte"
-OVERHEAD, PER_ARGUMENT, PER_PART, PER_LAYER, PER_INTEGER_LAYER = 20_000, 69, 1_800, 4_000, 4_700
+OVERHEAD, PER_ARGUMENT, PER_PART = 20_000, 69, 1_800
+PER_LAYER, PER_INTEGER_LAYER, PER_INTEGER_CACHE = 3_000, 2_200, 1_300
 """Bytes of a file besides weights: its head, values and instructions, small graphs, and a graph for each layer's products."""
 WORKSPACE = 16
 """Bytes for each token and feed-forward element of a chunk."""
@@ -50,18 +52,22 @@ def check(recipe: Recipe, config: Config) -> list[str]:
     if weight_only:
         problems.append(
             f"{len(weight_only)} layers have quantized weights and float activations ({weight_only[0]}, …): XNNPACK's int4 and int8 "
-            "products need INT8 activations; choose 8da4w-g32 or 8da8w here, or another target for this recipe"
+            "products need INT8 activations; choose 8da4w-g32 or 8da8w here, bitnet for ternary weights, or another target for this recipe"
         )
     groups = {fate.rule.weights.group_size for fate in rows if fate.rule} - {None}
     odd = sorted(size for size in groups if size is not None and size % 32)
     if odd:
         problems.append(f"group_size={', '.join(map(str, odd))}: XNNPACK's blockwise INT4 needs a multiple of 32")
-    coarse = [fate.name for fate in rows if fate.rule and fate.rule.weights.bits == 4 and fate.rule.weights.group_size is None]
-    if coarse and not weight_only:
-        problems.append(f"{coarse[0]}: INT4 per channel is not lowered, choose groups of 32")
-    wide = [fate.name for fate in rows if fate.rule and fate.rule.weights.bits == 8 and fate.rule.weights.group_size]
+    wide = [fate.name for fate in rows if fate.rule and fate.rule.weights.bits > 4 and fate.rule.weights.group_size]
     if wide:
-        problems.append(f"{wide[0]}: XNNPACK has INT8 per channel only, not in groups")
+        problems.append(f"{wide[0]}: XNNPACK has INT8 per channel only, not in groups: leave the groups out, or choose 4 bits or fewer")
+    exact = [fate for fate in rows if fate.rule and fate.rule.weights.scale_rule == "exact" and fate.rule.weights.group_size]
+    rounded = [fate.name for fate in exact if fate.name != "embedding"]
+    if rounded:
+        problems.append(
+            f"{len(rounded)} layers have scales of an earlier quantization ({rounded[0]}, …): XNNPACK rounds those of groups to bfloat16; "
+            "quantize the float model with 8da4w-g32, or choose another target"
+        )
     if config.attention_softcap is not None:
         problems.append("the model caps its attention scores, which this target does not: take a model without attn_logit_softcapping")
     return problems
@@ -70,7 +76,8 @@ def check(recipe: Recipe, config: Config) -> list[str]:
 def weights(recipe: Recipe, config: Config) -> list[TensorGroup]:
     """The bytes of each kind of weights in the file: scales of groups are bfloat16 there, of rows float32, of the embedding float16.
 
-    An embedding that is the head too is there once, where it is of integers in groups, with two sets of scales.
+    A format says what the recipe has, and what the program has where that is another: integers of few bits are INT4 there, activations
+    have a zero point, floats are float32. An embedding that is the head too is there once, with two sets of scales where it is of integers.
     """
     groups: dict[tuple[str, str], list[int]] = {}
 
@@ -84,16 +91,27 @@ def weights(recipe: Recipe, config: Config) -> list[TensorGroup]:
         grid = fate.rule.weights if fate.rule else None
         kind = _kind(fate.name)
         shared = fate.shared_with is not None
+        format = _format(fate, recipe)
         if not shared:
-            add(kind, str(grid or "float32"), out * inner, out * inner * (grid.bits if grid else 32) // 8)
+            add(kind, format, out * inner, out * inner * (held(grid, inner).bits if grid else 32) // 8)
         if grid:
             scales = out * (inner // grid.group_size if grid.group_size else 1)
-            width = 2 if kind == "embedding" or grid.group_size else 4
-            add(f"{kind} scales" if kind in ("embedding", "head") else kind, str(grid), 0, scales * width)
+            width = 4 if grid.scale_rule == "exact" or (kind != "embedding" and not grid.group_size) else 2
+            add(f"{kind} scales" if kind in ("embedding", "head") else kind, format, 0, scales * width)
     for name, tensor in skeleton(config).named_parameters():
         if name.rpartition(".")[2] == "bias" or "norm" in name:
             add("biases" if name.endswith("bias") else "norms", "float32", tensor.numel(), tensor.numel() * 4)
     return [TensorGroup(kind, format, *sizes) for (kind, format), sizes in groups.items()]
+
+
+def _format(fate: Fate, recipe: Recipe) -> str:
+    """The recipe's and the program's numbers of a layer."""
+    if fate.rule is None:
+        return "half as float32" if recipe.float_bits == 16 else "float32"
+    grid, bits = fate.rule.weights, held(fate.rule.weights, fate.shape[1]).bits
+    weights = str(grid) if grid.bits == bits else f"{grid} as int{bits}"
+    absmax = fate.rule.activation_bits and fate.rule.activation_rule == "absmax" and fate.name != "embedding"
+    return f"{weights}, inputs with zero point" if absmax else weights
 
 
 def _kind(name: str) -> str:
@@ -104,7 +122,7 @@ def _kind(name: str) -> str:
 def program(model: Transformer, spec: Spec) -> Parts:
     """The model in parts, its layers in the delegate's operators, its caches written in place."""
     config, head = model.config, model.head
-    if config.tied and isinstance(head, IntegerLinear) and head.rule.weights.bits == 4:
+    if config.tied and isinstance(head, IntegerLinear) and held(head.rule.weights, config.hidden_size).bits == 4:
         model.head = SharedHead(head)
     replace_layers(model, IntegerLinear, DelegatedLinear)
     replace_layers(model, IntegerEmbedding, PackedEmbedding)
@@ -123,7 +141,8 @@ def needs(model: Transformer, spec: Spec) -> Needs:
     config = model.config
     stored = sum(group.bytes for group in weights(spec.recipe, config))
     # A head that is the embedding is in the file once, but packed anew for the head.
-    head = model.head.integers.numel() * model.head.rule.weights.bits // 8 if config.tied and isinstance(model.head, IntegerLinear) else 0
+    bits = held(model.head.rule.weights, config.hidden_size).bits if isinstance(model.head, IntegerLinear) else 32
+    head = config.vocab_size * config.hidden_size * bits // 8 if config.tied else 0
     parts = program(model, spec)
     handed = sum(parts.places(spec.chunk).values())
     slots = max(config.cache_slots(spec.context))
@@ -131,7 +150,7 @@ def needs(model: Transformer, spec: Spec) -> Needs:
     floats = 4 * slots * config.kv_heads * config.head_dim * 4
     steps, distinct = list(parts.every_step()), parts.distinct()
     arguments = sum(len(step.inputs) + len(step.outputs) for step in steps)
-    layer = PER_LAYER + (PER_INTEGER_LAYER if spec.recipe.rules else 0)
+    layer = PER_LAYER + (PER_INTEGER_LAYER if spec.recipe.rules else 0) + (PER_INTEGER_CACHE if spec.recipe.kv_bits else 0)
     overhead = OVERHEAD + PER_ARGUMENT * arguments + PER_PART * len(distinct) + layer * len(config.layers)
     return Needs(len(distinct), overhead, stored + head + handed + max(scores + floats, WORKSPACE * spec.chunk * config.intermediate_size))
 

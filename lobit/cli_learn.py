@@ -70,7 +70,7 @@ def train(
             chosen,
             told,
             out,
-            run=run.dealt(),
+            run=run,
             training=training,
             from_scratch=from_scratch,
             recompute=recompute,

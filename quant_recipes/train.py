@@ -156,6 +156,7 @@ class Trainer:
     """
 
     def __init__(self, trainee: Trainee, training: Training, corpus: Corpus, run: Run, folder: Path) -> None:
+        run = run.dealt()
         run.check()
         self.trainee, self.run, self.folder = trainee.to(run.device), run, folder
         self.stages = stages(trainee, training, corpus, run)

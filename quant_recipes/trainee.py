@@ -9,18 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lobit.model import CausalAttention, Config, Transformer, bias_of, rotary_tables, weight_of
+from lobit.model import Config, FloatAttention, Transformer, bias_of, rotary_tables, weight_of
 from lobit.quant_recipes.distill import Teacher, head_loss
 from lobit.quant_recipes.fake_quant import FakeQuantizedLinear, attention_for
 from lobit.quant_recipes.recipe import Recipe
-
-
-class FloatAttention(CausalAttention):
-    """Causal attention in float32 where the rest of the model is autocast: faster on a CPU, and rounds less."""
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with torch.autocast(q.device.type, enabled=False):
-            return super().__call__(layer, q.float(), k.float(), v.float())
 
 
 class Trainee(nn.Module):

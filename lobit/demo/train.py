@@ -25,7 +25,7 @@ from lobit.demo.evaluate import held_out_figures
 from lobit.demo.story import STORIES
 from lobit.demo.vocabulary import BEGIN_ID, END_ID, make_tokenizer, save_tokenizer
 from lobit.families import read_config
-from lobit.model import CausalAttention, Transformer
+from lobit.model import FloatAttention, Transformer
 
 LAYERS = 8
 EMBEDDING = "embedding.weight"
@@ -93,14 +93,6 @@ class Plan:
     def row_length(self, step: int) -> int:
         """The tokens in each row of a step."""
         return self.long_row_tokens if step % self.long_every == self.long_every - 1 else self.row_tokens
-
-
-class FloatAttention(CausalAttention):
-    """Causal attention in float32 where the rest of the model is autocast: faster on a CPU, and rounds less."""
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
-            return super().__call__(layer, q.float(), k.float(), v.float())
 
 
 def rows(tokenizer: Tokenizer, rng: random.Random, count: int, length: int) -> Tensor:

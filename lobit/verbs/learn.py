@@ -89,11 +89,12 @@ def train(
     training = training or training_of(recipe)
     _check(source, recipe, training, from_scratch)
     check(config, recipe)
+    run = run.dealt()
     run.check()
     corpus, held_out = _corpora(source, config, texts)
     reference = None if from_scratch else load_model(source)
     student = new_weights(config, texts.seed) if reference is None else load_model(source)
-    settings = {"model": str(source), "recipe": recipe.to_json(), "training": asdict(training), "run": asdict(run), "seed": texts.seed}
+    settings = {"model": model, "recipe": recipe.to_json(), "training": asdict(training), "run": asdict(run), "seed": texts.seed}
     settings["text"] = hashlib.sha256(corpus.sequences.numpy().tobytes()).hexdigest()
     settings["from_scratch"] = from_scratch
     with _place(out, run, settings) as folder:

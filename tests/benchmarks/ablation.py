@@ -14,8 +14,8 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import product
@@ -297,21 +297,23 @@ def work(subject: Subject, seed: int, row: Row | None) -> dict[str, Any] | None:
     return json.loads(place.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
-def everything(subject: Subject, jobs: int, report: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """All rows of all seeds, `jobs` at once."""
-    reference = Row("float", "float", replace(find_recipe("fp"), float_bits=16))
+def everything(subject: Subject, jobs: int, report: Callable[[str], None]) -> list[dict[str, Any]]:
+    """All rows of all seeds, `jobs` at once; the rows of a seed begin when its float model is there."""
+    wanted = [Row("float", "float", replace(find_recipe("fp"), float_bits=16)), *rows()]
+    found: dict[tuple[int, int], dict[str, Any]] = {}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for done, future in enumerate(as_completed([pool.submit(work, subject, seed, None) for seed in SEEDS]), 1):
+        floats = {pool.submit(work, subject, seed, None): seed for seed in SEEDS}
+        waiting: dict[Future[Any], tuple[int, int]] = {}
+        for future in as_completed(floats):
             future.result()
-            report(f"float model {done} of {len(SEEDS)}")
-        wanted = [(seed, row) for row in [reference, *rows()] for seed in SEEDS]
-        futures = [pool.submit(work, subject, seed, row) for seed, row in wanted]
+            report(f"float model of seed {floats[future]}")
+            waiting |= {pool.submit(work, subject, floats[future], row): (i, floats[future]) for i, row in enumerate(wanted)}
         start = time.monotonic()
-        for done, future in enumerate(as_completed(futures), 1):
-            found = future.result()
-            left = (time.monotonic() - start) / done * (len(futures) - done) / 60
-            report(f"{done} of {len(futures)}: {found['table']}, {found['method']}, seed {found['seed']}; {left:.0f} min left")
-        yield from (future.result() for future in futures)
+        for done, future in enumerate(as_completed(waiting), 1):
+            row = found[waiting[future]] = future.result()
+            left = (time.monotonic() - start) / done * (len(waiting) - done) / 60
+            report(f"{done} of {len(waiting)}: {row['table']}, {row['method']}, seed {row['seed']}; {left:.0f} min left")
+    return [found[key] for key in sorted(found)]
 
 
 def main() -> None:
@@ -331,7 +333,7 @@ def main() -> None:
     def report(line: str) -> None:
         print(f"{time.monotonic() - start:6.0f} s  {line}", file=sys.stderr, flush=True)
 
-    found = list(everything(subject, 1 if device != "cpu" else arguments.jobs, report))
+    found = everything(subject, 1 if device != "cpu" else arguments.jobs, report)
     arguments.out.mkdir(parents=True, exist_ok=True)
     command = f"python tests/benchmarks/ablation.py --scale {arguments.scale} --model {arguments.model}"
     write_report(found, asdict(subject.scale), command, arguments.out / f"{arguments.model}-{arguments.scale}")

@@ -15,7 +15,12 @@ from lobit.runtime.bundle import open_bundle
 
 FILE_SHARE = 0.03
 """What the bytes of a file may differ from the plan's."""
-MODELS = [("stories260k", "fp", 192, 64), ("stories260k", "8da8w", 192, 64), ("mobilellm_p1", "fp", 128, 32)]
+MODELS = [
+    ("stories260k", "fp", 192, 64),
+    ("stories260k", "8da8w", 192, 64),
+    ("mobilellm_p1", "fp", 128, 32),
+    ("mobilellm_p1", "bitnet", 128, 32),
+]
 
 
 @pytest.mark.parametrize(

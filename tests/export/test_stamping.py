@@ -22,6 +22,7 @@ CONTEXT, CHUNK = 96, 8
 CASES = [
     ("mobilellm_p1", "8da4w-g32"),
     ("llama", "8da4w-g32"),
+    ("llama", "bitnet"),
     ("qwen3", "fp"),
     pytest.param("llama", "8da8w", marks=pytest.mark.slow),
     pytest.param("mobilellm_p1", "fp", marks=pytest.mark.slow),

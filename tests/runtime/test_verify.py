@@ -93,6 +93,7 @@ RECIPES = [
     ("stories260k", "8da8w"),
     ("mobilellm_p1", "fp"),
     ("mobilellm_p1", "8da4w-g32"),
+    ("mobilellm_p1", "bitnet"),
     pytest.param("mobilellm_p1", "8da8w", marks=pytest.mark.slow),
     pytest.param("demo", "8da4w-g32", marks=pytest.mark.slow),
 ]
@@ -130,6 +131,18 @@ def test_the_last_bit_of_one_scale_is_found_and_its_layer_named(name: str, copy:
     stored = stored_scales(name, layers[name][1])
     change(bundle, stored, 4 * (len(stored) // 8), 0x01)
     assert differing(verbs.verify(bundle, str(models("mobilellm_p1")))) == {name: {"scales": 1}}
+
+
+def test_one_changed_ternary_integer_and_scale_are_found(copy: Any, models: Any, bundles: Bundles) -> None:
+    model = convert(load_model(models("mobilellm_p1")), bundles.recipe("mobilellm_p1", "bitnet"))
+    found = {name: (integers, scale) for name, integers, scale, _ in integer_layers(model)}
+    integers, scale = found["layers.1.mlp.up"]
+    bundle = copy("bitnet")
+    change(bundle, in_file(pack_int4(integers)), 1000, 0x01)
+    change(bundle, in_file(scale), 4 * 7, 0x01)
+    changed: dict[str, dict[str, int]] = {name: {"scales": 1} for name, (_, other) in found.items() if torch.equal(other, scale)}
+    changed["layers.1.mlp.up"]["integers"] = 1  # the file has equal scales once
+    assert differing(verbs.verify(bundle, str(models("mobilellm_p1")))) == changed
 
 
 def test_the_last_bit_of_one_float_is_found_and_its_layer_named(copy: Any, models: Any) -> None:
