@@ -53,7 +53,7 @@ def train(
 ) -> None:
     """Quantization-aware training into a checkpoint folder.
 
-    Goes on where it was stopped when the same command is given again. On several devices: torchrun --nproc-per-node N -m lobit train …
+    Goes on where it was stopped when the same command is given again. On several devices: torchrun --nproc-per-node N -m lobit.cli train …
     """
     from lobit import tables, verbs
     from lobit.progress import bar

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -58,20 +59,33 @@ class Corpus:
         return Corpus(self.sequences[:-count], self.seed), Corpus(self.sequences[-count:], self.seed)
 
 
-def pack(documents: Iterator[list[int]] | list[list[int]], length: int, seed: int = 0) -> Corpus:
-    """Documents' tokens in one row, cut into sequences; what is left at the end is not used.
+def pack(documents: Iterable[list[int]], length: int, seed: int = 0, bos: int | None = None) -> Corpus:
+    """Documents' tokens in one row, cut into sequences that begin as a text does; what is left at the end is not used.
+
+    A sequence begins where the one before ended, or again at the document that it cut short. In the midst of a document that is
+    longer, `bos` is put before it: a model that never saw its first token at position 0 forgets what to do there.
 
     Args:
         documents: token ids, with those that begin and end a document where the model knows them.
         length: tokens of a sequence that the model reads.
         seed: of the order.
+        bos: the token that begins a document, or None.
 
     Raises:
         InputError: there are fewer tokens than one sequence needs.
     """
     tokens = torch.tensor([token for document in documents for token in document], dtype=torch.int32)
-    count = (len(tokens) - 1) // length
-    if count < 1:
+    begins = [] if bos is None else (tokens == bos).nonzero()[:, 0].tolist()
+    before = torch.tensor([] if bos is None else [bos], dtype=torch.int32)
+    sequences, at = list[Tensor](), 0
+    while True:
+        prefix = before[:0] if tokens[at : at + 1].equal(before) else before
+        end = at + length - len(prefix)
+        if end >= len(tokens):
+            break
+        sequences.append(torch.cat([prefix, tokens[at : end + 1]]))
+        last = begins[bisect_right(begins, end) - 1] if begins else 0
+        at = last if last > at else end
+    if not sequences:
         raise InputError(f"the text has {len(tokens)} tokens, a sequence needs {length + 1}: give more text or a shorter --length")
-    starts = torch.arange(count)[:, None] * length
-    return Corpus(tokens[starts + torch.arange(length + 1)], seed)
+    return Corpus(torch.stack(sequences), seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from lobit.quant_recipes.recipe import WeightGrid
 
@@ -17,6 +18,21 @@ SHARES = [step / 20 for step in range(8, 21)]
 """Of the largest weight: ranges that are tried where they are to be learned."""
 TERNARY_THRESHOLD = 0.7
 """Of a row's mean of absolute weights: what is smaller becomes 0 [Ternary Weight Networks, Li et al. 2016, eq. 6]."""
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, exact: Tensor, rounded: Tensor) -> Tensor:
+        return rounded
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def straight_through(exact: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, whose gradient is that of `exact` [Bengio et al. 2013]."""
+    return _StraightThrough.apply(exact, rounded)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def round_scale(scale: Tensor) -> Tensor:
@@ -140,4 +156,4 @@ def fake_quantize_tokens(x: Tensor, rule: str = "range") -> Tensor:
     """x [..., n] rounded to each token's INT8 grid, with straight-through gradients."""
     integers, scale, zero_point = quantize_tokens(x.detach().float(), rule)
     rounded = integers.sub_(zero_point).mul_(scale)
-    return x + (rounded - x).detach() if x.requires_grad else rounded
+    return straight_through(x, rounded) if x.requires_grad else rounded

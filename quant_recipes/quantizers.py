@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from lobit.quant_recipes.grid import (
     best_range,
@@ -22,24 +22,10 @@ from lobit.quant_recipes.grid import (
     range_scale,
     round_scale,
     row_norm_scale,
+    straight_through,
     ternary_sign,
 )
 from lobit.quant_recipes.recipe import WeightGrid
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, exact: Tensor, rounded: Tensor) -> Tensor:
-        return rounded
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
-def straight_through(exact: Tensor, rounded: Tensor) -> Tensor:
-    """`rounded`, whose gradient is that of `exact` [Bengio et al. 2013]."""
-    return _StraightThrough.apply(exact, rounded)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class Quantizer(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lobit.quant_recipes.recipe import Recipe
@@ -52,13 +52,15 @@ class Training:
 FINE_TUNING = Training(distillation=1.0)
 """From a float model, its own teacher."""
 RECIPES = {
+    "8da8w": replace(FINE_TUNING, learning_rate=1e-5),
     "fp": Training(learning_rate=1e-3, weight_decay=0.1),
     "bitnet": Training(learning_rate=2.4e-3, schedule="two_stage", weight_decay=0.1),
     "trilm": Training(learning_rate=2.4e-3, schedule="two_stage", weight_decay=0.1),
     "bilm": Training(learning_rate=2.4e-3, schedule="two_stage", weight_decay=0.1),
     "bonsai": Training(learning_rate=1e-2, weight_decay=0.1, optimizer="cautious", tuning_samples=128),
 }
-"""How recipes train that do not just fine-tune [Spectra Table 3, smallest model; Bonsai sections 2.1 and 2.2]."""
+"""How recipes train otherwise [Spectra Table 3, smallest model; Bonsai sections 2.1 and 2.2]. INT8 is so near to the float model that a
+larger rate leads away from it."""
 
 
 def training_of(recipe: Recipe) -> Training:

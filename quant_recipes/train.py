@@ -323,7 +323,6 @@ def shard(trainee: Trainee) -> None:
 def fill(optimizer: torch.optim.Optimizer) -> None:
     """Makes the optimizer's state, for a checkpoint to be read into."""
     for group in optimizer.param_groups:
-        group["lr"] = group["weight_decay"] = 0.0
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

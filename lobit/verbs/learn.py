@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +80,7 @@ def train(
         RecipeError: the recipe does not fit the model, or the loss is no longer finite.
     """
     from lobit.checkpoint import load_config, load_model, resolve
+    from lobit.kept import key_of
     from lobit.quant_recipes.apply import check
     from lobit.quant_recipes.schedule import training_of
     from lobit.quant_recipes.trainee import new_weights
@@ -97,7 +98,9 @@ def train(
     settings = {"model": model, "recipe": recipe.to_json(), "training": asdict(training), "run": asdict(run), "seed": texts.seed}
     settings["text"] = hashlib.sha256(corpus.sequences.numpy().tobytes()).hexdigest()
     settings["from_scratch"] = from_scratch
-    with _place(out, run, settings) as folder:
+    # Checkpoints more often make no other training; a model whose files are others does.
+    same = settings | {"run": asdict(replace(run, minutes=0.0)), "files": key_of(source)}
+    with _place(out, run, same) as folder:
         trainer = _trainer(student, recipe, reference, training, corpus, run, folder / STEPS, recompute)
         for row in trainer.train():
             if progress and run.rank == 0:
@@ -128,7 +131,7 @@ def _corpora(source: Path, config: Config, texts: Texts) -> tuple[Corpus, Corpus
         raise InputError(f"--length {length} is outside of 1 to {config.max_context}, the model's context: choose one inside")
 
     def packed(documents: Sequence[str]) -> Corpus:
-        return pack([tokenizer.encode(document) for document in documents], length, texts.seed)
+        return pack([tokenizer.encode(document) for document in documents], length, texts.seed, tokenizer.bos)
 
     corpus = packed(texts.training)
     return corpus.split(HELD_OUT) if texts.held_out is None else (corpus, packed([texts.held_out]))

@@ -221,7 +221,8 @@ def _stories(count: int, seed: str) -> Corpus:
     from lobit.tokenizer import Tokenizer
 
     tokenizer, rng = Tokenizer.from_folder(FOLDER), random.Random(seed)
-    return pack([[*tokenizer.encode(STORIES.sample(rng).text), *tokenizer.stop[:1]] for _ in range(count)], LENGTH)
+    stories = [[*tokenizer.encode(STORIES.sample(rng).text), *tokenizer.stop[:1]] for _ in range(count)]
+    return pack(stories, LENGTH, bos=tokenizer.bos)
 
 
 def trained(subject: Subject, seed: int, row: Row, folder: Path) -> tuple[Transformer, int]:
