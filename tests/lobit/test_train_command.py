@@ -18,7 +18,7 @@ from lobit import verbs
 from lobit.checkpoint import load_model
 from lobit.quant_recipes import trainee
 from lobit.quant_recipes.catalog import find_recipe
-from lobit.quant_recipes.corpus import pack
+from lobit.quant_recipes.corpus import Corpus, pack
 from lobit.quant_recipes.figures import figures
 from lobit.quant_recipes.quantized import is_checkpoint, load_checkpoint
 from lobit.quant_recipes.train import Run, Trainer
@@ -76,8 +76,7 @@ def test_a_training_writes_a_checkpoint_its_curves_and_a_record(train: Lobit, st
     assert (out / "training.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     model, recipe = load_checkpoint(out)
     assert recipe == find_recipe("8da8w")
-    tokens = Tokenizer.from_folder(stories, 512).encode(text.read_text(encoding="utf-8"))
-    _, held_out = pack([tokens], 16).split(HELD_OUT)
+    _, held_out = packed(stories, text).split(HELD_OUT)
     found = figures(model, held_out, recipe, load_model(stories))
     told = {name: answer.json[name] for name in ("held_out_tokens", "loss", "perplexity", "kl", "top1")}
     assert told == pytest.approx(
@@ -191,15 +190,19 @@ def test_activations_computed_twice_give_the_same_model(train: Lobit, plain: Pat
     assert same_weights(tmp_path / "out", plain)
 
 
+def packed(stories: Path, *texts: Path) -> Corpus:
+    """The texts as they are read, in sequences of 16."""
+    tokenizer = Tokenizer.from_folder(stories, 512)
+    return pack([tokenizer.encode(path.read_text(encoding="utf-8")) for path in texts], 16, bos=tokenizer.bos)
+
+
 def test_texts_follow_each_other_and_one_may_be_held_out(train: Lobit, text: Path, sample: Path, tmp_path: Path, stories: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text(sample.read_text(encoding="utf-8")[4000:6000], encoding="utf-8")
-    tokenizer = Tokenizer.from_folder(stories, 512)
-    first, second = (len(tokenizer.encode(path.read_text(encoding="utf-8"))) for path in (text, other))
     both = train(tmp_path / "both", "--text", other).json
-    assert both["held_out_tokens"] == round((first + second - 1) // 16 * HELD_OUT) * 16
+    assert both["held_out_tokens"] == round(len(packed(stories, text, other)) * HELD_OUT) * 16
     held_out = train(tmp_path / "held-out", "--held-out", other).json
-    assert held_out["held_out_tokens"] == (second - 1) // 16 * 16
+    assert held_out["held_out_tokens"] == len(packed(stories, other)) * 16
     assert len({record["settings"]["text"] for record in (both, held_out)}) == 2
 
 

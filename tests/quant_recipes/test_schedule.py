@@ -72,8 +72,9 @@ def test_recipes_train_as_their_papers_say() -> None:
     bonsai = training_of(find_recipe("bonsai"))
     assert (bonsai.optimizer, bonsai.schedule) == ("cautious", "cosine")
     assert (bonsai.tuning_samples, bonsai.tuning_epochs) == (128, 10)
-    for name in ("8da4w-g32", "8da8w", "w4-channel", "w4-channel-learned"):
+    for name in ("8da4w-g32", "w4-channel", "w4-channel-learned"):
         assert training_of(find_recipe(name)) == FINE_TUNING
+    assert training_of(find_recipe("8da8w")) == replace(FINE_TUNING, learning_rate=1e-5)
     assert FINE_TUNING.distillation == 1
     assert training_of(find_recipe("fp")).distillation == 0
 
