@@ -85,14 +85,12 @@ def _training(recipe: Recipe, learning_rate: float | None, distillation: float |
     """The recipe's own way, with changes."""
     from lobit.quant_recipes.schedule import training_of
 
-    training = training_of(recipe)
+    training = training_of(recipe, from_scratch)
     if learning_rate is not None:
         if not 0 < learning_rate < 1:
             raise InputError(f"--learning-rate {learning_rate} is outside of 0 to 1: the recipe's own is {training.learning_rate}")
         training = replace(training, learning_rate=learning_rate)
-    if distillation is not None:
-        return replace(training, distillation=distillation)
-    return replace(training, distillation=0.0) if from_scratch else training
+    return training if distillation is None else replace(training, distillation=distillation)
 
 
 @app.command(epilog="Example: lobit sensitivity ./SmolLM2-135M --recipe 8da4w-g32 --text held-out.txt")

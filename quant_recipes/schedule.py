@@ -63,6 +63,7 @@ RECIPES = {
 larger rate leads away from it."""
 
 
-def training_of(recipe: Recipe) -> Training:
-    """How the recipe of that name trains unless told otherwise."""
-    return RECIPES.get(recipe.name, FINE_TUNING)
+def training_of(recipe: Recipe, alone: bool = False) -> Training:
+    """How the recipe of that name trains unless told otherwise; `alone`: new weights, which have no float model to learn from."""
+    training = RECIPES.get(recipe.name, FINE_TUNING)
+    return replace(training, distillation=0.0) if alone else training

@@ -87,21 +87,21 @@ def train(
 
     source = resolve(model)
     config = load_config(source)
-    training = training or training_of(recipe)
+    training = training or training_of(recipe, from_scratch)
     _check(source, recipe, training, from_scratch)
     check(config, recipe)
     run = run.dealt()
     run.check()
     corpus, held_out = _corpora(source, config, texts)
-    reference = None if from_scratch else load_model(source)
-    student = new_weights(config, texts.seed) if reference is None else load_model(source)
+    student = new_weights(config, texts.seed) if from_scratch else load_model(source)
+    teacher = load_model(source) if training.distillation else None
     settings = {"model": model, "recipe": recipe.to_json(), "training": asdict(training), "run": asdict(run), "seed": texts.seed}
     settings["text"] = hashlib.sha256(corpus.sequences.numpy().tobytes()).hexdigest()
     settings["from_scratch"] = from_scratch
     # Checkpoints more often make no other training; a model whose files are others does.
     same = settings | {"run": asdict(replace(run, minutes=0.0)), "files": key_of(source)}
     with _place(out, run, same) as folder:
-        trainer = _trainer(student, recipe, reference, training, corpus, run, folder / STEPS, recompute)
+        trainer = _trainer(student, recipe, teacher, training, corpus, run, folder / STEPS, recompute)
         for row in trainer.train():
             if progress and run.rank == 0:
                 speed = run.batch * corpus.length / row.seconds
@@ -167,7 +167,7 @@ def _place(out: Path, run: Run, settings: dict[str, Any]) -> Iterator[Path]:
 def _trainer(
     student: Transformer,
     recipe: Recipe,
-    reference: Transformer | None,
+    teacher: Transformer | None,
     training: Training,
     corpus: Corpus,
     run: Run,
@@ -179,7 +179,7 @@ def _trainer(
     from lobit.quant_recipes.trainee import Trainee
 
     prepared = prepare(student.requires_grad_(True).train(), recipe)
-    return Trainer(Trainee(prepared, recipe, reference, training.distillation, recompute), training, corpus, run, folder)
+    return Trainer(Trainee(prepared, recipe, teacher, training.distillation, recompute), training, corpus, run, folder)
 
 
 def _finish(
