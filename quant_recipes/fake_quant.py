@@ -24,7 +24,7 @@ class _Product(torch.autograd.Function):
     """x̂ ŵᵀ + b of what is rounded, with straight-through gradients.
 
     For the backward pass it keeps the input's integers, a byte each, and no rounded weight, which is rounded again: a step of
-    training takes less memory than a float one, not more.
+    training takes hardly more memory than a float one.
     """
 
     @staticmethod
