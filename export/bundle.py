@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from lobit import __version__
-from lobit.checkpoint import TOKENIZER_FILES
+from lobit.checkpoint import TOKENIZER_FILES, copy_companions
 from lobit.errors import InputError
 from lobit.export.stages import Stages
 from lobit.export.target import Spec, find_target
@@ -126,12 +125,8 @@ def model_info(config: Config) -> ModelInfo:
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> list[FileEntry]:
-    entries = []
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-            entries.append(FileEntry.of(folder, name, "tokenizer" if name == "tokenizer.json" else "config"))
-    return entries
+    names = copy_companions(source, folder, TOKENIZER_FILES)
+    return [FileEntry.of(folder, name, "tokenizer" if name == "tokenizer.json" else "config") for name in names]
 
 
 def versions(target: str) -> dict[str, str]:

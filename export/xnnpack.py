@@ -28,6 +28,7 @@ from lobit.model import Config, QuarterTurn, RMSNorm, Transformer
 from lobit.quant_recipes.apply import Fate, fates, skeleton
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
 from lobit.quant_recipes.recipe import Recipe
+from lobit.quant_recipes.sizes import kind_of
 from lobit.runtime.manifest import Delegation, FileEntry, Port, TensorGroup
 
 PROGRAM_FILE = "model.pte"
@@ -89,7 +90,7 @@ def weights(recipe: Recipe, config: Config) -> list[TensorGroup]:
     for fate in fates(config, recipe):
         out, inner = fate.shape
         grid = fate.rule.weights if fate.rule else None
-        kind = _kind(fate.name)
+        kind = kind_of(fate.name)
         shared = fate.shared_with is not None
         format = _format(fate, recipe)
         if not shared:
@@ -112,11 +113,6 @@ def _format(fate: Fate, recipe: Recipe) -> str:
     weights = str(grid) if grid.bits == bits else f"{grid} as int{bits}"
     absmax = fate.rule.activation_bits and fate.rule.activation_rule == "absmax" and fate.name != "embedding"
     return f"{weights}, inputs with zero point" if absmax else weights
-
-
-def _kind(name: str) -> str:
-    """The kind of weights of a layer."""
-    return next(kind for kind in ("embedding", "head", "attention", "mlp") if kind in name.split("."))
 
 
 def program(model: Transformer, spec: Spec) -> Parts:

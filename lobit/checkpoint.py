@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,6 @@ from lobit.families import read_config
 from lobit.layout import Stored, layout, read, read_integers, write
 from lobit.model import Config, Transformer
 from lobit.prequantized import FAKE_QUANTIZER, Header, Shapes, torchao_weights
-from lobit.prequantized import FLOATS as FLOATS
 
 LONGEST_NAME = 80
 """Characters of the name of a shard; with four bytes each still less than file systems hold."""
@@ -30,6 +29,8 @@ LARGEST_JSON = 64 << 20
 """Bytes; tokenizer.json files of a quarter million tokens have about 30 MB."""
 SAFE_FILES = ["*.safetensors", "config.json", "generation_config.json", "model.safetensors.index.json"]
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"]
+COMPANIONS = ["generation_config.json", *TOKENIZER_FILES]
+"""What goes with weights, wherever they are written."""
 ROWS = 4096
 """Of a tensor that are looked at together, so that temporary memory stays small."""
 OWN_HEAD = f"lm_head.{FAKE_QUANTIZER}scale"
@@ -268,6 +269,14 @@ def _tensor_problems(name: str, shapes: Shapes, header: Header | None) -> list[s
     needed = shapes.get(kind, next(iter(shapes.values())))
     problems = [] if tuple(found) == needed else [f"{name} has shape {shown(found)}: {list(needed)} is needed"]
     return problems + ([] if kind in shapes else [f"{name} is {kind}: {', '.join(shapes)} are read"])
+
+
+def copy_companions(source: Path, folder: Path, names: Iterable[str] = COMPANIONS) -> list[str]:
+    """Copies the files of a model's folder that go with its weights; the names of those that are there."""
+    found = [name for name in names if (source / name).is_file()]
+    for name in found:
+        shutil.copyfile(source / name, folder / name)
+    return found
 
 
 def save_model(model: Transformer, values: Mapping[str, Any], folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:

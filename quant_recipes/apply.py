@@ -193,6 +193,8 @@ def convert(
         module, rule = model.get_submodule(name), recipe.rule_for(name)
         if weights:
             _fill(module, name, weights, None if rule else torch.float32)
+        elif rule:
+            _check_finite(name, weight_of(module).detach())
         if rule is None:
             return _to_floats(module, recipe)
         return _to_integers(model, name, module, rule, (calibrated or {}).get(name))
@@ -233,6 +235,12 @@ def _fill(module: nn.Module, name: str, weights: Weights, dtype: torch.dtype | N
             setattr(owner, part, nn.Parameter(tensor, requires_grad=False))
 
 
+def _check_finite(name: str, weight: torch.Tensor) -> None:
+    """Refuses what training broke; `Weights` has looked at what it read."""
+    if not weight.isfinite().all():
+        raise RecipeError(f"{name} has {int((~weight.isfinite()).sum())} weights that are not finite: train with a lower learning rate")
+
+
 def _to_floats(module: nn.Module, recipe: Recipe) -> nn.Module:
     """The layer with its weight as the recipe keeps floats."""
     if recipe.float_bits == 16:
@@ -245,8 +253,6 @@ def _to_integers(model: Transformer, name: str, module: nn.Module, rule: Rule, c
     if name == "head" and model.config.tied and isinstance(model.embedding, IntegerEmbedding):
         return IntegerLinear(model.embedding.integers, model.embedding.scale, None, rule)
     weight = weight_of(module).detach()
-    if not weight.isfinite().all():
-        raise RecipeError(f"{name} has {int((~weight.isfinite()).sum())} weights that are not finite: train with a lower learning rate")
     if isinstance(module, (FakeQuantizedLinear, FakeQuantizedEmbedding)):
         integers, scale = module.integers()
     elif rule.rounding == "gptq":

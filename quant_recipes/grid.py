@@ -71,7 +71,7 @@ def best_range(weight: Tensor, grid: WeightGrid) -> Tensor:
     least, best = torch.full_like(largest, torch.inf), torch.ones_like(largest)
     for share in SHARES:
         scale = range_scale(largest * share, grid)
-        error = grouped(quantize_float(weight, scale, grid), grid).mul_(scale[:, :, None]).sub_(groups).square_().sum(2)
+        error = grouped(rounded(weight, scale, grid), grid).sub_(groups).square_().sum(2)
         best = torch.where(error < least, share, best)
         least = torch.minimum(least, error)
     return best
@@ -102,6 +102,11 @@ def quantize_float(weight: Tensor, scale: Tensor, grid: WeightGrid) -> Tensor:
         return ternary_sign(weight)
     ratio = grouped(weight, grid) / scale[:, :, None]
     return ratio.round_().clamp_(grid.q_min, grid.q_max).reshape(weight.shape)
+
+
+def rounded(weight: Tensor, scale: Tensor, grid: WeightGrid) -> Tensor:
+    """The weight [out, in] that its integers and scales stand for."""
+    return grouped(quantize_float(weight, scale, grid), grid).mul_(scale[:, :, None]).reshape(weight.shape)
 
 
 def quantize(weight: Tensor, scale: Tensor, grid: WeightGrid) -> Tensor:

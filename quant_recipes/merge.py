@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lobit.checkpoint import FLOATS, Weights, load_config
+from lobit.checkpoint import Weights, load_config
 from lobit.errors import InputError, ModelError, listed, shown
 from lobit.model import Config, Transformer, weight_of
+from lobit.prequantized import FLOATS
 from lobit.quant_recipes.apply import Progress, skeleton
 from lobit.quant_recipes.quantized import is_checkpoint
 from lobit.tokenizer import FILE_NAME

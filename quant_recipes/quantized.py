@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lobit.checkpoint import TOKENIZER_FILES, open_tensors, read_json, write_tensors
-from lobit.errors import ModelError, listed, shown, shown_name
+from lobit.checkpoint import COMPANIONS, copy_companions, open_tensors, read_json, write_tensors
+from lobit.errors import InputError, ModelError, listed, shown, shown_name
 from lobit.families import read_config
 from lobit.model import Config, Transformer, bias_of, weight_of
 from lobit.quant_recipes.apply import check, layers_of, skeleton
@@ -39,6 +39,16 @@ LAYOUT = "packed-2"
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder holds a quantized checkpoint rather than a float model."""
     return (folder / RECIPE_FILE).is_file()
+
+
+def check_float(folder: Path) -> None:
+    """Refuses a quantized checkpoint where a float model is needed.
+
+    Raises:
+        InputError: it is one.
+    """
+    if is_checkpoint(folder):
+        raise InputError(f"{folder} is quantized already: give the float model that it was made from")
 
 
 def _tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
@@ -95,9 +105,7 @@ def save_checkpoint(model: Transformer, recipe: Recipe, source: Path, folder: Pa
     sha256 = _seal(model, recipe, read_json(source / CONFIG_FILE))
     write_tensors(packed, folder / WEIGHTS_FILE, {HEADER: f"{LAYOUT} {sha256}"})
     shutil.copymode(folder / RECIPE_FILE, folder / WEIGHTS_FILE)  # safetensors leaves it to its owner alone
-    for name in [CONFIG_FILE, "generation_config.json", *TOKENIZER_FILES]:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    copy_companions(source, folder, [CONFIG_FILE, *COMPANIONS])
 
 
 def load_recipe(folder: Path) -> Recipe:

@@ -18,9 +18,9 @@ from lobit.quant_recipes.grid import (
     choose_scale,
     grouped,
     quantize,
-    quantize_float,
     range_scale,
     round_scale,
+    rounded,
     row_norm_scale,
     straight_through,
     ternary_sign,
@@ -47,9 +47,7 @@ class Quantizer(nn.Module):
     def forward(self, weight: Tensor, *learned: Tensor) -> Tensor:
         """The weight [out, in] that ships."""
         detached = weight.detach()
-        scale = choose_scale(detached, self.grid)
-        groups = grouped(quantize_float(detached, scale, self.grid), self.grid)
-        return straight_through(weight, (groups * scale[:, :, None]).reshape(weight.shape))
+        return straight_through(weight, rounded(detached, choose_scale(detached, self.grid), self.grid))
 
     def integers(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Integers [out, in], int8, and scales [out, groups] that ship."""
@@ -64,8 +62,7 @@ class _Clipped(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, scale: Tensor, grid: WeightGrid) -> Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.grid = grid
-        groups = grouped(quantize_float(weight, scale, grid), grid)
-        return (groups * scale[:, :, None]).reshape(weight.shape)
+        return rounded(weight, scale, grid)
 
     @staticmethod
     @once_differentiable

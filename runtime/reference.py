@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lobit.model import CausalAttention, Config, Transformer, dot_product_attention, rotary_tables, visible, weight_of
 from lobit.quant_recipes.apply import layers_of
-from lobit.quant_recipes.fake_quant import FakeQuantizedAttention
+from lobit.quant_recipes.fake_quant import attention_for
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
 from lobit.quant_recipes.recipe import Recipe
 from lobit.runtime.engine import Logits, SteppingEngine
@@ -47,7 +47,7 @@ class ReferenceEngine(SteppingEngine):
         context = context or config.max_context
         super().__init__(self._step, context, context, config.vocab_size)
         self.model = model
-        self.rounds_cache = recipe is not None and recipe.kv_bits is not None
+        self.recipe = recipe
         self.cache: FloatCache | None = None
 
     @torch.inference_mode()
@@ -56,15 +56,14 @@ class ReferenceEngine(SteppingEngine):
             self.cache = FloatCache(self.model.config, self.context)
         self.cache.position = position
         tables = rotary_tables(self.model.config, torch.arange(position, position + len(tokens)))
-        attend = FakeQuantizedAttention(self.cache) if self.rounds_cache else self.cache
+        attend = attention_for(self.recipe, self.cache)
         x = self.model.hidden(torch.tensor([tokens]), tables, attend)
         return self.model.logits(x[:, -1:]).reshape(-1).numpy()
 
     @torch.inference_mode()
     def score(self, tokens: list[int]) -> Logits:
         """Logits [T, V] after every token of a sequence that begins at position 0; what was read before is not changed."""
-        causal = CausalAttention(self.model.config)
-        attend = FakeQuantizedAttention(causal) if self.rounds_cache else causal
+        attend = attention_for(self.recipe, CausalAttention(self.model.config))
         return self.model(torch.tensor([tokens]), None, attend)[0].numpy()  # type: ignore[no-any-return]
 
 

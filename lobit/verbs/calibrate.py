@@ -60,11 +60,10 @@ def calibrated(
     from lobit.checkpoint import load_config, load_model
     from lobit.quant_recipes.apply import check, convert
     from lobit.quant_recipes.gptq import calibrate, sequences_of
-    from lobit.quant_recipes.quantized import is_checkpoint
+    from lobit.quant_recipes.quantized import check_float
     from lobit.tokenizer import Tokenizer
 
-    if is_checkpoint(source):
-        raise InputError(f"{source} is quantized already: give the float model that it was made from")
+    check_float(source)
     if all(rule.rounding != "gptq" for rule in recipe.rules):
         raise InputError(f"recipe {recipe.name} needs no calibration text: leave --calibration out, or take gptq-w4")
     config = load_config(source)

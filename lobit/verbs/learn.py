@@ -110,10 +110,9 @@ def train(
 
 
 def _check(source: Path, recipe: Recipe, training: Training, from_scratch: bool) -> None:
-    from lobit.quant_recipes.quantized import is_checkpoint
+    from lobit.quant_recipes.quantized import check_float
 
-    if is_checkpoint(source):
-        raise InputError(f"{source} is quantized already: give the float model that it was made from")
+    check_float(source)
     if any(rule.rounding == "gptq" for rule in recipe.rules):
         raise InputError(f"recipe {recipe.name} rounds after training: use `lobit quantize --calibration FILE`")
     if from_scratch and training.distillation:
@@ -225,7 +224,7 @@ def _ship(trained: Transformer, recipe: Recipe, source: Path, folder: Path) -> T
     """Writes a quantized checkpoint, or a float model where nothing is quantized."""
     import torch
 
-    from lobit.checkpoint import TOKENIZER_FILES, read_json, save_model
+    from lobit.checkpoint import copy_companions, read_json, save_model
     from lobit.quant_recipes.apply import convert
     from lobit.quant_recipes.quantized import save_checkpoint
 
@@ -234,7 +233,5 @@ def _ship(trained: Transformer, recipe: Recipe, source: Path, folder: Path) -> T
         save_checkpoint(shipped, recipe, source, folder)
         return shipped
     save_model(trained, read_json(source / "config.json"), folder, torch.float32)
-    for name in ["generation_config.json", *TOKENIZER_FILES]:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    copy_companions(source, folder)
     return trained.eval().requires_grad_(False)

@@ -6,7 +6,6 @@ Imports are inside the functions: what a verb does not need is not loaded.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,14 +82,12 @@ def merge(
 
 def _save(model: Transformer, specialists: Specialists, folder: Path) -> None:
     """Writes the merged model in the folders' kind of floats, with the first folder's config.json and tokenizer."""
-    from lobit.checkpoint import TOKENIZER_FILES, read_json, save_model
+    from lobit.checkpoint import copy_companions, read_json, save_model
 
     source = specialists.weights[0].folder
     values = {name: value for name, value in read_json(source / "config.json").items() if name != "dtype"}
     save_model(model, {**values, "torch_dtype": str(specialists.dtype).removeprefix("torch.")}, folder, specialists.dtype)
-    for name in ["generation_config.json", *TOKENIZER_FILES]:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    copy_companions(source, folder)
 
 
 def _sequences(specialists: Specialists, text: str, tokens: int) -> list[Tensor]:

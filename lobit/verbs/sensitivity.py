@@ -49,11 +49,10 @@ def sensitivity(model: str, recipe: Recipe, text: str, *, tokens: int = 2048, pr
     from lobit.checkpoint import load_config, load_model, resolve
     from lobit.quant_recipes import sensitivity as layers
     from lobit.quant_recipes.apply import check
-    from lobit.quant_recipes.quantized import is_checkpoint
+    from lobit.quant_recipes.quantized import check_float
 
     source = resolve(model)
-    if is_checkpoint(source):
-        raise InputError(f"{source} is quantized already: give the float model that it was made from")
+    check_float(source)
     config = load_config(source)
     check(config, recipe)
     corpus = _corpus(source, config, text, tokens)
