@@ -18,7 +18,7 @@ from lobit.model import Config, Transformer
 from lobit.quant_recipes.apply import skeleton
 from lobit.quant_recipes.quantized import fingerprint
 from lobit.quant_recipes.recipe import Recipe
-from lobit.runtime.manifest import FILE_NAME, CacheInfo, FileEntry, Manifest, ModelInfo, Tokens
+from lobit.runtime.manifest import FILE_NAME, FileEntry, Manifest, ModelInfo, Tokens
 
 BUILD_FILE = "build.json"
 """The command, seconds and memory of the export; beside the manifest, because they differ from run to run."""
@@ -35,18 +35,6 @@ def check_context(config: Config, context: int, chunk: int) -> None:
         raise InputError(f"context {context} is outside of 1 to {config.max_context}, the model's own: choose one inside")
     if not 1 <= chunk <= context:
         raise InputError(f"chunk {chunk} is outside of 1 to the context {context}: choose one inside")
-
-
-def cache_info(config: Config, recipe: Recipe, context: int) -> CacheInfo:
-    """The key-value cache in bytes: a layer with a window keeps the window, the others the context.
-
-    INT8 entries have a float32 scale and an int8 zero point per token and head, for keys and for values.
-    """
-    slots = config.cache_slots(context)
-    heads = 2 * sum(slots) * config.kv_heads
-    if recipe.kv_bits == 8:
-        return CacheInfo("int8", slots, heads * config.head_dim, heads * 5)
-    return CacheInfo("float32", slots, heads * config.head_dim * 4, 0)
 
 
 def parameter_count(config: Config) -> int:
@@ -92,7 +80,7 @@ def write_bundle(model: Transformer, recipe: Recipe, request: Request, folder: P
     spec = Spec(recipe, request.context, request.chunk, tokens.bos, tuple(tokens.stop))
     digest = fingerprint(model)
     with stages.stage("lower") as count:
-        lowered = module.lower(module.program(model, spec), spec, kept, count)
+        lowered = module.lower(model, spec, kept, count)
     with stages.stage("write") as count:
         files = module.write(lowered, folder, count) + _copy_tokenizer(request.source, folder)
     manifest = Manifest(
@@ -105,7 +93,7 @@ def write_bundle(model: Transformer, recipe: Recipe, request: Request, folder: P
         chunk=request.chunk,
         inputs=lowered.inputs,
         outputs=lowered.outputs,
-        cache=cache_info(config, recipe, request.context),
+        cache=module.cache(recipe, config, request.context),
         tokens=tokens,
         delegation=lowered.delegation,
         weights=module.weights(recipe, config),

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lobit.errors import LobitError
-from lobit.export.bundle import cache_info, check_context, parameter_count
+from lobit.export.bundle import check_context, parameter_count
 from lobit.export.target import Needs, Spec, find_target
 from lobit.model import Config
 from lobit.quant_recipes.apply import fates, problems
@@ -91,7 +91,7 @@ def plan(config: Config, recipe: Recipe, target: str, context: int, chunk: int) 
     except LobitError as error:
         found.append(str(error))
         context, chunk = min(max(context, 1), config.max_context), min(max(chunk, 1), max(context, 1))
-    cache, parameters = cache_info(config, recipe, context), parameter_count(config)
+    cache, parameters = module.cache(recipe, config, context), parameter_count(config)
     weights = module.weights(recipe, config)
     needs = Needs(0, 0, 0)
     if not found:

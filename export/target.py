@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from torch import Tensor
+
 from lobit.errors import MissingPartError, TargetError, listed
-from lobit.export.parts import Interpreter, Parts
 from lobit.export.stages import Count
 from lobit.kept import Kept
 from lobit.model import Config, Transformer
 from lobit.quant_recipes.recipe import Recipe
 from lobit.quiet import quiet_python
-from lobit.runtime.manifest import Delegation, FileEntry, Port, TensorGroup
+from lobit.runtime.manifest import CacheInfo, Delegation, FileEntry, Port, TensorGroup
 
 TARGETS = {"xnnpack": "lobit.export.xnnpack"}
 """A target's name and its module."""
@@ -31,6 +33,10 @@ class Spec:
     """The most tokens in one call."""
     bos: int | None = None
     stop: tuple[int, ...] = ()
+
+
+Graph = Callable[[Tensor, Tensor], Tensor]
+"""(tokens int64 [1, T], input_pos int64 [1]) -> logits float32 [1, 1, V] of the last; keeps what it read."""
 
 
 @dataclass
@@ -68,20 +74,20 @@ class Target(Protocol):
     def weights(self, recipe: Recipe, config: Config) -> list[TensorGroup]:
         """The bytes that each kind of weights will take in the files."""
 
+    def cache(self, recipe: Recipe, config: Config, context: int) -> CacheInfo:
+        """The key-value cache in bytes."""
+
     def needs(self, model: Transformer, spec: Spec) -> Needs:
         """What a program of the converted model will take; the model may have no memory for its weights."""
 
-    def program(self, model: Transformer, spec: Spec) -> Parts:
-        """The converted model in the target's form; takes the model's layers over."""
+    def graph(self, model: Transformer, spec: Spec) -> Graph | None:
+        """The converted model's program before it is lowered, run by PyTorch; None: what the target writes is that graph itself.
 
-    def trace(self, parts: Parts, spec: Spec) -> Any:
-        """The program's parts as exported graphs."""
+        Takes the model's layers over.
+        """
 
-    def run(self, parts: Parts, graphs: Any) -> Interpreter:
-        """The traced graphs, run by PyTorch."""
-
-    def lower(self, parts: Parts, spec: Spec, kept: Kept, count: Count) -> Lowered:
-        """The program in the target's own form; what is finished is kept."""
+    def lower(self, model: Transformer, spec: Spec, kept: Kept, count: Count) -> Lowered:
+        """The converted model in the target's own form; takes its layers over, and keeps what is finished."""
 
     def write(self, lowered: Lowered, folder: Path, count: Count) -> list[FileEntry]:
         """Writes the target's files into the folder."""

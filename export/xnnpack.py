@@ -7,18 +7,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
 
 from lobit.errors import TargetError, listed
 from lobit.export.attention import Caches
 from lobit.export.delegated import DelegatedLinear, DelegatedNorm, DelegatedTurn, PackedEmbedding, SharedHead, held
 from lobit.export.link import Linker
 from lobit.export.lowering import LoweredPart, lower_part, trace_part, without_collection
-from lobit.export.parts import OUTPUT, Interpreter, Parts, Step
+from lobit.export.parts import Interpreter, Parts, Step
 from lobit.export.program import build, replace_layers
 from lobit.export.pte import write_program
 from lobit.export.stages import Count
@@ -29,7 +28,7 @@ from lobit.quant_recipes.apply import Fate, fates, skeleton
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
 from lobit.quant_recipes.recipe import Recipe
 from lobit.quant_recipes.sizes import kind_of
-from lobit.runtime.manifest import Delegation, FileEntry, Port, TensorGroup
+from lobit.runtime.manifest import CacheInfo, Delegation, FileEntry, Port, TensorGroup
 
 PROGRAM_FILE = "model.pte"
 OVERHEAD, PER_ARGUMENT, PER_PART = 20_000, 69, 1_800
@@ -37,7 +36,6 @@ PER_LAYER, PER_INTEGER_LAYER, PER_INTEGER_CACHE = 3_000, 2_200, 1_300
 """Bytes of a file besides weights: its head, values and instructions, small graphs, and a graph for each layer's products."""
 WORKSPACE = 16
 """Bytes for each token and feed-forward element of a chunk."""
-Graphs = dict[str, ExportedProgram]
 
 
 def versions() -> dict[str, str]:
@@ -105,6 +103,18 @@ def weights(recipe: Recipe, config: Config) -> list[TensorGroup]:
     return [TensorGroup(kind, format, *sizes) for (kind, format), sizes in groups.items()]
 
 
+def cache(recipe: Recipe, config: Config, context: int) -> CacheInfo:
+    """The key-value cache in bytes: a layer with a window keeps the window, the others the context.
+
+    INT8 entries have a float32 scale and an int8 zero point per token and head, for keys and for values.
+    """
+    slots = config.cache_slots(context)
+    heads = 2 * sum(slots) * config.kv_heads
+    if recipe.kv_bits == 8:
+        return CacheInfo("int8", slots, heads * config.head_dim, heads * 5)
+    return CacheInfo("float32", slots, heads * config.head_dim * 4, 0)
+
+
 def _format(fate: Fate, recipe: Recipe) -> str:
     """The recipe's and the program's numbers of a layer."""
     if fate.rule is None:
@@ -151,14 +161,10 @@ def needs(model: Transformer, spec: Spec) -> Needs:
     return Needs(len(distinct), overhead, stored + head + handed + max(scores + floats, WORKSPACE * spec.chunk * config.intermediate_size))
 
 
-def trace(parts: Parts, spec: Spec) -> Graphs:
-    """Each part as a graph for 1 to `chunk` tokens, by `parts.part_of`."""
-    return {name: trace_part(step, parts, spec.chunk) for name, step in parts.distinct().items()}
-
-
-def run(parts: Parts, graphs: Graphs) -> Interpreter:
-    """The traced graphs, run by PyTorch with the weights of each layer."""
-    modules = {name: graph.module(check_guards=False) for name, graph in graphs.items()}
+def graph(model: Transformer, spec: Spec) -> Interpreter:
+    """The program's parts, traced for 1 to `chunk` tokens, run by PyTorch with the weights of each layer."""
+    parts = program(model, spec)
+    modules = {name: trace_part(step, parts, spec.chunk).module(check_guards=False) for name, step in parts.distinct().items()}
 
     def run_traced(step: Step, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         result = torch.func.functional_call(modules[parts.part_of(step)], step.module.state_dict(), tuple(inputs))
@@ -167,7 +173,7 @@ def run(parts: Parts, graphs: Graphs) -> Interpreter:
     return Interpreter(parts, run_traced)
 
 
-def lower(parts: Parts, spec: Spec, kept: Kept, count: Count) -> Lowered:
+def lower(model: Transformer, spec: Spec, kept: Kept, count: Count) -> Lowered:
     """Each part as an ExecuTorch program, its products on XNNPACK.
 
     The constant methods are those that ExecuTorch's `TextLLMRunner` reads.
@@ -175,7 +181,7 @@ def lower(parts: Parts, spec: Spec, kept: Kept, count: Count) -> Lowered:
     Raises:
         TargetError: an operator outside the delegate is not in the Android library.
     """
-    vocabulary = cast(int, parts.values[OUTPUT].shape[-1])
+    parts, vocabulary = program(model, spec), model.config.vocab_size
     methods = {
         "get_max_seq_len": spec.chunk,
         "get_max_context_len": spec.context,

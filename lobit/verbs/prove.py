@@ -91,7 +91,7 @@ def parity(
         engines["fake_quant"] = ReferenceEngine(model, recipe, manifest.context)
     if "graph" in stages:
         again, _ = converted_like(resolve(checkpoint) if checkpoint else source, recipe)
-        engines["graph"] = _graph_engine(again, recipe, manifest)
+        engines |= _graph_engine(again, recipe, manifest)
     engines["artifact"] = open_engine(opened, threads)
     result = comparison.parity(
         ReferenceEngine(load_model(source, config), None, manifest.context),
@@ -107,17 +107,17 @@ def parity(
     return {**result, "bundle": described, "model": reference, "entropy": None}
 
 
-def _graph_engine(model: Transformer, recipe: Recipe, manifest: Manifest) -> Engine:
-    """The exported graph, run by PyTorch: the artifact's operators before lowering."""
+def _graph_engine(model: Transformer, recipe: Recipe, manifest: Manifest) -> dict[str, Engine]:
+    """The exported graph, run by PyTorch: the artifact's operators before lowering. Nothing where the artifact is the graph."""
     import torch
 
     from lobit.export.target import Spec, find_target
     from lobit.quiet import quiet_native
     from lobit.runtime.engine import Logits, SteppingEngine
 
-    module, spec = find_target(manifest.target), Spec(recipe, manifest.context, manifest.chunk)
-    parts = module.program(model, spec)
-    graph = module.run(parts, module.trace(parts, spec))
+    graph = find_target(manifest.target).graph(model, Spec(recipe, manifest.context, manifest.chunk))
+    if graph is None:
+        return {}
 
     @torch.inference_mode()
     def step(tokens: list[int], position: int) -> Logits:
@@ -125,4 +125,4 @@ def _graph_engine(model: Transformer, recipe: Recipe, manifest: Manifest) -> Eng
             logits: torch.Tensor = graph(torch.tensor([tokens]), torch.tensor([position]))
         return logits.reshape(-1).numpy()
 
-    return SteppingEngine(step, manifest.context, manifest.chunk, manifest.model.vocab_size)
+    return {"graph": SteppingEngine(step, manifest.context, manifest.chunk, manifest.model.vocab_size)}
