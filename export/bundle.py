@@ -57,6 +57,10 @@ class Request:
     """Positions to hold."""
     chunk: int
     """The most tokens in one call."""
+    portable: bool = False
+    """Standard operators alone."""
+    all_logits: bool = False
+    """Of every token of a call."""
     command: Sequence[str] = ()
     """As given, for the record."""
 
@@ -77,7 +81,7 @@ def write_bundle(model: Transformer, recipe: Recipe, request: Request, folder: P
     """
     config, tokens = model.config, request.tokens
     module = find_target(request.target)
-    spec = Spec(recipe, request.context, request.chunk, tokens.bos, tuple(tokens.stop))
+    spec = Spec(recipe, request.context, request.chunk, request.portable, request.all_logits, tokens.bos, tuple(tokens.stop))
     digest = fingerprint(model)
     with stages.stage("lower") as count:
         lowered = module.lower(model, spec, kept, count)
@@ -93,10 +97,10 @@ def write_bundle(model: Transformer, recipe: Recipe, request: Request, folder: P
         chunk=request.chunk,
         inputs=lowered.inputs,
         outputs=lowered.outputs,
-        cache=module.cache(recipe, config, request.context),
+        cache=module.cache(spec, config),
         tokens=tokens,
         delegation=lowered.delegation,
-        weights=module.weights(recipe, config),
+        weights=module.weights(spec, config),
         files=files,
         versions=versions(request.target),
     )

@@ -6,7 +6,7 @@ exports of models from 0.1 to 1100 million parameters, memory within 20 %.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lobit.errors import LobitError
@@ -71,31 +71,30 @@ class Plan:
         return {"kind": "plan", "kv_cache_bytes": self.cache.bytes, "kv_cache": cache, **values}
 
 
-def plan(config: Config, recipe: Recipe, target: str, context: int, chunk: int) -> Plan:
+def plan(config: Config, spec: Spec, target: str) -> Plan:
     """The plan of an export.
 
     Args:
         config: the model.
-        recipe: what it is quantized with.
+        spec: what the program is for.
         target: name of the target.
-        context: positions to hold.
-        chunk: the most tokens in one call.
 
     Raises:
         TargetError: there is no such target.
     """
-    module = find_target(target)
-    found = [*problems(config, recipe), *module.check(recipe, config)]
+    module, recipe = find_target(target), spec.recipe
+    found = [*problems(config, recipe), *module.check(spec, config)]
     try:
-        check_context(config, context, chunk)
+        check_context(config, spec.context, spec.chunk)
     except LobitError as error:
         found.append(str(error))
-        context, chunk = min(max(context, 1), config.max_context), min(max(chunk, 1), max(context, 1))
-    cache, parameters = module.cache(recipe, config, context), parameter_count(config)
-    weights = module.weights(recipe, config)
+        context = min(max(spec.context, 1), config.max_context)
+        spec = replace(spec, context=context, chunk=min(max(spec.chunk, 1), context))
+    cache, parameters = module.cache(spec, config), parameter_count(config)
+    weights = module.weights(spec, config)
     needs = Needs(0, 0, 0)
     if not found:
-        needs = module.needs(empty_model(config, recipe), Spec(recipe, context, chunk))
+        needs = module.needs(empty_model(config, recipe), spec)
     file_bytes = sum(group.bytes for group in weights) + needs.overhead_bytes
     seconds = expected_seconds(parameters, needs)
     checkpoint = checkpoint_sizes(config, recipe)
@@ -109,8 +108,8 @@ def plan(config: Config, recipe: Recipe, target: str, context: int, chunk: int) 
         file_bytes=file_bytes,
         bits_per_weight=8 * file_bytes / parameters,
         cache=cache,
-        context=context,
-        chunk=chunk,
+        context=spec.context,
+        chunk=spec.chunk,
         host_peak_bytes=host_peak(config, recipe),
         device_peak_bytes=needs.device_peak_bytes,
         export_seconds=IMPORTS_SECONDS + sum(seconds.values()),

@@ -18,7 +18,7 @@ from lobit.quant_recipes.recipe import Recipe
 from lobit.quiet import quiet_python
 from lobit.runtime.manifest import CacheInfo, Delegation, FileEntry, Port, TensorGroup
 
-TARGETS = {"xnnpack": "lobit.export.xnnpack"}
+TARGETS = {"xnnpack": "lobit.export.xnnpack", "onnx": "lobit.export.onnx"}
 """A target's name and its module."""
 
 
@@ -31,6 +31,10 @@ class Spec:
     """Positions that it holds."""
     chunk: int
     """The most tokens in one call."""
+    portable: bool = False
+    """Standard operators alone, where the target has others too."""
+    all_logits: bool = False
+    """Of every token of a call, not of the last alone."""
     bos: int | None = None
     stop: tuple[int, ...] = ()
 
@@ -68,13 +72,13 @@ class Target(Protocol):
     def versions(self) -> dict[str, str]:
         """Of the packages that the target is lowered with."""
 
-    def check(self, recipe: Recipe, config: Config) -> list[str]:
-        """Every reason why the target cannot hold the model under the recipe, before anything slow."""
+    def check(self, spec: Spec, config: Config) -> list[str]:
+        """Every reason why the target cannot hold the model, before anything slow."""
 
-    def weights(self, recipe: Recipe, config: Config) -> list[TensorGroup]:
+    def weights(self, spec: Spec, config: Config) -> list[TensorGroup]:
         """The bytes that each kind of weights will take in the files."""
 
-    def cache(self, recipe: Recipe, config: Config, context: int) -> CacheInfo:
+    def cache(self, spec: Spec, config: Config) -> CacheInfo:
         """The key-value cache in bytes."""
 
     def needs(self, model: Transformer, spec: Spec) -> Needs:
@@ -109,12 +113,12 @@ def find_target(name: str) -> Target:
         raise MissingPartError(f"target {name} needs a package that is not installed ({error}): pip install 'lobit[{name}]'") from None
 
 
-def check_target(name: str, recipe: Recipe, config: Config) -> None:
+def check_target(name: str, spec: Spec, config: Config) -> None:
     """Refuses what a target cannot hold.
 
     Raises:
         TargetError: with all reasons at once.
     """
-    problems = find_target(name).check(recipe, config)
+    problems = find_target(name).check(spec, config)
     if problems:
-        raise TargetError(listed(problems, f"target {name} cannot hold recipe {recipe.name}:"))
+        raise TargetError(listed(problems, f"target {name} cannot hold recipe {spec.recipe.name}:"))

@@ -43,9 +43,11 @@ def versions() -> dict[str, str]:
     return {"executorch": metadata.version("executorch")}
 
 
-def check(recipe: Recipe, config: Config) -> list[str]:
+def check(spec: Spec, config: Config) -> list[str]:
     """Every reason why XNNPACK through ExecuTorch cannot hold the model under the recipe."""
-    problems = []
+    recipe = spec.recipe
+    asked = {"--portable": spec.portable, "--all-logits": spec.all_logits}
+    problems = [f"{option} is for target onnx: leave it out" for option, given in asked.items() if given]
     rows = [fate for fate in fates(config, recipe) if fate.rule]
     weight_only = [fate.name for fate in rows if fate.rule and not fate.rule.activation_bits and fate.name != "embedding"]
     if weight_only:
@@ -72,13 +74,13 @@ def check(recipe: Recipe, config: Config) -> list[str]:
     return problems
 
 
-def weights(recipe: Recipe, config: Config) -> list[TensorGroup]:
+def weights(spec: Spec, config: Config) -> list[TensorGroup]:
     """The bytes of each kind of weights in the file: scales of groups are bfloat16 there, of rows float32, of the embedding float16.
 
     A format says what the recipe has, and what the program has where that is another: integers of few bits are INT4 there, activations
     have a zero point, floats are float32. An embedding that is the head too is there once, with two sets of scales where it is of integers.
     """
-    groups: dict[tuple[str, str], list[int]] = {}
+    recipe, groups = spec.recipe, dict[tuple[str, str], list[int]]()
 
     def add(kind: str, format: str, parameters: int, size: int) -> None:
         group = groups.setdefault((kind, format), [0, 0])
@@ -103,14 +105,14 @@ def weights(recipe: Recipe, config: Config) -> list[TensorGroup]:
     return [TensorGroup(kind, format, *sizes) for (kind, format), sizes in groups.items()]
 
 
-def cache(recipe: Recipe, config: Config, context: int) -> CacheInfo:
+def cache(spec: Spec, config: Config) -> CacheInfo:
     """The key-value cache in bytes: a layer with a window keeps the window, the others the context.
 
     INT8 entries have a float32 scale and an int8 zero point per token and head, for keys and for values.
     """
-    slots = config.cache_slots(context)
+    slots = config.cache_slots(spec.context)
     heads = 2 * sum(slots) * config.kv_heads
-    if recipe.kv_bits == 8:
+    if spec.recipe.kv_bits == 8:
         return CacheInfo("int8", slots, heads * config.head_dim, heads * 5)
     return CacheInfo("float32", slots, heads * config.head_dim * 4, 0)
 
@@ -145,7 +147,7 @@ def needs(model: Transformer, spec: Spec) -> Needs:
     scores before and after the softmax, keys and values as floats.
     """
     config = model.config
-    stored = sum(group.bytes for group in weights(spec.recipe, config))
+    stored = sum(group.bytes for group in weights(spec, config))
     # A head that is the embedding is in the file once, but packed anew for the head.
     bits = held(model.head.rule.weights, config.hidden_size).bits if isinstance(model.head, IntegerLinear) else 32
     head = config.vocab_size * config.hidden_size * bits // 8 if config.tied else 0

@@ -35,10 +35,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Threads = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Of the runtime; default: one per core.")]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that `lobit export` wrote.")]
 Source = Annotated[str, typer.Argument(metavar="MODEL|CKPT", help="A float model, or a quantized checkpoint.")]
-Target = Annotated[str, typer.Option("--target", help="xnnpack.")]
+Target = Annotated[str, typer.Option("--target", help="xnnpack or onnx.")]
 FloatRecipe = Annotated[str | None, typer.Option("--recipe", help="For a float model (`lobit recipes`).")]
 Context = Annotated[int | None, typer.Option("--context", help="Tokens to hold; default: the model's, at most 2048.")]
 Chunk = Annotated[int | None, typer.Option("--chunk", help="Most tokens in one prefill call; default: 512.")]
+Portable = Annotated[bool, typer.Option("--portable", help="Target onnx: standard operators alone, for other tools to convert.")]
+AllLogits = Annotated[bool, typer.Option("--all-logits", help="Target onnx: logits of every token of a call, not of the last alone.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub name, or 'demo'.")]
 
 

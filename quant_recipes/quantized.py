@@ -153,6 +153,8 @@ def empty_model(config: Config, recipe: Recipe) -> Transformer:
         else:
             layer = IntegerLinear(integers, scale, bias_of(module), rule)
         model.set_submodule(name, layer)
+    if model.config.tied:
+        _share_head(model)
     return model
 
 

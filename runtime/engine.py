@@ -14,7 +14,7 @@ from lobit.runtime.bundle import Bundle
 
 Logits = NDArray[np.float32]
 
-ENGINES = {"xnnpack": "lobit.runtime.executorch"}
+ENGINES = {"xnnpack": "lobit.runtime.executorch", "onnx": "lobit.runtime.onnxruntime"}
 """A target's name and the module whose `open_engine(bundle, threads)` runs its bundles; imported on use."""
 
 

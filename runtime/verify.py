@@ -90,9 +90,16 @@ def _compare(part: StoredLayer, values: NDArray[Any], scale: NDArray[np.float32]
     row[f"differing_{kind}"] = int(np.count_nonzero(part.values != values)) if same_kind else part.values.size
     if part.scale is not None:
         row["scales"] = part.scale.size
-        same_shape = scale is not None and scale.shape == part.scale.shape
-        row["differing_scales"] = int(np.count_nonzero(part.scale != scale)) if same_shape else part.scale.size
+        row["differing_scales"] = part.scale.size if scale is None else _differing(part.scale, scale)
     return row
+
+
+def _differing(expected: NDArray[np.float32], found: NDArray[np.float32]) -> int:
+    """Scales [out, groups] that are not those of the checkpoint; a runtime may hold each of them several times side by side."""
+    rows, groups = expected.shape
+    if len(found) != rows or found.shape[1] % groups:
+        return expected.size
+    return int(np.count_nonzero((found.reshape(rows, groups, -1) != expected[:, :, None]).any(axis=2)))
 
 
 def _summary(bundle: Bundle, rows: list[dict[str, Any]], fingerprint: str | None) -> dict[str, Any]:

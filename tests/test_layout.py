@@ -26,6 +26,7 @@ PARTS = {
     "lobit.prequantized": "model",
     "lobit.cli": "cli",
     "lobit.cli_learn": "cli",
+    "lobit.cli_make": "cli",
     "lobit.cli_options": "cli",
     "lobit.verbs": "cli",
     "lobit.tables": "cli",

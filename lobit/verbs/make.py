@@ -124,6 +124,8 @@ def export(
     recipe: Recipe | None = None,
     context: int | None = None,
     chunk: int | None = None,
+    portable: bool = False,
+    all_logits: bool = False,
     command: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Manifest:
@@ -138,6 +140,8 @@ def export(
         recipe: for a float model.
         context: positions to hold; None: the model's own, at most `DEFAULT_CONTEXT`.
         chunk: the most tokens in one prefill call; None: the context, at most `DEFAULT_CHUNK`.
+        portable: in standard operators alone, where the target has others too.
+        all_logits: of every token of a call, not of the last alone.
         command: for the record.
         progress: of the whole.
     """
@@ -159,16 +163,17 @@ def export(
     bundle.check_context(config, context, chunk)
     asked = _asked(source, recipe)
     check(config, asked)
-    check_target(target, asked, config)
+    spec = Spec(asked, context, chunk, portable, all_logits)
+    check_target(target, spec, config)
     tokenizer = _tokenizer(source, config)
     tokens = Tokens(None, [], None, {})
     if tokenizer is not None:
         tokens = Tokens(tokenizer.bos, tokenizer.stop, tokenizer.chat_template, tokenizer.special)
-    request = bundle.Request(source, out.name, target, tokens, context, chunk, command)
+    request = bundle.Request(source, out.name, target, tokens, context, chunk, portable, all_logits, command)
     with new_folder(out, resume=True) as folder:
         settings = {"recipe": recipe and recipe.to_json(), "request": replace(request, command=()), "versions": bundle.versions(target)}
         kept = Kept(folder / KEPT, key_of(source, **settings))
-        needs = find_target(target).needs(empty_model(config, asked), Spec(asked, context, chunk))
+        needs = find_target(target).needs(empty_model(config, asked), spec)
         stages = Stages(expected_seconds(bundle.parameter_count(config), needs), progress)
         with stages.stage("quantize") as count:
             integer, used = _kept_checkpoint(source, recipe, kept, count)
@@ -184,6 +189,8 @@ def plan(
     *,
     context: int | None = None,
     chunk: int | None = None,
+    portable: bool = False,
+    all_logits: bool = False,
     detail: bool = False,
     bandwidth: float | None = None,
     progress: Progress | None = None,
@@ -196,16 +203,19 @@ def plan(
         target: name of the target.
         context: positions to hold; None: as `export` has it.
         chunk: the most tokens in one call; None: as `export` has it.
+        portable: as `export` has it.
+        all_logits: as `export` has it.
         detail: speed and energy as the papers model them, and the entropy of the weights, which are read for it.
         bandwidth: of the memory that decoding reads, in 10^9 bytes a second, for the detail; None: this machine's is measured.
         progress: of reading the weights.
     """
     from lobit.checkpoint import load_config, resolve
     from lobit.export import plan as planning
+    from lobit.export.target import Spec
 
     source = resolve(model)
     config, asked = load_config(source), _asked(source, recipe)
-    found = planning.plan(config, asked, target, *_sizes(config, context, chunk))
+    found = planning.plan(config, Spec(asked, *_sizes(config, context, chunk), portable, all_logits), target)
     return replace(found, detail=_detail(found, source, asked, bandwidth, progress)) if detail else found
 
 

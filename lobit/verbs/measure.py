@@ -10,7 +10,11 @@ from typing import Any
 from lobit.verbs.make import Progress, choose_recipe, export, quantize
 from lobit.verbs.prove import parity, verify
 
-PARTS = {"lobit": ("torch", "safetensors", "tokenizers", "huggingface_hub"), "xnnpack": ("executorch", "torchao")}
+PARTS = {
+    "lobit": ("torch", "safetensors", "tokenizers", "huggingface_hub"),
+    "xnnpack": ("executorch", "torchao"),
+    "onnx": ("onnx", "onnxruntime"),
+}
 """Packages that the core and each target need."""
 
 

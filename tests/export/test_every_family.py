@@ -1,4 +1,4 @@
-"""Every family on XNNPACK: what ExecuTorch runs is what transformers computes, and what was quantized."""
+"""Every family on every target: what its runtime runs is what transformers computes, and what was quantized."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,18 +25,23 @@ FLOAT_RELATIVE = 1e-4
 """Of the largest logit: sums of float32 in another order give about 1e-6, one key that is missed or seen too much over 1e-2."""
 TEXT = "".join(chr(code) for code in np.random.default_rng(0).integers(32, 127, 160))
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+KINDS = {"xnnpack": ("xnnpack", False), "onnx": ("onnx", False), "portable": ("onnx", True)}
+"""Target, and whether in standard operators alone."""
+EVERY = [pytest.param(kind, name, marks=pytest.mark.slow if kind == "xnnpack" else ()) for kind in KINDS for name in FAMILIES]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def exported(folder: Path, recipe: str, out: Path) -> Path:
-    verbs.export(str(folder), "xnnpack", out, recipe=find_recipe(recipe), context=CONTEXT, chunk=CHUNK)
+def exported(folder: Path, recipe: str, out: Path, kind: str) -> Path:
+    target, portable = KINDS[kind]
+    verbs.export(str(folder), target, out, recipe=find_recipe(recipe), context=CONTEXT, chunk=CHUNK, portable=portable)
     return out
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_float_artifact_computes_what_the_reference_does(name: str, small_models: SmallModels, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "name"), EVERY)
+def test_the_float_artifact_computes_what_the_reference_does(kind: str, name: str, small_models: SmallModels, tmp_path: Path) -> None:
     folder, oracle = small_models(name)
-    engine = open_engine(open_bundle(exported(folder, "fp", tmp_path / name)), THREADS)
+    engine = open_engine(open_bundle(exported(folder, "fp", tmp_path / name, kind)), THREADS)
     plan = Walk([int(token) for token in np.random.default_rng(0).integers(0, VOCABULARY, CONTEXT)], CALLS)
     found = walk(engine, plan, lambda _: None)
     expected = oracle_logits(oracle, torch.tensor([plan.tokens]))[0, plan.positions].numpy()
@@ -44,10 +49,10 @@ def test_the_float_artifact_computes_what_the_reference_does(name: str, small_mo
     assert error.max() < FLOAT_RELATIVE, f"relative errors {[f'{value:.0e}' for value in error]}"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_quantized_artifact_is_what_was_quantized(name: str, small_models: SmallModels, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "name"), EVERY)
+def test_the_quantized_artifact_is_what_was_quantized(kind: str, name: str, small_models: SmallModels, tmp_path: Path) -> None:
     folder, _ = small_models(name)
-    bundle = exported(folder, "8da4w-g32", tmp_path / name)
+    bundle = exported(folder, "8da4w-g32", tmp_path / name, kind)
     verified = verbs.verify(bundle, str(folder))
     assert [verified[f"differing_{kind}"] for kind in ("integers", "scales", "floats")] == [0, 0, 0]
     result = verbs.parity(bundle, str(folder), TEXT, stages=["fake_quant"], threads=THREADS)

@@ -10,14 +10,19 @@ from lobit import verbs
 from lobit.checkpoint import load_config
 from lobit.errors import RecipeError, TargetError
 from lobit.export import xnnpack
-from lobit.export.target import check_target
+from lobit.export.target import Spec, check_target
 from lobit.quant_recipes.catalog import CATALOG, find_recipe
 from lobit.quant_recipes.recipe import Recipe, Rule, WeightGrid
 
 
+def spec(recipe: Recipe) -> Spec:
+    """What a program under a recipe is made for."""
+    return Spec(recipe, context=64, chunk=16)
+
+
 @pytest.mark.parametrize(("recipe", "layers"), [("w4-channel", 15), ("trilm", 14)])
 def test_recipes_without_integer_activations_are_refused_with_a_way_out(recipe: str, layers: int, models: Any) -> None:
-    (problem,) = xnnpack.check(find_recipe(recipe), load_config(models("llama")))
+    (problem,) = xnnpack.check(spec(find_recipe(recipe)), load_config(models("llama")))
     for part in (f"{layers} layers", "layers.0.attention.q", "8da4w-g32", "8da8w", "bitnet for ternary"):
         assert part in problem
 
@@ -25,21 +30,21 @@ def test_recipes_without_integer_activations_are_refused_with_a_way_out(recipe: 
 @pytest.mark.parametrize("size", [16, 48, 4])
 def test_groups_that_are_no_multiple_of_32_are_refused(size: int, models: Any) -> None:
     recipe = find_recipe("8da4w-g32").with_changes(group_size=size)
-    (problem,) = xnnpack.check(recipe, load_config(models("llama")))
+    (problem,) = xnnpack.check(spec(recipe), load_config(models("llama")))
     assert f"group_size={size}" in problem
     assert "multiple of 32" in problem
 
 
 def test_scales_that_groups_would_round_are_refused(models: Any) -> None:
     recipe = Recipe("found", "", (Rule(("*",), WeightGrid(4, 32, "exact"), 8),))
-    (problem,) = xnnpack.check(recipe, load_config(models("llama")))
+    (problem,) = xnnpack.check(spec(recipe), load_config(models("llama")))
     for part in ("15 layers", "layers.0.attention.q", "bfloat16", "8da4w-g32"):
         assert part in problem
 
 
 def test_capped_attention_is_refused(models: Any) -> None:
     config = replace(load_config(models("llama")), attention_softcap=50.0)
-    (problem,) = xnnpack.check(find_recipe("8da8w"), config)
+    (problem,) = xnnpack.check(spec(find_recipe("8da8w")), config)
     assert "attention scores" in problem
 
 
@@ -52,7 +57,7 @@ def test_every_reason_is_given_at_once(models: Any) -> None:
     recipe = Recipe("mixed", "", rules)
     config = replace(load_config(models("llama")), attention_softcap=50.0)
     with pytest.raises(TargetError) as error:
-        check_target("xnnpack", recipe, config)
+        check_target("xnnpack", spec(recipe), config)
     lines = str(error.value).splitlines()
     assert len(lines) == 1 + 4
     for part in ("recipe mixed", "7 layers", "layers.0.attention.q", "group_size=16", "layers.1.mlp.gate", "attention scores"):
@@ -61,7 +66,7 @@ def test_every_reason_is_given_at_once(models: Any) -> None:
 
 @pytest.mark.parametrize("name", CATALOG)
 def test_every_recipe_of_the_catalogue_is_held_or_refused_before_anything_is_written(name: str, models: Any, tmp_path: Path) -> None:
-    problems = xnnpack.check(find_recipe(name), load_config(models("llama")))
+    problems = xnnpack.check(spec(find_recipe(name)), load_config(models("llama")))
     assert bool(problems) == any(rule.activation_bits is None for rule in find_recipe(name).rules)
     if problems:
         with pytest.raises((TargetError, RecipeError)):

@@ -17,6 +17,7 @@ from lobit.checkpoint import load_model
 from lobit.demo import held_out_text
 from lobit.errors import InputError, TargetError
 from lobit.export import xnnpack
+from lobit.export.target import Spec
 from lobit.families import read_config
 from lobit.model import Config
 from lobit.quant_recipes.apply import convert
@@ -225,7 +226,7 @@ def mobilellm_pro() -> Config:
 @pytest.mark.parametrize(("context", "mebibytes"), [(2000, 14), (4000, 23), (8000, 40)])
 def test_mobilellm_pro_has_the_cache_of_its_paper(context: int, mebibytes: int) -> None:
     """MobileLLM-Pro, Table 10."""
-    info = xnnpack.cache(find_recipe("8da4w-g32"), mobilellm_pro(), context)
+    info = xnnpack.cache(Spec(find_recipe("8da4w-g32"), context, 1), mobilellm_pro())
     assert round(info.value_bytes / 2**20) == mebibytes
 
 

@@ -1,0 +1,195 @@
+"""A model's operations in the operators of ONNX Runtime itself, which it runs fast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from onnx import TensorProto
+from torch import nn
+
+from lobit.export.onnx_file import FUSED, Graph
+from lobit.export.onnx_standard import POSITIONS, TOKENS, Standard, cache_names
+from lobit.export.onnx_weights import (
+    alike,
+    blocks_weight,
+    float_weight,
+    parameter,
+    product_bits,
+    product_block,
+    rounds_inputs,
+    row_block,
+    rows_of,
+)
+from lobit.export.target import Spec
+from lobit.model import Block, Config, RMSNorm, Rope, bias_of, rotary_table, weight_of
+from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
+
+
+def slots_name(window: int | None) -> str:
+    """Of the size of a cache that is written in place."""
+    return "slots" if window is None else f"slots_{window}"
+
+
+class Fused(Standard):
+    """ONNX Runtime's own operators, where they can express the model; keys and values are written where they lie.
+
+    Its attention takes heads of a multiple of 8 entries, and turns those that are a multiple of 16.
+    """
+
+    def __init__(self, graph: Graph, config: Config, spec: Spec) -> None:
+        super().__init__(graph, config, spec)
+        self.in_place = writes_in_place(config)
+        self.last_position = self.total = ""
+
+    def begin(self) -> str:
+        """See `Standard.begin`."""
+        if not self.in_place:
+            return super().begin()
+        graph, config = self.graph, self.config
+        tokens = graph.input(TOKENS, TensorProto.INT64, [1, "tokens"])
+        positions = graph.input(POSITIONS, TensorProto.INT64, [1, "tokens"])
+        for layer, window in enumerate(layer.window for layer in config.layers):
+            for before, after in cache_names(layer):
+                shape: list[int | str] = [1, config.kv_heads, slots_name(window), config.head_dim]
+                graph.input(before, TensorProto.FLOAT, shape)
+                graph.output(after, TensorProto.FLOAT, shape)
+        last = graph.op("Cast", self._last(positions), to=TensorProto.INT32)
+        self.last_position = graph.op("Reshape", last, self.integers(1))
+        self.total = graph.op("Add", graph.op("Squeeze", last), graph.constant(1, np.int32))
+        every = torch.arange(self.spec.context)
+        for rope in self.ropes:
+            if turns_inside(config, rope):
+                frequencies, factor = rope.frequencies()
+                waves = rotary_table(every, frequencies, torch.tensor(factor))
+                self.tables[rope] = tuple(parameter(graph, name, wave[:, 0]) for name, wave in zip(("cos", "sin"), waves, strict=True))  # type: ignore[assignment]
+        if any(not turns_inside(config, rope) for rope in self.ropes):
+            self._turn(graph.op("Squeeze", positions, self.integers(0)))
+        return tokens
+
+    def _rows(self, embedding: nn.Module, tokens: str) -> str:
+        if not isinstance(embedding, IntegerEmbedding):
+            return super()._rows(embedding, tokens)
+        grid = embedding.rule.weights
+        block = row_block(grid, embedding.integers.shape[1])
+        if block is None:
+            return super()._rows(embedding, tokens)
+        weight, scale = blocks_weight(self.graph, [embedding], block, rows=True)
+        sizes = {"bits": product_bits(grid), "block_size": block}
+        return self.graph.fused("GatherBlockQuantized", weight, tokens, scale, **sizes, gather_axis=0, quantize_axis=1)
+
+    def norm(self, x: str, norm: RMSNorm) -> str:
+        """See `Standard.norm`."""
+        return self.graph.op("SimplifiedLayerNormalization", x, self._scale(norm), axis=-1, epsilon=norm.eps)
+
+    def add_norm(self, x: str, delta: str | None, norm: RMSNorm) -> tuple[str, str]:
+        """See `Standard.add_norm`."""
+        if delta is None:
+            return x, self.norm(x, norm)
+        name = self.graph.name("SkipSimplifiedLayerNormalization")
+        outputs = [f"{name}:norm", "", "", f"{name}:sum"]
+        self.graph.nodes_of(
+            "SkipSimplifiedLayerNormalization", [x, delta, self._scale(norm)], outputs, FUSED, epsilon=norm.eps
+        )
+        return outputs[3], outputs[0]
+
+    def _scale(self, norm: RMSNorm) -> str:
+        return self.graph.constant(np.ones(norm.size)) if norm.weight is None else parameter(self.graph, "norm", norm.weight)
+
+    def linear(self, name: str, module: nn.Module, x: str) -> str:
+        """See `Standard.linear`."""
+        return self._joined(name, [module], x)
+
+    def _joined(self, name: str, modules: Sequence[nn.Module], x: str) -> str:
+        """One product of modules that are alike, their outputs side by side."""
+        graph, integers = self.graph, [module for module in modules if isinstance(module, IntegerLinear)]
+        with graph.scope(name):
+            bias = self._biases(modules)
+            if not integers:
+                weight = float_weight(graph, *(weight_of(module) for module in modules), recipe=self.spec.recipe)
+                y = graph.fused("FusedMatMul", x, self._float32(weight), transB=1)
+                return graph.op("Add", y, bias) if bias else y
+            rule, inner = integers[0].rule, integers[0].integers.shape[1]
+            block = product_block(rule.weights, inner)
+            weight, scale = blocks_weight(graph, integers, block)
+            sizes = {"N": sum(map(rows_of, modules)), "K": inner, "bits": product_bits(rule.weights), "block_size": block}
+            level = 4 if rounds_inputs(rule) else 0
+            return graph.fused("MatMulNBits", x, weight, scale, *(["", "", bias] if bias else []), **sizes, accuracy_level=level)
+
+    def _biases(self, modules: Sequence[nn.Module]) -> str:
+        """The biases of joined modules, 0 where one has none; nothing where none has one."""
+        biases = [bias_of(module) for module in modules]
+        if all(bias is None for bias in biases):
+            return ""
+        rows = [torch.zeros(rows_of(module)) if bias is None else bias for bias, module in zip(biases, modules, strict=True)]
+        return parameter(self.graph, "bias", *rows)
+
+    def _apart(self, names: Sequence[str], owner: nn.Module, x: str) -> Sequence[str]:
+        """The outputs of an owner's linears that have one input."""
+        modules = [getattr(owner, name) for name in names]
+        if not alike(modules):
+            return [self.linear(name, module, x) for name, module in zip(names, modules, strict=True)]
+        sizes = self.integers(*map(rows_of, modules))
+        return self.graph.nodes_of("Split", [self._joined("_".join(names), modules, x), sizes], len(modules), axis=-1)
+
+    def project(self, block: Block, x: str) -> Sequence[str]:
+        """See `Standard.project`."""
+        return self._apart("qkv", block.attention, x)
+
+    def gate_up(self, block: Block, x: str) -> Sequence[str]:
+        """See `Standard.gate_up`."""
+        return self._apart(("gate", "up"), block.mlp, x)
+
+    def _rotated(self, x: str, rope: Rope) -> str:
+        return x if turns_inside(self.config, rope) and self.in_place else super()._rotated(x, rope)
+
+    def attend(self, layer: int, block: Block, x: str) -> str:
+        """See `Standard.attend`."""
+        if not self.in_place:
+            return super().attend(layer, block, x)
+        graph, config, attention = self.graph, self.config, block.attention
+        rope, window, modules = attention.rope, config.layers[layer].window, [attention.q, attention.k, attention.v]
+        inside = rope is not None and turns_inside(config, rope)
+        if config.qk_norm == "none" and (rope is None or inside) and alike(modules):
+            heads = [self._joined("q_k_v", modules, x), "", ""]
+        else:
+            counts = (config.heads, config.kv_heads, config.kv_heads)
+            parts = zip(self._heads(block, x), counts, strict=True)
+            heads = [self.reshape(part, count * config.head_dim) for part, count in parts]
+        (k_past, k_all), (v_past, v_all) = cache_names(layer)
+        tables = self.tables[rope] if rope is not None and inside else ()
+        options: dict[str, float] = {} if config.attention_softcap is None else {"softcap": config.attention_softcap}
+        if window is not None:
+            options |= {"local_window_size": window, "sliding_window_cache": int(window < self.spec.context)}
+        (y, _, _) = graph.nodes_of(
+            "GroupQueryAttention",
+            [*heads, k_past, v_past, self.last_position, self.total, *tables],
+            [graph.name("attended"), k_all, v_all],
+            FUSED,
+            num_heads=config.heads,
+            kv_num_heads=config.kv_heads,
+            scale=config.scale,
+            do_rotary=int(inside),
+            **options,
+        )
+        return y
+
+    def activate(self, x: str) -> str:
+        """See `Standard.activate`."""
+        match self.config.activation:
+            case "gelu_tanh":
+                return self.graph.fused("FastGelu", x)
+            case "silu":
+                return self.graph.fused("QuickGelu", x, alpha=1.0)
+        return super().activate(x)
+
+
+def writes_in_place(config: Config) -> bool:
+    """Whether ONNX Runtime's attention can hold the model's heads."""
+    return config.head_dim % 8 == 0
+
+
+def turns_inside(config: Config, rope: Rope) -> bool:
+    """Whether ONNX Runtime's attention can turn the model's heads itself."""
+    return config.head_dim % 16 == 0 and rope.dim % 16 == 0

@@ -1,0 +1,145 @@
+"""Weights as ONNX graphs keep them: floats, integers of standard types, and the blocks of ONNX Runtime's n-bit operators."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from onnx import TensorProto
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lobit.export.onnx_file import Bytes, Graph
+from lobit.model import weight_of
+from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
+from lobit.quant_recipes.packing import FixedWidth, layout_of
+from lobit.quant_recipes.recipe import Recipe, Rule, WeightGrid
+
+CRUMBS = FixedWidth("the crumbs of MatMulNBits", 4, 1, 4, lowest=-2, highest=1)
+"""Two bits whose zero is code 2, as the operator takes it for granted."""
+LARGEST_BLOCK, SMALLEST_BLOCK, FAST_BLOCK = 128, 16, 32
+"""Weights that share a scale in MatMulNBits, a power of two. Of two bits, blocks below 32 or over 128 have no kernel for INT8 inputs."""
+ITEM: dict[int, float] = {TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.INT8: 1, TensorProto.UINT8: 1, TensorProto.INT4: 0.5}
+"""Bytes of an element."""
+Integers = IntegerLinear | IntegerEmbedding
+
+
+def product_bits(grid: WeightGrid) -> Literal[2, 4, 8]:
+    """The bits that hold a grid's integers in MatMulNBits; their values stay."""
+    return 2 if grid.bits <= 2 else 4 if grid.bits <= 4 else 8
+
+
+def product_block(grid: WeightGrid, inner: int) -> int:
+    """Weights of a row of `inner` that share a scale in MatMulNBits; a group is one block or several of one scale."""
+    if grid.group_size is None:
+        return max(min(LARGEST_BLOCK, inner & -inner), FAST_BLOCK)
+    return min(LARGEST_BLOCK, grid.group_size & -grid.group_size)
+
+
+def row_block(grid: WeightGrid, inner: int) -> int | None:
+    """The same in GatherBlockQuantized, whose rows are whole blocks; None: it cannot hold them."""
+    block = min(product_block(grid, inner), inner & -inner)
+    return block if block >= SMALLEST_BLOCK else None
+
+
+def rounds_inputs(rule: Rule) -> bool:
+    """Whether MatMulNBits rounds its inputs to INT8: where the recipe does, and where it is slow otherwise."""
+    return bool(rule.activation_bits) or product_bits(rule.weights) != 4
+
+
+def alike(modules: Sequence[nn.Module]) -> bool:
+    """Whether linears may be one product: all are floats, or integers of one grid with inputs of one kind."""
+    kinds = {(module.rule.weights, module.rule.activation_bits) if isinstance(module, IntegerLinear) else None for module in modules}
+    return len(kinds) == 1
+
+
+def rows_of(module: nn.Module) -> int:
+    """Outputs of a linear."""
+    return len(module.integers if isinstance(module, Integers) else weight_of(module))
+
+
+def _store(graph: Graph, name: str, dtype: int, shape: Sequence[int], key: Sequence[object], make: Bytes) -> str:
+    return graph.weight(name, dtype, shape, math.ceil(math.prod(shape) * ITEM[dtype]), (dtype, *key), make)
+
+
+def parameter(graph: Graph, name: str, *tensors: Tensor, transposed: bool = False) -> str:
+    """Floats [n, …] one after the other, in float32."""
+    rows = sum(len(tensor) for tensor in tensors)
+    shape = (rows, *tensors[0].shape[1:])
+    key = (transposed, *map(id, tensors))
+
+    def make() -> Tensor:
+        joined = torch.cat([tensor.detach() for tensor in tensors]).float()
+        return joined.t() if transposed else joined
+
+    return _store(graph, name, TensorProto.FLOAT, shape[::-1] if transposed else shape, key, make)
+
+
+def float_weight(graph: Graph, *tensors: Tensor, recipe: Recipe, transposed: bool = False) -> str:
+    """Weights [out, in] one after the other, or as [in, out], in the width that the recipe keeps floats in."""
+    half = recipe.float_bits == 16
+    shape = (sum(len(tensor) for tensor in tensors), tensors[0].shape[1])
+
+    def make() -> Tensor:
+        joined = torch.cat([tensor.detach() for tensor in tensors]).to(torch.float16 if half else torch.float32)
+        return joined.t() if transposed else joined
+
+    dtype = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+    return _store(graph, "weight", dtype, shape[::-1] if transposed else shape, (transposed, *map(id, tensors)), make)
+
+
+def int8_weight(graph: Graph, integers: Tensor, transposed: bool = False) -> str:
+    """Integers [out, in] of any grid as INT8, or as [in, out]."""
+    given = integers.t() if transposed else integers
+    return _store(graph, "weight", TensorProto.INT8, given.shape, (transposed, id(integers)), lambda: given)
+
+
+def int4_weight(graph: Graph, integers: Tensor, transposed: bool = False) -> str:
+    """Integers [out, in] of 4 bits or fewer as INT4, or as [in, out]: two in a byte, the first in the low half [ONNX, IR.md]."""
+    given = integers.t() if transposed else integers
+
+    def make() -> Tensor:
+        flat = given.flatten().view(torch.uint8)
+        even, odd = flat[0::2] & 15, F.pad(flat[1::2], (0, len(flat) % 2))
+        return even | odd << 4
+
+    return _store(graph, "weight", TensorProto.INT4, given.shape, (transposed, id(integers)), make)
+
+
+def blocks_weight(graph: Graph, modules: Sequence[Integers], block: int, rows: bool = False) -> tuple[str, str]:
+    """Integers and scales of layers of one grid, one after the other, in the blocks of MatMulNBits.
+
+    Args:
+        graph: to store them in.
+        modules: of [out, in].
+        block: `product_block`.
+        rows: in the shape of GatherBlockQuantized, whose bytes are the same: an embedding that is the head too is stored once.
+
+    Returns:
+        weight uint8 [out, blocks, block · bits / 8], or [out, in · bits / 8] for rows; scales float32 [out, blocks].
+    """
+    inner, bits = modules[0].integers.shape[1], product_bits(modules[0].rule.weights)
+    out, blocks = sum(len(module.integers) for module in modules), -(-inner // block)
+    width = block * bits // 8
+    shape = (out, blocks * width) if rows else (out, blocks, width)
+
+    def weight() -> Tensor:
+        return torch.cat([_packed(F.pad(module.integers, (0, blocks * block - inner)), bits) for module in modules])
+
+    def scale() -> Tensor:
+        return torch.cat([module.scale.repeat_interleave(blocks // module.scale.shape[1], dim=1) for module in modules])
+
+    key = (bits, block, *(id(module.integers) for module in modules))
+    names = ("weight", "scale")
+    return (
+        _store(graph, names[0], TensorProto.UINT8, shape, key, weight),
+        _store(graph, names[1], TensorProto.FLOAT, (out, blocks), (block, *(id(module.scale) for module in modules)), scale),
+    )
+
+
+def _packed(integers: Tensor, bits: int) -> Tensor:
+    """Codes from 0 on, the first in the lowest bits; zero is the code 2^(bits - 1)."""
+    layout = CRUMBS if bits == 2 else layout_of(bits)
+    return layout.pack(integers) if layout else integers.view(torch.uint8) ^ 128

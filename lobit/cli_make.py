@@ -1,0 +1,187 @@
+"""The commands that make artifacts: recipes, plan, quantize, export."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lobit.cli_options import (
+    AllLogits,
+    Chunk,
+    Context,
+    Except,
+    FloatRecipe,
+    GroupSize,
+    Json,
+    KVCache,
+    Mixed,
+    ModelArgument,
+    Out,
+    Portable,
+    Source,
+    Target,
+    app,
+    chosen_recipe,
+    print_json,
+    read_text,
+)
+from lobit.errors import InputError
+
+
+@app.command(epilog="Examples: lobit recipes  |  lobit recipes 8da4w-g32 --model demo")
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One recipe.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Show what happens to each of its layers.")] = None,
+    exclude: Except = None,
+    group_size: GroupSize = None,
+    kv_cache: KVCache = None,
+    mixed: Mixed = None,
+    as_json: Json = False,
+) -> None:
+    """The catalogue; one recipe; the fate of every layer of a model."""
+    import dataclasses
+
+    from lobit import tables, verbs
+    from lobit.quant_recipes.catalog import CATALOG
+
+    if model is not None and name is None:
+        raise InputError(f"--model needs the name of a recipe: lobit recipes {next(iter(CATALOG))} --model {model}")
+    if name is None:
+        found = list(CATALOG.values())
+        print_json({"recipes": [recipe.to_json() for recipe in found]}) if as_json else tables.show(tables.recipes(found))
+        return
+    recipe = verbs.choose_recipe(name, exclude or (), group_size, kv_cache, mixed or ())
+    if model is None:
+        print_json(recipe.to_json()) if as_json else typer.echo(json.dumps(recipe.to_json(), indent=2))
+        return
+    fates = verbs.recipes(recipe, model)
+    if as_json:
+        print_json({"recipe": recipe.to_json(), "layers": [dataclasses.asdict(fate) for fate in fates]})
+    else:
+        tables.show(tables.fates(fates))
+
+
+@app.command(epilog="Example: lobit plan ./SmolLM2-135M --recipe 8da4w-g32 --target xnnpack --context 2048")
+def plan(
+    model: Source,
+    target: Target,
+    recipe: FloatRecipe = None,
+    context: Context = None,
+    chunk: Chunk = None,
+    exclude: Except = None,
+    group_size: GroupSize = None,
+    kv_cache: KVCache = None,
+    mixed: Mixed = None,
+    portable: Portable = False,
+    all_logits: AllLogits = False,
+    detail: Annotated[bool, typer.Option("--detail", help="Bound on decode speed, energy, entropy of the weights.")] = False,
+    bandwidth: Annotated[float | None, typer.Option("--bandwidth", min=0.1, help="GB/s, for --detail; default: measured here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Sizes, memory and time of an export, and every reason why not, before any slow work."""
+    from lobit import tables, verbs
+    from lobit.progress import bar
+
+    if bandwidth is not None and not detail:
+        raise InputError(f"--bandwidth {bandwidth:g} is for the bound on decode speed: add --detail")
+    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed)
+    with bar() as shown:
+        found = verbs.plan(
+            model,
+            chosen,
+            target,
+            context=context,
+            chunk=chunk,
+            portable=portable,
+            all_logits=all_logits,
+            detail=detail,
+            bandwidth=bandwidth,
+            progress=shown.count,
+        )
+    if as_json:
+        print_json(found.to_json())
+    else:
+        for table in tables.plan(found):
+            tables.show(table)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: lobit quantize ./SmolLM2-135M --recipe gptq-w4 --calibration wiki.txt -o checkpoint")
+def quantize(
+    model: ModelArgument,
+    out: Out,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="(`lobit recipes`); without it, a model that was quantized before is taken in.")
+    ] = None,
+    calibration: Annotated[Path | None, typer.Option("--calibration", metavar="FILE", help="Text for recipes with GPTQ.")] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Sequences of the calibration text.")] = 512,
+    length: Annotated[int | None, typer.Option("--length", min=1, help="Their tokens; default: the context, at most 2048.")] = None,
+    act_order: Annotated[bool, typer.Option("--act-order", help="GPTQ rounds the weights of large inputs first.")] = False,
+    exclude: Except = None,
+    group_size: GroupSize = None,
+    kv_cache: KVCache = None,
+    mixed: Mixed = None,
+    as_json: Json = False,
+) -> None:
+    """Post-training quantization into a checkpoint folder."""
+    from lobit import tables, verbs
+    from lobit.progress import bar
+    from lobit.verbs.calibrate import CALIBRATION_FILE, Calibration
+
+    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed)
+    given = Calibration(read_text(calibration), samples, length, act_order) if calibration else None
+    tables.show(tables.fates(verbs.recipes(chosen, model)), error=True)
+    with bar() as shown:
+        path = verbs.quantize(model, chosen, out, shown.count, calibration=given)
+    found = json.loads((path / CALIBRATION_FILE).read_text(encoding="utf-8")) if given else None
+    told = {"checkpoint": str(path), "recipe": json.loads((path / "recipe.json").read_text(encoding="utf-8"))}
+    if as_json:
+        print_json(told | ({"calibration": found} if found else {}))
+        return
+    if found:
+        tables.show(tables.calibration(found))
+    typer.echo(f"checkpoint: {path}")
+
+
+@app.command(epilog="Example: lobit export ./SmolLM2-135M --recipe 8da4w-g32 --target xnnpack --context 2048 -o bundle")
+def export(
+    model: Source,
+    target: Target,
+    out: Out,
+    recipe: FloatRecipe = None,
+    context: Context = None,
+    chunk: Chunk = None,
+    exclude: Except = None,
+    group_size: GroupSize = None,
+    kv_cache: KVCache = None,
+    mixed: Mixed = None,
+    portable: Portable = False,
+    all_logits: AllLogits = False,
+    as_json: Json = False,
+) -> None:
+    """Lowers a model for a target and writes a bundle."""
+    from lobit import tables, verbs
+    from lobit.progress import bar
+
+    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed)
+    if chosen is not None:
+        tables.show(tables.fates(verbs.recipes(chosen, model)), error=True)
+    with bar() as shown:
+        manifest = verbs.export(
+            model,
+            target,
+            out,
+            recipe=chosen,
+            context=context,
+            chunk=chunk,
+            portable=portable,
+            all_logits=all_logits,
+            command=["lobit", *sys.argv[1:]],
+            progress=shown.count,
+        )
+    print_json(json.loads(manifest.to_json())) if as_json else tables.show(tables.manifest(manifest))

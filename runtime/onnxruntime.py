@@ -1,0 +1,238 @@
+"""Target `onnx` at run time: ONNX Runtime in this process, and the weights of its graphs read back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lobit.errors import BundleError, MissingPartError
+from lobit.quiet import quiet_native
+from lobit.runtime.bundle import Bundle
+from lobit.runtime.engine import Logits, Step, SteppingEngine
+from lobit.runtime.verify import StoredLayer
+
+TOKENS, POSITIONS, LOGITS = "input_ids", "position_ids", "logits"
+PAST, PRESENT = "past_key_values.", "present."
+
+
+def import_runtime() -> Any:
+    """ONNX Runtime.
+
+    Raises:
+        MissingPartError: it is not installed.
+    """
+    try:
+        with quiet_native():
+            import onnxruntime
+    except ImportError as error:
+        raise MissingPartError(f"target onnx needs onnxruntime ({error}): pip install 'lobit[onnx]'") from None
+    return onnxruntime
+
+
+def open_engine(bundle: Bundle, threads: int | None = None) -> SteppingEngine:
+    """Loads the graph of a bundle.
+
+    Args:
+        bundle: for target onnx.
+        threads: of this engine; None: one per core.
+
+    Raises:
+        MissingPartError: onnxruntime, or the bundle's execution provider, is not installed.
+        BundleError: the runtime refuses the graph.
+    """
+    manifest = bundle.manifest
+    step = stepper(bundle.path("program"), manifest.cache.slots, threads, manifest.delegation.backend)
+    return SteppingEngine(step, manifest.context, manifest.chunk, manifest.model.vocab_size)
+
+
+def stepper(path: Path, slots: list[int], threads: int | None = None, provider: str = "CPUExecutionProvider") -> Step:
+    """What reads a chunk of tokens with a graph.
+
+    Args:
+        path: of the graph.
+        slots: positions of each layer's cache.
+        threads: of this session; None: one per core.
+        provider: what runs the graph, by ONNX Runtime's name.
+
+    Raises:
+        MissingPartError: the execution provider is not installed.
+        BundleError: the runtime refuses the graph.
+    """
+    runtime = import_runtime()
+    installed = runtime.get_available_providers()
+    if provider not in installed:
+        found = ", ".join(installed)
+        raise MissingPartError(f"{path} is for {provider}, this onnxruntime has {found}: install one that has it, or export again")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads or os.cpu_count() or 1
+    options.log_severity_level = 4
+    # Standard operators that ONNX Runtime joins to one product: their inputs stay floats.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    try:
+        session = runtime.InferenceSession(str(path), options, providers=[provider])
+    except Exception as error:  # a class of its own for each of its codes
+        raise BundleError(f"ONNX Runtime cannot load {path} ({error}): export it again") from None
+    return (InPlace if POSITIONS in (port.name for port in session.get_inputs()) else Growing)(runtime, session, slots)
+
+
+class Growing:
+    """Runs a graph that takes keys and values, and gives them back longer.
+
+    Args:
+        runtime: the module.
+        session: a loaded graph.
+        slots: positions of each layer's cache.
+    """
+
+    def __init__(self, runtime: Any, session: Any, slots: list[int]) -> None:
+        self.runtime, self.session = runtime, session
+        self.pasts = [port for port in session.get_inputs() if port.name.startswith(PAST)]
+        self.caches: dict[str, Any] = {}
+
+    def __call__(self, tokens: list[int], position: int) -> Logits:
+        if position == 0:
+            self.caches = {port.name: self._value(np.zeros((1, port.shape[1], 0, port.shape[3]), np.float32)) for port in self.pasts}
+        binding = self.session.io_binding()
+        binding.bind_ortvalue_input(TOKENS, self._value(np.array([tokens], np.int64)))
+        for name, value in self.caches.items():
+            binding.bind_ortvalue_input(name, value)
+        names = [name.replace(PAST, PRESENT) for name in self.caches]
+        for name in (LOGITS, *names):
+            binding.bind_output(name)
+        self.session.run_with_iobinding(binding)
+        logits, *caches = binding.get_outputs()
+        self.caches = dict(zip(self.caches, caches, strict=True))
+        return logits.numpy()[0, -1]  # type: ignore[no-any-return]
+
+    def _value(self, array: NDArray[Any]) -> Any:
+        return self.runtime.OrtValue.ortvalue_from_numpy(array)
+
+
+class InPlace:
+    """Runs a graph that writes keys and values where they lie, in memory that is bound once; as `Growing`."""
+
+    def __init__(self, runtime: Any, session: Any, slots: list[int]) -> None:
+        self.runtime, self.session = runtime, session
+        self.binding = session.io_binding()
+        for port in session.get_inputs():
+            if port.name.startswith(PAST):
+                layer = int(port.name.split(".")[1])
+                value = self._value(np.zeros((1, port.shape[1], slots[layer], port.shape[3]), np.float32))
+                self.binding.bind_ortvalue_input(port.name, value)
+                self.binding.bind_ortvalue_output(port.name.replace(PAST, PRESENT), value)
+        (self.logits,) = (port for port in session.get_outputs() if port.name == LOGITS)
+        self.scores = self._value(np.zeros((1, 0, self.logits.shape[2]), np.float32))
+
+    def __call__(self, tokens: list[int], position: int) -> Logits:
+        scored = 1 if self.logits.shape[1] == 1 else len(tokens)
+        if self.scores.shape()[1] != scored:
+            self.scores = self._value(np.empty((1, scored, self.logits.shape[2]), np.float32))
+            self.binding.bind_ortvalue_output(LOGITS, self.scores)
+        for name, values in ((TOKENS, tokens), (POSITIONS, range(position, position + len(tokens)))):
+            self.binding.bind_ortvalue_input(name, self._value(np.array([values], np.int64)))
+        self.session.run_with_iobinding(self.binding)
+        return self.scores.numpy()[0, -1].copy()  # type: ignore[no-any-return]
+
+    def _value(self, array: NDArray[Any]) -> Any:
+        return self.runtime.OrtValue.ortvalue_from_numpy(array)
+
+
+class GraphFile:
+    """An ONNX file and its data, taken apart; nothing is run.
+
+    Args:
+        path: of the graph. Its data file must lie beside it.
+
+    Raises:
+        BundleError: a file is damaged, or the data are missing or short.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import onnx
+
+        self.path = path
+        try:
+            self.graph = onnx.load(path, load_external_data=False).graph
+        except Exception as error:  # protobuf raises several kinds, all of them mean a damaged file
+            raise self._damaged(f"{type(error).__name__}: {error}") from None
+        self.initializers = {tensor.name: tensor for tensor in self.graph.initializer}
+        self.makers = {name: node for node in self.graph.node for name in node.output}
+
+    def _damaged(self, why: str) -> BundleError:
+        return BundleError(f"{self.path} cannot be taken apart ({why}): export it again")
+
+    def constant(self, name: str) -> NDArray[Any]:
+        """A constant's values; integers of 4 bits as int8, half floats as float32."""
+        import onnx
+
+        tensor = self.initializers[name]
+        described = {entry.key: entry.value for entry in tensor.external_data}
+        if described:
+            folder, (start, length) = self.path.parent, (int(described[key]) for key in ("offset", "length"))
+            place = folder / described["location"]
+            if Path(described["location"]).name != described["location"] or not place.is_file() or start + length > place.stat().st_size:
+                raise self._damaged(f"the data of {name} are not all in {described['location']}")
+            with place.open("rb") as file:
+                file.seek(start)
+                whole = onnx.TensorProto(name=name, data_type=tensor.data_type, dims=tensor.dims, raw_data=file.read(length))
+        values = onnx.numpy_helper.to_array(whole if described else tensor)
+        if values.dtype == np.float16:
+            return values.astype(np.float32)
+        return values.astype(np.int8) if tensor.data_type == onnx.TensorProto.INT4 else values
+
+    def layers(self) -> Iterator[StoredLayer]:
+        """The embedding and the products in the order of execution."""
+        for node in self.graph.node:
+            match node.op_type:
+                case "GatherBlockQuantized":
+                    yield self._blocks(node, node.input[0], node.input[2])
+                case "Gather" if node.input[0] in self.initializers and node.input[1] == TOKENS:
+                    table = self.constant(node.input[0])
+                    if not node.input[0].endswith("scale"):
+                        yield StoredLayer(node.name, table, self._row_scales(node.input[0]) if table.dtype == np.int8 else None)
+                case "MatMulNBits":
+                    yield self._blocks(node, node.input[1], node.input[2])
+                case "FusedMatMul":
+                    yield StoredLayer(node.name, self.constant(self._source(node.input[1])), None)
+                case "MatMul" if (source := self._source(node.input[1])) in self.initializers:
+                    yield self._product(node, source)
+
+    def _source(self, name: str) -> str:
+        """The constant that a weight was cast or dequantized from."""
+        while name in self.makers and self.makers[name].op_type in ("Cast", "DequantizeLinear"):
+            name = self.makers[name].input[0]
+        return name
+
+    def _row_scales(self, table: str) -> NDArray[np.float32]:
+        """Of an embedding's integers: the other constant that tokens choose rows of."""
+        scale = next(
+            node.input[0] for node in self.graph.node if node.op_type == "Gather" and node.input[1] == TOKENS and node.input[0] != table
+        )
+        return self.constant(scale)
+
+    def _product(self, node: Any, source: str) -> StoredLayer:
+        """A product of standard operators: its weight is [in, out]."""
+        weight, maker = self.constant(source).T, self.makers.get(node.input[1])
+        if maker is None or maker.op_type != "DequantizeLinear":
+            return StoredLayer(node.name, weight, None)
+        scale = self.constant(maker.input[1])
+        return StoredLayer(node.name, weight, scale.T if scale.ndim == 2 else scale[:, None])
+
+    def _blocks(self, node: Any, weight: str, scale: str) -> StoredLayer:
+        """Integers in the blocks of MatMulNBits: codes from 0 on, the first in the lowest bits."""
+        sizes = {attribute.name: attribute.i for attribute in node.attribute}
+        bits, packed = sizes["bits"], self.constant(weight)
+        packed = packed.reshape(len(packed), -1)
+        codes = np.stack([packed >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)], axis=2).reshape(len(packed), -1)
+        integers = (codes.astype(np.int16) - (1 << bits - 1)).astype(np.int8)
+        return StoredLayer(node.name, integers[:, : sizes.get("K", integers.shape[1])], self.constant(scale))
+
+
+def read_weights(bundle: Bundle) -> Iterator[StoredLayer]:
+    """The graph's embedding and products in the order of execution (`verify.WeightReader`)."""
+    return GraphFile(bundle.path("program")).layers()

@@ -1,0 +1,250 @@
+"""Target onnx: every recipe's integers in ONNX Runtime's operators and in standard ones, for ONNX Runtime and for other clients."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime_genai
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+
+from lobit import verbs
+from lobit.checkpoint import load_config, load_model
+from lobit.export import onnx as target
+from lobit.export.onnx_file import ALIGNMENT, GRAPH_FILE
+from lobit.export.onnx_graph import emit
+from lobit.export.onnx_weights import product_block, row_block
+from lobit.export.target import Spec
+from lobit.families import read_config
+from lobit.model import Transformer
+from lobit.quant_recipes.apply import convert
+from lobit.quant_recipes.catalog import CATALOG, find_recipe
+from lobit.quant_recipes.recipe import Recipe, WeightGrid
+from lobit.runtime.bundle import open_bundle
+from lobit.runtime.engine import SteppingEngine, open_engine
+from lobit.runtime.generate import generate
+from lobit.runtime.onnxruntime import stepper
+from lobit.runtime.parity import CONVERSION, kl_divergence, log_softmax
+from lobit.runtime.reference import ReferenceEngine
+from lobit.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CONTEXT, CHUNK, THREADS = 96, 24, 1
+FLOAT_RELATIVE = 1e-4
+"""Of the largest logit: sums of float32 in another order give about 1e-6."""
+TOKENS = [int(token) for token in np.random.default_rng(0).integers(0, 64, 60)]
+CALLS = [1, 5, CHUNK]
+RECIPES = [name for name in CATALOG if not name.startswith("gptq")]
+ROUNDED_INPUTS = {"8da4w-g32", "8da8w", "bitnet", "trilm", "bonsai", "bilm"}
+"""Recipes whose products have INT8 inputs in ONNX Runtime's operators: their own, or since two bits have fast products in no other way."""
+PROMPT = "Once upon a time there was a little girl"
+
+
+def export(model: Path, recipe: Recipe, out: Path, **options: Any) -> Path:
+    verbs.export(str(model), "onnx", out, recipe=recipe, context=CONTEXT, chunk=CHUNK, **options)
+    return out
+
+
+def walked(engine: Any) -> Any:
+    """Logits after calls of several lengths, then after each further token."""
+    rows, start = [], 0
+    for length in CALLS:
+        rows.append(engine.prefill(TOKENS[start : start + length]))
+        start += length
+    return np.stack([*rows, *(engine.decode(token) for token in TOKENS[start:])])
+
+
+def reference(model: Path, recipe: Recipe, context: int = CONTEXT) -> ReferenceEngine:
+    return ReferenceEngine(convert(load_model(model), recipe), recipe, context)
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("model", ["llama", "mobilellm_p1"])
+def test_every_recipe_runs_as_it_was_quantized(model: str, name: str, portable: bool, models: Any, tmp_path: Path) -> None:
+    recipe = verbs.choose_recipe(name, kv_cache="float")
+    bundle = export(models(model), recipe, tmp_path / "bundle", portable=portable)
+    verified = verbs.verify(bundle, str(models(model)))
+    assert verified["passed"], verified
+    expected, found = walked(reference(models(model), recipe)), walked(open_engine(open_bundle(bundle), THREADS))
+    exact = name not in ROUNDED_INPUTS or (portable and not recipe.rules[0].activation_bits)
+    if exact:
+        assert (np.abs(found - expected).max(axis=1) / np.abs(expected).max(axis=1)).max() < FLOAT_RELATIVE
+    else:
+        assert kl_divergence(log_softmax(expected), log_softmax(found)).mean() < CONVERSION.limit
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize(
+    "mixed", ["int3:32", "int3", "int4", "int4:16", "int6", "int6:64", "int8", "int8:32", "ternary", "binary", "float"]
+)
+def test_every_grid_is_held_without_changing_a_value(mixed: str, portable: bool, models: Any, tmp_path: Path) -> None:
+    recipe = verbs.choose_recipe("w4-channel", mixed=[f"*={mixed}"])
+    bundle = export(models("llama"), recipe, tmp_path / "bundle", portable=portable)
+    verified = verbs.verify(bundle, str(models("llama")))
+    assert verified["passed"], verified
+    assert (verified["integers"] > 0) == (mixed != "float")
+
+
+def test_integers_of_other_widths_say_how_they_are_held(models: Any, tmp_path: Path) -> None:
+    recipe = verbs.choose_recipe("8da4w-g32", mixed=["layers.0.*=int3", "layers.1.*=int6", "embedding=ternary", "head=int8"])
+    formats = {group.format for group in target.weights(Spec(recipe, CONTEXT, CHUNK), load_config(models("llama")))}
+    assert "int3 per channel as int4, inputs int8 in blocks of 64" in formats
+    assert "int6 per channel as int8, inputs int8 in blocks of 64" in formats
+    assert "ternary per channel" in formats
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("model", ["llama", "qwen3", "mobilellm_p1"])
+def test_the_plan_says_every_byte(model: str, name: str, portable: bool, models: Any, tmp_path: Path) -> None:
+    recipe, options = find_recipe(name), {"context": CONTEXT, "chunk": CHUNK, "portable": portable}
+    plan = verbs.plan(str(models(model)), recipe, "onnx", **options)
+    bundle = verbs.export(str(models(model)), "onnx", tmp_path / "bundle", recipe=recipe, **options)
+    assert plan.problems == []
+    assert plan.file_bytes == bundle.file("program").bytes + bundle.file("weights").bytes
+    assert plan.cache == bundle.cache
+
+
+def test_blocks_tile_rows_and_groups() -> None:
+    for inner in range(1, 700):
+        block = product_block(WeightGrid(2, None, "absmean"), inner)
+        assert block in (32, 64, 128)
+        assert block == 32 or inner % block == 0
+        rows = row_block(WeightGrid(4, None), inner)
+        assert rows is None or inner % rows == 0
+    for group in range(16, 512, 16):
+        block = product_block(WeightGrid(4, group), 3 * group)
+        assert group % block == 0
+        assert block in (16, 32, 64, 128)
+
+
+def test_groups_that_no_block_divides_are_refused(models: Any) -> None:
+    recipe = verbs.choose_recipe("8da4w-g32", group_size=8)
+    (problem,) = target.check(Spec(recipe, CONTEXT, CHUNK), load_config(models("llama")))
+    assert "group_size=8" in problem
+    assert "16" in problem
+
+
+def test_a_tied_table_is_stored_once(models: Any, tmp_path: Path) -> None:
+    def bytes_of(untied: bool) -> int:
+        recipe = replace(find_recipe("8da4w-g32"), untied=untied)
+        return open_bundle(export(models("qwen3"), recipe, tmp_path / str(untied))).manifest.file("weights").bytes
+
+    config = load_config(models("qwen3"))
+    table = config.vocab_size * config.hidden_size * 5 // 8
+    assert abs(bytes_of(True) - bytes_of(False) - table) < 2 * ALIGNMENT
+
+
+@pytest.mark.parametrize("name", ["fp", "8da4w-g32", "8da8w", "bitnet", "bonsai"])
+@pytest.mark.parametrize("model", ["llama", "qwen3", "mobilellm_p1"])
+def test_a_portable_graph_is_valid_and_the_reference_evaluator_runs_it(model: str, name: str, models: Any, tmp_path: Path) -> None:
+    """Three calls on ONNX's own evaluator, in numpy: no runtime's fusions, none of our code."""
+    recipe = verbs.choose_recipe(name, kv_cache="float")
+    bundle = export(models(model), recipe, tmp_path / "bundle", portable=True)
+    onnx.checker.check_model(str(bundle / GRAPH_FILE), full_check=True)
+    graph = onnx.load(bundle / GRAPH_FILE)
+    assert {node.domain for node in graph.graph.node} == {""}
+    evaluator, config = ReferenceEvaluator(graph), load_config(models(model))
+    caches = {
+        f"past_key_values.{layer}.{part}": np.zeros((1, config.kv_heads, 0, config.head_dim), np.float32)
+        for layer in range(len(config.layers))
+        for part in ("key", "value")
+    }
+    engine = reference(models(model), recipe)
+    for tokens in (TOKENS[:20], TOKENS[20:27], TOKENS[27:28]):
+        outputs = evaluator.run(None, {"input_ids": np.array([tokens])} | caches)
+        named = dict(zip([value.name for value in graph.graph.output], outputs, strict=True))
+        caches = {name: named[name.replace("past_key_values", "present")] for name in caches}
+        found, expected = named["logits"][:, -1], engine.prefill(tokens)[None]
+        if any(rule.activation_bits for rule in recipe.rules):
+            assert kl_divergence(log_softmax(expected), log_softmax(found)).mean() < CONVERSION.limit
+        else:
+            assert np.abs(found - expected).max() / np.abs(expected).max() < FLOAT_RELATIVE
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_logits_of_all_tokens_are_those_of_the_tokens_one_by_one(portable: bool, models: Any, tmp_path: Path) -> None:
+    import onnxruntime
+
+    recipe = find_recipe("fp")
+    bundle = open_bundle(export(models("llama"), recipe, tmp_path / "bundle", portable=portable, all_logits=True))
+    engine, config = open_engine(bundle, THREADS), load_config(models("llama"))
+    expected = np.stack([engine.decode(token) for token in TOKENS[:20]])
+    session = onnxruntime.InferenceSession(str(bundle.path("program")))
+    slots = 0 if portable else CONTEXT
+    feed = {port.name: np.zeros((1, config.kv_heads, slots, config.head_dim), np.float32) for port in session.get_inputs()}
+    feed |= {"input_ids": np.array([TOKENS[:20]])} | ({} if portable else {"position_ids": np.arange(20)[None]})
+    (found,) = session.run(["logits"], feed)
+    assert found.shape == (1, 20, config.vocab_size)
+    assert np.abs(found[0] - expected).max() / np.abs(expected).max() < FLOAT_RELATIVE
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("softcap", [2.0, None])
+@pytest.mark.parametrize("head_dim", [4, 12, 16, 24])
+def test_heads_of_every_size_and_softcaps(head_dim: int, softcap: float | None, portable: bool, tmp_path: Path) -> None:
+    """Sizes that ONNX Runtime's attention does not take at all, that it does not turn, and that it does."""
+    values = {
+        "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head_dim, "max_position_embeddings": CONTEXT,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+    }  # fmt: skip
+    config = replace(read_config(values), attention_softcap=softcap, logits_softcap=softcap)
+    torch.manual_seed(0)
+    model = Transformer(config)
+    for parameter in model.parameters():
+        parameter.data = 0.3 * torch.randn_like(parameter)
+    expected = walked(ReferenceEngine(model, None, CONTEXT))
+    recipe = find_recipe("fp")
+    spec = Spec(recipe, CONTEXT, CHUNK, portable)
+    emit(model, spec).write(tmp_path, lambda *_: None)
+    step = stepper(tmp_path / GRAPH_FILE, target.cache(spec, config).slots, THREADS)
+    found = walked(SteppingEngine(step, CONTEXT, CHUNK, 64))
+    assert (np.abs(found - expected).max(axis=1) / np.abs(expected).max(axis=1)).max() < FLOAT_RELATIVE
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "portable"),
+    [
+        ("stories260k", "fp", False),
+        ("stories260k", "fp", True),
+        ("stories260k", "w4-channel", False),
+        ("demo", "8da4w-g32", False),
+        ("demo", "bitnet", False),
+        ("demo", "8da4w-g32", True),
+    ],
+)
+def test_onnxruntime_genai_generates_the_same_tokens(model: str, recipe: str, portable: bool, models: Any, tmp_path: Path) -> None:
+    bundle = export(models(model), find_recipe(recipe), tmp_path / "bundle", portable=portable)
+    tokenizer = Tokenizer.from_folder(bundle)
+    prompt = tokenizer.encode(PROMPT)
+    client = onnxruntime_genai.Model(str(bundle))
+    assert [int(token) for token in onnxruntime_genai.Tokenizer(client).encode(PROMPT)] == tokenizer.encode(PROMPT, bos=False)
+    generator = onnxruntime_genai.Generator(client, onnxruntime_genai.GeneratorParams(client))
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    found = [int(token) for token in generator.get_sequence(0)]
+    engine = open_engine(open_bundle(bundle), THREADS)
+    expected = [*prompt, *generate(engine, prompt, max_new_tokens=CONTEXT, stop=tokenizer.stop).tokens]
+    assert len(found) > len(prompt) + 10
+    assert found[: len(expected)] == expected
+
+
+def test_onnxruntime_genai_runs_layers_with_windows(models: Any, tmp_path: Path) -> None:
+    bundle = export(models("mobilellm_p1"), find_recipe("fp"), tmp_path / "bundle")
+    client = onnxruntime_genai.Model(str(bundle))
+    generator = onnxruntime_genai.Generator(client, onnxruntime_genai.GeneratorParams(client))
+    generator.append_tokens(TOKENS[:30])
+    for _ in range(60):
+        generator.generate_next_token()
+    engine = open_engine(open_bundle(bundle), THREADS)
+    logits, expected = engine.prefill(TOKENS[:30]), []
+    for _ in range(60):
+        expected.append(int(logits.argmax()))
+        logits = engine.decode(expected[-1])
+    assert [int(token) for token in generator.get_sequence(0)][30:] == expected
