@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
-from lobit.export.onnx_file import DATA_FILE, FUSED, GRAPH_FILE
+from lobit.export.onnx_file import DATA_FILE, GRAPH_FILE
 from lobit.export.onnx_fused import slots_name, turns_inside, writes_in_place
 from lobit.export.onnx_graph import emit
 from lobit.export.onnx_standard import LOGITS, POSITIONS, TOKENS, cache_names
@@ -131,13 +131,17 @@ def graph(model: Transformer, spec: Spec) -> None:
 def lower(model: Transformer, spec: Spec, kept: Kept, count: Count) -> Lowered:
     """The graph; its weights are still those of the model."""
     graph = emit(model, spec)
-    counts = sorted(Counter(f"{node.domain}::{node.op_type}".removeprefix("::") for node in graph.nodes).items())
-    own = {name: number for name, number in counts if name.startswith(FUSED)}
-    standard = {name: number for name, number in counts if name not in own}
+    left = _operators(graph.nodes if spec.portable else graph.composed)
+    taken = _operators(graph.nodes) - left
     ranges: dict[str, int | str] = {"tokens": f"1..{spec.chunk}", "past": f"0..{spec.context}", "total": f"1..{spec.context}"}
     ranges |= {slots_name(layer.window): size for layer, size in zip(model.config.layers, slots(spec, model.config), strict=True)}
     inputs, outputs = ([_port(value, ranges) for value in ports] for ports in (graph.inputs, graph.outputs))
-    return Lowered((graph, spec, model.config), inputs, outputs, Delegation(PROVIDER, 1, own, standard))
+    delegation = Delegation(PROVIDER, 1, dict(sorted(taken.items())), dict(sorted(left.items())))
+    return Lowered((graph, spec, model.config), inputs, outputs, delegation)
+
+
+def _operators(nodes: Sequence[onnx.NodeProto]) -> Counter[str]:
+    return Counter(f"{node.domain}::{node.op_type}".removeprefix("::") for node in nodes)
 
 
 def _port(value: onnx.ValueInfoProto, ranges: Mapping[str, int | str]) -> Port:

@@ -45,6 +45,8 @@ class Graph:
         self.outputs: list[onnx.ValueInfoProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.regions: dict[Any, Region] = {}
+        self.composed: list[onnx.NodeProto] = []
+        """Of the nodes: those that stand for an operator of the runtime which does not take this model."""
         self.data_bytes = 0
         self._scope: list[str] = []
         self._times: Counter[str] = Counter()

@@ -147,7 +147,10 @@ class Fused(Standard):
     def attend(self, layer: int, block: Block, x: str) -> str:
         """See `Standard.attend`."""
         if not self.in_place:
-            return super().attend(layer, block, x)
+            before = len(self.graph.nodes)
+            y = super().attend(layer, block, x)
+            self.graph.composed += self.graph.nodes[before:]
+            return y
         graph, config, attention = self.graph, self.config, block.attention
         rope, window, modules = attention.rope, config.layers[layer].window, [attention.q, attention.k, attention.v]
         inside = rope is not None and turns_inside(config, rope)

@@ -140,11 +140,10 @@ def _entropy(found: Entropies | None) -> RenderableType:
 def manifest(found: Manifest) -> Table:
     """A bundle at a glance."""
     table = _table("", "bundle", found.name)
-    program = found.file("program")
     rows = [
         ("target, recipe", f"{found.target}, {found.recipe['name']}"),
         ("model", f"{found.model.family}, {found.model.parameters:,} parameters, {found.model.layers} layers"),
-        ("program", f"{program.path}, {megabytes(program.bytes)}"),
+        ("program", f"{found.file('program').path}, {megabytes(found.program_bytes)}"),
         ("context", f"{found.context} tokens, prefill in chunks of up to {found.chunk}"),
         ("KV cache", _cache(found)),
         ("delegation", f"{found.delegation.partitions} partitions on {found.delegation.backend}"),

@@ -180,7 +180,7 @@ def row_of(manifest: Manifest, work: Workload, answer: Answer, threads: int, ban
     first = answer.first_token_ns
     return {
         "model": manifest.name,
-        "model_bytes": sum(entry.bytes for entry in manifest.files if entry.role == "program"),
+        "model_bytes": manifest.program_bytes,
         "params": manifest.model.parameters,
         "target": manifest.target,
         "recipe": manifest.recipe.get("name"),

@@ -32,7 +32,7 @@ class FileEntry:
     path: str
     """Relative to the bundle, with forward slashes."""
     role: str
-    """`program`, `tokenizer` or `config`."""
+    """`program`, its `weights` where they are a file of their own, `tokenizer` or `config`."""
     bytes: int
     sha256: str
 
@@ -157,6 +157,11 @@ class Manifest:
         if entry is None:
             raise BundleError(f"bundle {self.name} has no {role}: export it again")
         return entry
+
+    @property
+    def program_bytes(self) -> int:
+        """Of the program and its weights."""
+        return sum(entry.bytes for entry in self.files if entry.role in ("program", "weights"))
 
     def to_json(self) -> str:
         """The text of manifest.json."""

@@ -17,6 +17,7 @@ from lobit.runtime.engine import Logits, Step, SteppingEngine
 from lobit.runtime.verify import StoredLayer
 
 TOKENS, POSITIONS, LOGITS = "input_ids", "position_ids", "logits"
+DATA = "model.onnx.data"
 PAST, PRESENT = "past_key_values.", "present."
 
 
@@ -75,9 +76,10 @@ def stepper(path: Path, slots: list[int], threads: int | None = None, provider: 
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     try:
         session = runtime.InferenceSession(str(path), options, providers=[provider])
-    except Exception as error:  # a class of its own for each of its codes
+        kind = InPlace if POSITIONS in (port.name for port in session.get_inputs()) else Growing
+        return kind(runtime, session, slots)
+    except Exception as error:  # a class of its own for each of its codes; and ports that are not those of a bundle
         raise BundleError(f"ONNX Runtime cannot load {path} ({error}): export it again") from None
-    return (InPlace if POSITIONS in (port.name for port in session.get_inputs()) else Growing)(runtime, session, slots)
 
 
 class Growing:
@@ -87,59 +89,65 @@ class Growing:
         runtime: the module.
         session: a loaded graph.
         slots: positions of each layer's cache.
+
+    Raises:
+        BundleError: on a call: the graph does not run.
     """
 
     def __init__(self, runtime: Any, session: Any, slots: list[int]) -> None:
-        self.runtime, self.session = runtime, session
+        self.runtime, self.session, self.slots = runtime, session, slots
         self.pasts = [port for port in session.get_inputs() if port.name.startswith(PAST)]
         self.caches: dict[str, Any] = {}
 
     def __call__(self, tokens: list[int], position: int) -> Logits:
         if position == 0:
-            self.caches = {port.name: self._value(np.zeros((1, port.shape[1], 0, port.shape[3]), np.float32)) for port in self.pasts}
+            self.caches = {port.name: self._zeros(1, port.shape[1], 0, port.shape[3]) for port in self.pasts}
         binding = self.session.io_binding()
         binding.bind_ortvalue_input(TOKENS, self._value(np.array([tokens], np.int64)))
         for name, value in self.caches.items():
             binding.bind_ortvalue_input(name, value)
-        names = [name.replace(PAST, PRESENT) for name in self.caches]
-        for name in (LOGITS, *names):
+        for name in (LOGITS, *(name.replace(PAST, PRESENT) for name in self.caches)):
             binding.bind_output(name)
-        self.session.run_with_iobinding(binding)
+        self._run(binding)
         logits, *caches = binding.get_outputs()
         self.caches = dict(zip(self.caches, caches, strict=True))
         return logits.numpy()[0, -1]  # type: ignore[no-any-return]
 
+    def _run(self, binding: Any) -> None:
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # a class of its own for each of its codes
+            raise BundleError(f"ONNX Runtime cannot run the graph ({error}): export it again") from None
+
     def _value(self, array: NDArray[Any]) -> Any:
         return self.runtime.OrtValue.ortvalue_from_numpy(array)
 
+    def _zeros(self, *shape: int) -> Any:
+        return self._value(np.zeros(shape, np.float32))
 
-class InPlace:
-    """Runs a graph that writes keys and values where they lie, in memory that is bound once; as `Growing`."""
+
+class InPlace(Growing):
+    """Runs a graph that writes keys and values where they lie, in memory that is bound once."""
 
     def __init__(self, runtime: Any, session: Any, slots: list[int]) -> None:
-        self.runtime, self.session = runtime, session
+        super().__init__(runtime, session, slots)
         self.binding = session.io_binding()
-        for port in session.get_inputs():
-            if port.name.startswith(PAST):
-                layer = int(port.name.split(".")[1])
-                value = self._value(np.zeros((1, port.shape[1], slots[layer], port.shape[3]), np.float32))
-                self.binding.bind_ortvalue_input(port.name, value)
-                self.binding.bind_ortvalue_output(port.name.replace(PAST, PRESENT), value)
-        (self.logits,) = (port for port in session.get_outputs() if port.name == LOGITS)
-        self.scores = self._value(np.zeros((1, 0, self.logits.shape[2]), np.float32))
+        for port, size in zip(self.pasts, np.repeat(slots, 2).tolist(), strict=True):
+            value = self._zeros(1, port.shape[1], size, port.shape[3])
+            self.binding.bind_ortvalue_input(port.name, value)
+            self.binding.bind_ortvalue_output(port.name.replace(PAST, PRESENT), value)
+        (self.port,) = (port for port in session.get_outputs() if port.name == LOGITS)
+        self.logits = self._zeros(1, 0, self.port.shape[2])
 
     def __call__(self, tokens: list[int], position: int) -> Logits:
-        scored = 1 if self.logits.shape[1] == 1 else len(tokens)
-        if self.scores.shape()[1] != scored:
-            self.scores = self._value(np.empty((1, scored, self.logits.shape[2]), np.float32))
-            self.binding.bind_ortvalue_output(LOGITS, self.scores)
+        scored = 1 if self.port.shape[1] == 1 else len(tokens)
+        if self.logits.shape()[1] != scored:
+            self.logits = self._zeros(1, scored, self.port.shape[2])
+            self.binding.bind_ortvalue_output(LOGITS, self.logits)
         for name, values in ((TOKENS, tokens), (POSITIONS, range(position, position + len(tokens)))):
             self.binding.bind_ortvalue_input(name, self._value(np.array([values], np.int64)))
-        self.session.run_with_iobinding(self.binding)
-        return self.scores.numpy()[0, -1].copy()  # type: ignore[no-any-return]
-
-    def _value(self, array: NDArray[Any]) -> Any:
-        return self.runtime.OrtValue.ortvalue_from_numpy(array)
+        self._run(self.binding)
+        return self.logits.numpy()[0, -1].copy()  # type: ignore[no-any-return]
 
 
 class GraphFile:
@@ -173,20 +181,25 @@ class GraphFile:
         tensor = self.initializers[name]
         described = {entry.key: entry.value for entry in tensor.external_data}
         if described:
-            folder, (start, length) = self.path.parent, (int(described[key]) for key in ("offset", "length"))
-            place = folder / described["location"]
-            if Path(described["location"]).name != described["location"] or not place.is_file() or start + length > place.stat().st_size:
-                raise self._damaged(f"the data of {name} are not all in {described['location']}")
+            start, length, place = int(described["offset"]), int(described["length"]), self.path.parent / DATA
+            if described["location"] != DATA or start < 0 or not 0 <= length <= place.stat().st_size - start:
+                raise self._damaged(f"the data of {name} are not in {DATA}")
             with place.open("rb") as file:
                 file.seek(start)
-                whole = onnx.TensorProto(name=name, data_type=tensor.data_type, dims=tensor.dims, raw_data=file.read(length))
-        values = onnx.numpy_helper.to_array(whole if described else tensor)
+                tensor = onnx.TensorProto(name=name, data_type=tensor.data_type, dims=tensor.dims, raw_data=file.read(length))
+        values = onnx.numpy_helper.to_array(tensor)
         if values.dtype == np.float16:
             return values.astype(np.float32)
         return values.astype(np.int8) if tensor.data_type == onnx.TensorProto.INT4 else values
 
     def layers(self) -> Iterator[StoredLayer]:
         """The embedding and the products in the order of execution."""
+        try:
+            yield from self._layers()
+        except (LookupError, ValueError, TypeError, OSError) as error:
+            raise self._damaged(f"{type(error).__name__}: {error}") from None
+
+    def _layers(self) -> Iterator[StoredLayer]:
         for node in self.graph.node:
             match node.op_type:
                 case "GatherBlockQuantized":

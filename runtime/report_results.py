@@ -141,8 +141,7 @@ class Results:
     @property
     def file_bytes(self) -> int | None:
         """Of the program."""
-        programs = [entry.bytes for entry in self.manifest.files if entry.role == "program"] if self.manifest else []
-        return sum(programs) if programs else self._largest("model_bytes")
+        return (self.manifest.program_bytes if self.manifest else 0) or self._largest("model_bytes")
 
     @property
     def peak_bytes(self) -> int | None:

@@ -1,0 +1,173 @@
+"""Graphs that are not as export wrote them: one message that says what to do, no crash, in the process that asked."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from lobit import verbs
+from lobit.errors import BundleError, InputError, LobitError, MissingPartError
+from lobit.runtime.bundle import open_bundle
+from lobit.runtime.engine import open_engine
+from lobit.runtime.manifest import FILE_NAME, FileEntry, sealed
+
+GRAPH, DATA = "model.onnx", "model.onnx.data"
+THREADS = 1
+
+
+@pytest.fixture(scope="module")
+def made(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("onnx") / "bundle"
+    recipe = verbs.choose_recipe("8da4w-g32")
+    verbs.export(str(models("mobilellm_p1")), "onnx", out, recipe=recipe, context=48, chunk=16)
+    return out
+
+
+@pytest.fixture
+def bundle(made: Path, tmp_path: Path) -> Path:
+    """A bundle that a test may change."""
+    return Path(shutil.copytree(made, tmp_path / "bundle"))
+
+
+def reseal(bundle: Path, edit: Callable[[dict[str, Any]], Any] = lambda _: None) -> None:
+    """Makes the manifest agree with the files as they are now, and with itself: what no accident does."""
+    values = json.loads((bundle / FILE_NAME).read_text(encoding="utf-8"))
+    for entry in values["files"]:
+        entry.update({key: value for key, value in vars(FileEntry.of(bundle, entry["path"], "")).items() if key in ("bytes", "sha256")})
+    edit(values)
+    (bundle / FILE_NAME).write_text(sealed({key: value for key, value in values.items() if key != "sha256"}), encoding="utf-8")
+
+
+def refused(work: Callable[[], Any]) -> str:
+    with pytest.raises(LobitError) as caught:
+        work()
+    return str(caught.value)
+
+
+def runs(bundle: Path) -> Any:
+    return open_engine(open_bundle(bundle), THREADS).prefill([1, 2, 3])
+
+
+@pytest.mark.parametrize("name", [GRAPH, DATA])
+def test_a_file_that_is_missing_short_or_changed_is_named(name: str, bundle: Path) -> None:
+    whole = (bundle / name).read_bytes()
+    (bundle / name).write_bytes(whole[:-1])
+    assert name in refused(lambda: runs(bundle))
+    (bundle / name).write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    assert "sha256" in refused(lambda: runs(bundle))
+    (bundle / name).unlink()
+    assert f"{name} is missing" in refused(lambda: runs(bundle))
+
+
+def edited(bundle: Path, edit: Callable[[onnx.GraphProto], Any]) -> None:
+    """Changes the graph, and the manifest with it."""
+    model = onnx.load(bundle / GRAPH, load_external_data=False)
+    edit(model.graph)
+    (bundle / GRAPH).write_bytes(model.SerializeToString())
+    reseal(bundle)
+
+
+def of_kind(graph: onnx.GraphProto, kind: str) -> onnx.NodeProto:
+    return next(node for node in graph.node if node.op_type == kind)
+
+
+def attribute(graph: onnx.GraphProto, kind: str, name: str, value: int) -> None:
+    """Changes it in the first node of the kind that has it."""
+    next(one for node in graph.node if node.op_type == kind for one in node.attribute if one.name == name).i = value
+
+
+def external(graph: onnx.GraphProto, key: str, value: str) -> None:
+    tensor = next(one for one in graph.initializer if one.name == of_kind(graph, "MatMulNBits").input[1])
+    next(entry for entry in tensor.external_data if entry.key == key).value = value
+
+
+EDITS: dict[str, Callable[[onnx.GraphProto], Any]] = {
+    "a node without an operator": lambda graph: setattr(of_kind(graph, "MatMulNBits"), "op_type", "Abacus"),
+    "a product that is wider": lambda graph: attribute(graph, "MatMulNBits", "N", 1 << 20),
+    "a product that is longer": lambda graph: attribute(graph, "MatMulNBits", "K", 4096),
+    "other bits": lambda graph: attribute(graph, "MatMulNBits", "bits", 3),
+    "more heads": lambda graph: attribute(graph, "GroupQueryAttention", "num_heads", 64),
+    "a wider window": lambda graph: attribute(graph, "GroupQueryAttention", "local_window_size", 4096),
+    "an input that is not there": lambda graph: of_kind(graph, "MatMulNBits").input.__setitem__(0, "nothing"),
+    "no logits": lambda graph: graph.output.pop(0) if graph.output[0].name == "logits" else graph.output.pop(-1),
+    "no caches": lambda graph: [graph.input.pop() for _ in range(4)],
+    "data behind the end": lambda graph: external(graph, "offset", str(1 << 40)),
+    "data before the start": lambda graph: external(graph, "offset", "-4096"),
+    "more data than there are": lambda graph: external(graph, "length", str(1 << 40)),
+    "an offset that is no number": lambda graph: external(graph, "offset", "somewhere"),
+    "data elsewhere": lambda graph: external(graph, "location", "../../../etc/passwd"),
+    "data at an absolute place": lambda graph: external(graph, "location", "/etc/passwd"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_a_graph_edited_by_hand_is_one_message(name: str, bundle: Path) -> None:
+    edited(bundle, EDITS[name])
+    assert "export it again" in refused(lambda: runs(bundle))
+
+
+@pytest.mark.parametrize("name", ["data behind the end", "data before the start", "more data than there are", "data elsewhere"])
+def test_verify_reads_nothing_outside_of_the_data(name: str, bundle: Path, models: Any) -> None:
+    edited(bundle, EDITS[name])
+    assert "export it again" in refused(lambda: verbs.verify(bundle, str(models("mobilellm_p1"))))
+
+
+@pytest.mark.parametrize("kind", ["weight", "scale"])
+def test_verify_finds_one_bit(kind: str, bundle: Path, models: Any) -> None:
+    graph = onnx.load(bundle / GRAPH, load_external_data=False).graph
+    tensor = next(one for one in graph.initializer if "mlp" in one.name and one.name.endswith(kind))
+    offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
+    data = bytearray((bundle / DATA).read_bytes())
+    data[offset + 2] ^= 1
+    (bundle / DATA).write_bytes(data)
+    reseal(bundle)
+    result = verbs.verify(bundle, str(models("mobilellm_p1")))
+    found = {"weight": (1, 0), "scale": (0, 1)}[kind]
+    assert (result["differing_integers"], result["differing_scales"]) == found
+    assert not result["passed"]
+
+
+def test_garbage_is_refused_by_both_who_read_it(bundle: Path, models: Any) -> None:
+    (bundle / GRAPH).write_bytes(bytes(range(256)) * 64)
+    reseal(bundle)
+    assert "cannot load" in refused(lambda: runs(bundle))
+    assert "cannot be taken apart" in refused(lambda: verbs.verify(bundle, str(models("mobilellm_p1"))))
+
+
+def test_a_provider_that_is_not_installed_is_told_with_those_that_are(bundle: Path) -> None:
+    reseal(bundle, lambda values: values["delegation"].update(backend="QNNExecutionProvider"))
+    with pytest.raises(MissingPartError, match=r"QNNExecutionProvider.*CPUExecutionProvider"):
+        runs(bundle)
+
+
+def test_caches_that_are_not_the_graphs_are_refused(bundle: Path) -> None:
+    opened = open_bundle(bundle)
+    fewer = replace(opened.manifest, cache=replace(opened.manifest.cache, slots=opened.manifest.cache.slots[:-1]))
+    with pytest.raises(BundleError, match="export it again"):
+        open_engine(replace(opened, manifest=fewer), THREADS)
+
+
+def test_a_full_cache_refuses_more_and_goes_on_after_a_reset(bundle: Path) -> None:
+    engine = open_engine(open_bundle(bundle), THREADS)
+    tokens = [int(token) for token in np.random.default_rng(0).integers(0, 64, engine.context)]
+    first = engine.prefill(tokens)
+    with pytest.raises(InputError, match=str(engine.context)):
+        engine.decode(1)
+    with pytest.raises(InputError, match=str(engine.context)):
+        engine.prefill([1])
+    engine.reset()
+    assert np.array_equal(engine.prefill(tokens), first)
+
+
+def test_a_context_over_the_models_own_is_refused_before_anything_is_written(models: Any, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    recipe = verbs.choose_recipe("8da4w-g32")
+    with pytest.raises(InputError, match="100000"):
+        verbs.export(str(models("mobilellm_p1")), "onnx", out, recipe=recipe, context=100_000)
+    assert not out.exists()
