@@ -21,8 +21,8 @@ OPSET, IR_VERSION = 21, 10
 """The oldest that have 4-bit integers with a scale for every block."""
 FUSED = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
-ALIGNMENT = 4096
-"""Bytes: weights are mapped from the file, page by page."""
+ALIGNMENT, PAGE = 64, 4096
+"""Bytes. Weights are mapped from the file page by page: those of a page and more begin with one."""
 Bytes = Callable[[], Tensor]
 
 
@@ -118,7 +118,8 @@ class Graph:
             make: gives them, when they are written.
         """
         if key not in self.regions:
-            start = -(-self.data_bytes // ALIGNMENT) * ALIGNMENT
+            unit = PAGE if size >= PAGE else ALIGNMENT
+            start = -(-self.data_bytes // unit) * unit
             self.regions[key] = Region(start, size, make)
             self.data_bytes = start + size
         region = self.regions[key]

@@ -39,14 +39,16 @@ def demo(out: Annotated[Path, typer.Option("-o", "--out", help="A new folder.")]
     """The shipped models through everything, to report.html."""
     from lobit import tables, verbs
     from lobit.progress import announce
+    from lobit.verbs.measure import DEMONSTRATIONS
 
     with announce() as on_step:
         report_path = verbs.demo(out, on_step=on_step)
     shown = {"verify": tables.verify, "parity": tables.parity, "bench": tables.bench}
     passed = True
-    for name in ("verify", "parity", "ternary-verify", "ternary-parity", "bench"):
+    proved = [f"{one.results}{kind}" for one in DEMONSTRATIONS for kind in ("verify", "parity")]
+    for name in (*proved, "bench"):
         result = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
-        tables.show(shown[name.removeprefix("ternary-")](result))
+        tables.show(shown[name.rpartition("-")[2]](result))
         passed &= result.get("passed", True)
     typer.echo(f"\nreport: {report_path}\nnext:   lobit run {out}/demo-8da4w-g32 --prompt 'Once'")
     if not passed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,31 @@ def doctor(target: str | None = None) -> dict[str, Any]:
     return {"parts": rows, "passed": all(row["found"] for row in rows)}
 
 
+@dataclass(frozen=True)
+class Demonstration:
+    """One of the demo's bundles."""
+
+    bundle: str
+    recipe: str
+    target: str
+    results: str
+    """What the names of its results begin with."""
+    export: str
+    """What its export says."""
+
+
+DEMONSTRATIONS = (
+    Demonstration("demo-8da4w-g32", "8da4w-g32", "xnnpack", "", "ExecuTorch, XNNPACK (about half a minute)"),
+    Demonstration("demo-8da4w-g32-onnx", "8da4w-g32", "onnx", "onnx-", "ONNX Runtime"),
+    Demonstration("demo-bitnet", "bitnet", "xnnpack", "ternary-", "ExecuTorch, XNNPACK (about half a minute)"),
+    Demonstration("demo-bitnet-onnx", "bitnet", "onnx", "onnx-ternary-", "ONNX Runtime, two bits a weight"),
+)
+
+
 def demo(out: Path, *, on_step: Callable[[str], None] | None = None, repetitions: int = 3) -> Path:
     """The shipped models through everything: quantize, export, verify, parity, bench, report. Returns the report.
 
-    Two models: the float one under `8da4w-g32`, and the ternary checkpoint that was trained from it.
+    Two models, each on two targets: the float one under `8da4w-g32`, and the ternary checkpoint that was trained from it.
 
     Raises:
         BundleError: something is at `out`.
@@ -97,15 +119,15 @@ def demo(out: Path, *, on_step: Callable[[str], None] | None = None, repetitions
 
     say = on_step or (lambda _: None)
     with new_folder(out) as folder:
-        checkpoint = folder / "checkpoint"
+        checkpoints = {"8da4w-g32": folder / "checkpoint", "bitnet": TERNARY_FOLDER}
         say("quantize: INT4 weights in groups of 32")
-        quantize("demo", choose_recipe("8da4w-g32"), checkpoint)
-        bundles = {folder / "demo-8da4w-g32": checkpoint, folder / "demo-bitnet": TERNARY_FOLDER}
+        quantize("demo", choose_recipe("8da4w-g32"), checkpoints["8da4w-g32"])
         results: dict[str, dict[str, Any]] = {}
-        for (bundle, source), name in zip(bundles.items(), ("", "ternary-"), strict=True):
-            results |= {name + kind: result for kind, result in _proved(bundle, source, say).items()}
+        for one in DEMONSTRATIONS:
+            results |= _proved(one, folder / one.bundle, checkpoints[one.recipe], say)
         say("bench: prefill and decode, each row in a process of its own")
-        results["bench"] = bench(list(bundles), prompts=(128,), generates=(32,), depths=(0, 256), repetitions=repetitions)
+        bundles = [folder / one.bundle for one in DEMONSTRATIONS]
+        results["bench"] = bench(bundles, prompts=(128,), generates=(32,), depths=(0, 256), repetitions=repetitions)
         paths = [bundle / name for bundle in bundles for name in (FILE_NAME, "build.json")]
         for name, result in results.items():
             paths.append(folder / f"{name}.json")
@@ -115,14 +137,14 @@ def demo(out: Path, *, on_step: Callable[[str], None] | None = None, repetitions
     return out / "report.html"
 
 
-def _proved(bundle: Path, checkpoint: Path, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+def _proved(one: Demonstration, bundle: Path, checkpoint: Path, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
     """Exports a checkpoint of the demo model; what verify and parity say of it."""
     import json
 
     from lobit.demo import FOLDER, held_out_text
 
-    say(f"export {bundle.name}: ExecuTorch, XNNPACK (about half a minute)")
-    export(str(checkpoint), "xnnpack", bundle, context=512, chunk=128, command=["lobit", "demo"])
+    say(f"export {one.bundle}: {one.export}")
+    export(str(checkpoint), one.target, bundle, context=512, chunk=128, command=["lobit", "demo"])
     say("verify: every integer and scale, read back out of the program")
     verified = verify(bundle, str(checkpoint))
     say("parity: against the float model, on stories it has not seen")
@@ -130,4 +152,4 @@ def _proved(bundle: Path, checkpoint: Path, say: Callable[[str], None]) -> dict[
     training = json.loads((FOLDER / "training.json").read_text(encoding="utf-8"))
     compared["text"] = "held-out stories of the demo's grammar"
     compared["entropy"] = {"nats_per_token": training["entropy"], "what": "the story grammar, exact"}
-    return {"verify": verified, "parity": compared}
+    return {f"{one.results}verify": verified, f"{one.results}parity": compared}

@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from lobit import verbs
 from lobit.checkpoint import load_config, load_model
 from lobit.export import onnx as target
-from lobit.export.onnx_file import ALIGNMENT, GRAPH_FILE
+from lobit.export.onnx_file import GRAPH_FILE, PAGE
 from lobit.export.onnx_graph import emit
 from lobit.export.onnx_weights import product_block, row_block
 from lobit.export.target import Spec
@@ -136,7 +136,7 @@ def test_a_tied_table_is_stored_once(models: Any, tmp_path: Path) -> None:
 
     config = load_config(models("qwen3"))
     table = config.vocab_size * config.hidden_size * 5 // 8
-    assert abs(bytes_of(True) - bytes_of(False) - table) < 2 * ALIGNMENT
+    assert abs(bytes_of(True) - bytes_of(False) - table) < 2 * PAGE
 
 
 @pytest.mark.parametrize("name", ["fp", "8da4w-g32", "8da8w", "bitnet", "bonsai"])

@@ -270,7 +270,8 @@ def test_demo_takes_the_shipped_model_through_everything(tmp_path: Path, lobit: 
     assert answer.code == DONE, answer.err
     made = {path.name for path in (tmp_path / "demo").iterdir()}
     assert {"checkpoint", "demo-8da4w-g32", "demo-bitnet", "verify.json", "parity.json", "bench.json", "report.html"} <= made
-    for name in ("verify.json", "ternary-verify.json"):
+    assert {"demo-8da4w-g32-onnx", "demo-bitnet-onnx"} <= made
+    for name in ("verify.json", "ternary-verify.json", "onnx-verify.json", "onnx-ternary-verify.json"):
         assert json.loads((tmp_path / "demo" / name).read_text())["differing_integers"] == 0
     assert json.loads((tmp_path / "demo" / "parity.json").read_text())["phases"]["wrapped"]["kl_mean"] < 0.05
     again = lobit("demo", "--out", tmp_path / "demo")
