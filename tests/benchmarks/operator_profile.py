@@ -1,10 +1,11 @@
-"""A `.pte` alone in a process: how fast it reads and writes tokens, or which operators its time goes to.
+"""A program alone in a process: how fast it reads and writes tokens, or which operators its time goes to.
 
     python tests/benchmarks/operator_profile.py PTE [-p 512] [-n 32] [-d 0] [-t THREADS]       milliseconds of each kind of operator
     python tests/benchmarks/operator_profile.py PTE --speeds [-p 128,512] [-n 32] [-d 0]       tokens a second
     ... --json                                                                                one object
 
-Takes every program whose `forward` is that of ExecuTorch's runners: tokens [1, T] and the position of the first [1], both INT64.
+PTE is any program whose `forward` is that of ExecuTorch's runners: tokens [1, T] and the position of the first [1], both INT64.
+`--speeds` takes bundles of every target too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 import sys
 import tempfile
 import warnings
+from abc import ABC, abstractmethod
 from collections import Counter
 from pathlib import Path
 from time import perf_counter
@@ -26,6 +28,8 @@ sys.path.insert(0, str(ROOT))  # lobit need not be installed
 
 from lobit.quiet import quiet_native, quiet_python  # noqa: E402
 from lobit.runtime.bench_row import tokens_to_read  # noqa: E402
+from lobit.runtime.bundle import open_bundle  # noqa: E402
+from lobit.runtime.engine import SteppingEngine, open_engine  # noqa: E402
 from lobit.runtime.executorch import import_runtime  # noqa: E402
 
 CHUNK = 512
@@ -34,29 +38,19 @@ ALL, BESIDE, BETWEEN = "all", "delegate, beside its operators", "between the cal
 """Rows that are no operator: the whole of `forward`; what a delegate does besides computing; the program's own instructions."""
 
 
-class Program:
-    """A program and its thread pool.
+class Timed(ABC):
+    """What reads tokens, timed."""
 
-    Args:
-        path: of the `.pte`.
-        threads: of the pool.
-        profiled: keeps the time of each operator; ExecuTorch's profiler is slower than none.
-    """
+    vocab_size: int
 
-    def __init__(self, path: Path, threads: int, profiled: bool = False) -> None:
-        native = import_runtime()
-        with quiet_native():
-            native._unsafe_reset_threadpool(threads)
-            self.module = native._load_for_executorch(str(path), enable_etdump=profiled)
-            (self.vocab_size,) = self.module.run_method("get_vocab_size", ())
+    @abstractmethod
+    def step(self, tokens: list[int], position: int) -> object:
+        """Reads a chunk of tokens from a position on."""
 
     def read(self, tokens: list[int], position: int) -> None:
         """Reads tokens from a position on, in chunks."""
-        import torch
-
         for start in range(0, len(tokens), CHUNK):
-            part = tokens[start : start + CHUNK]
-            self.module.forward((torch.tensor([part]), torch.tensor([position + start])))
+            self.step(tokens[start : start + CHUNK], position + start)
 
     def prefill(self, count: int, depth: int) -> float:
         """Seconds to read a prompt at a depth."""
@@ -72,6 +66,38 @@ class Program:
         for i, token in enumerate(tokens):
             self.read([token], depth + i)
         return perf_counter() - start
+
+
+class BundleProgram(Timed):
+    """A bundle of any target, by its engine."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        engine = open_engine(open_bundle(folder, hashes=False), threads)
+        assert isinstance(engine, SteppingEngine)
+        self.step, self.vocab_size = engine.step, engine.vocab_size  # type: ignore[method-assign]
+
+
+class Program(Timed):
+    """A `.pte` and its thread pool.
+
+    Args:
+        path: of the file.
+        threads: of the pool.
+        profiled: keeps the time of each operator; ExecuTorch's profiler is slower than none.
+    """
+
+    def __init__(self, path: Path, threads: int, profiled: bool = False) -> None:
+        native = import_runtime()
+        with quiet_native():
+            native._unsafe_reset_threadpool(threads)
+            self.module = native._load_for_executorch(str(path), enable_etdump=profiled)
+            (self.vocab_size,) = self.module.run_method("get_vocab_size", ())
+
+    def step(self, tokens: list[int], position: int) -> object:
+        """See `Timed.step`."""
+        import torch
+
+        return self.module.forward((torch.tensor([tokens]), torch.tensor([position])))
 
     def events(self) -> list[Any]:
         """The profiler's blocks since the last call: runs of the same instructions share one."""
@@ -90,7 +116,7 @@ def speeds(path: Path, threads: int, prompts: list[int], generate: int, depth: i
     Loading, a first call of the longest prompt and of a single token, and filling the cache are not timed. Every test begins at
     `depth` anew: what it finds in the cache behind is overwritten, or of no meaning, which changes no time.
     """
-    program = Program(path, threads)
+    program = BundleProgram(path, threads) if path.is_dir() else Program(path, threads)
     program.prefill(depth or max(prompts), 0)
     if depth:
         program.prefill(max(prompts), depth)

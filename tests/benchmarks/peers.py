@@ -1,9 +1,9 @@
-"""lobit's XNNPACK artifact beside ExecuTorch's own exporter and llama.cpp, on the same shapes, in one run: `make bench`.
+"""lobit's artifacts beside ExecuTorch's own exporter and llama.cpp, on the same shapes, in one run: `make bench`.
 
     python tests/benchmarks/peers.py [--models m125,pro1b] [--work bench-out] [--rounds 5] [--skip llama,profile] [--out FILE]
 
 Models (random weights of a named shape), artifacts and what they cost to make are kept in --work: a run that was stopped goes on
-from there. lobit's artifact is made anew where its sources have changed. Speeds are measured anew in every run: in each round and at
+from there. lobit's artifacts are made anew where its sources have changed. Speeds are measured anew in every run: in each round and at
 each depth the runtimes take turns, one sample of every test each in a fresh process; medians, and ratios of the same round.
 Writes a Markdown table to stdout and --out, every sample to --json. A peer that cannot be had is named with the reason.
 """
@@ -33,20 +33,40 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 
 from operator_profile import numbers, profile_table  # noqa: E402
 
+from lobit.runtime.bundle import open_bundle  # noqa: E402
 from lobit.runtime.host import cpu, usable_cores  # noqa: E402
 
-RECIPE, CHUNK = "8da4w-g32", 512
+CHUNK = 512
 PROFILE = (sys.executable, str(HERE / "operator_profile.py"))
-ENGINES = {"lobit": "lobit", "export_llm": "export_llm", "export_llm_int8": "export_llm, INT8 cache", "llama": "llama.cpp Q4_0"}
+ENGINES = {
+    "xnnpack": "lobit, XNNPACK",
+    "onnx": "lobit, ONNX Runtime",
+    "export_llm": "export_llm",
+    "export_llm_int8": "export_llm, INT8 cache",
+    "llama": "llama.cpp Q4_0",
+    "onnx_ternary": "lobit, ONNX Runtime, ternary",
+    "llama_ternary": "llama.cpp TQ2_0",
+}
+OURS = {
+    "xnnpack": ("xnnpack", "--recipe", "8da4w-g32"),
+    "onnx": ("onnx", "--recipe", "8da4w-g32"),
+    "onnx_ternary": ("onnx", "--recipe", "bitnet", "--mixed", "embedding=int4:32", "--mixed", "head=int4:32"),
+}
+"""Target and recipe."""
+RIVALS = {"xnnpack": ("export_llm", "export_llm_int8", "llama"), "onnx": ("llama",), "onnx_ternary": ("llama_ternary",)}
+"""What each artifact of ours is compared with."""
+QUANTIZED = {"llama": "q4_0", "llama_ternary": "tq2_0"}
+"""llama.cpp's type of the layers' matrices; embedding and head are Q4_0."""
 NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 NOTES = (
     "ppN: a prompt of N tokens is read at once; tgN: N tokens are read one by one; @dD: with D tokens in the cache before. "
-    "lobit/peer: above 1 where lobit is faster; the median of the rounds' ratios, and the least and the largest.",
+    "Ratios: above 1 where lobit is faster; the median of the rounds' ratios, and the least and the largest.",
     "lobit and export_llm: INT4 weights and embedding in groups of 32, INT8 dynamic activations, chunks of 512, the same context, timed "
-    "by the same code; loading, a first call and filling the cache are not timed. lobit keeps keys and values in INT8; export_llm in "
-    "float32, its default, for which it has a faster attention, or in INT8.",
+    "by the same code; loading, a first call and filling the cache are not timed. On XNNPACK lobit keeps keys and values in INT8, on ONNX "
+    "Runtime in float32; export_llm in float32, its default, for which it has a faster attention, or in INT8.",
     "llama.cpp: llama-bench, everything Q4_0, its defaults (keys and values in 16 bits). It has the shape as a plain Llama: no norms "
     "of q and k, every layer sees the whole context.",
+    "Ternary: two bits in the layers, embedding and head of 4 bits in groups of 32, for both; the weights are random all the same.",
     "Exports: a process of its own, its wall time, its processor time, its largest resident memory; export_llm starts from a "
     "checkpoint of its own format, whose conversion does not count.",
 )
@@ -142,11 +162,12 @@ def model_folder(name: str, work: Path) -> Path:
     return once(work / "models" / name, lambda out: output([sys.executable, tool("make_model.py"), name, str(out)]))
 
 
-def lobit_program(model: Path, work: Path, context: int) -> tuple[Path, Figures]:
+def lobit_bundle(engine: str, model: Path, work: Path, context: int) -> tuple[Path, Figures]:
     """lobit's artifact, made anew where a source file or an option is another than when it was made."""
+    target, *recipe = OURS[engine]
     sources = sorted(path for part in ("lobit", "quant_recipes", "export", "runtime") for path in (ROOT / part).glob("*.py"))
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + str(context).encode()).hexdigest()
-    bundle, kept = work / "lobit" / model.name, work / "lobit" / f"{model.name}.json"
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + f"{context} {recipe}".encode()).hexdigest()
+    bundle, kept = work / engine / model.name, work / engine / f"{model.name}.json"
     figures: Figures = json.loads(kept.read_text()) if kept.is_file() and bundle.is_dir() else {}
     if figures.get("sources") != digest:
         bundle.parent.mkdir(parents=True, exist_ok=True)
@@ -154,11 +175,11 @@ def lobit_program(model: Path, work: Path, context: int) -> tuple[Path, Figures]
         for old in (bundle, bundle.with_name(f"{bundle.name}.partial")):  # an export that goes on would take less
             shutil.rmtree(old, ignore_errors=True)
         say(f"making {bundle}")
-        command = [sys.executable, "-m", "lobit.cli", "export", str(model), "--recipe", RECIPE, "--target", "xnnpack"]
+        command = [sys.executable, "-m", "lobit.cli", "export", str(model), *recipe, "--target", target]
         command += ["--context", str(context), "--chunk", str(CHUNK), "-o", str(bundle)]
         figures = measured(command, ROOT, kept.with_suffix(".log")) | {"sources": digest}
         kept.write_text(json.dumps(figures))
-    return bundle / "model.pte", figures
+    return bundle / "model.pte" if target == "xnnpack" else bundle, figures
 
 
 def export_llm_program(engine: str, model: Path, work: Path, context: int) -> tuple[Path, Figures]:
@@ -224,19 +245,20 @@ def build_llama(folder: Path, flags: str = "") -> Path:
     return folder / "bin"
 
 
-def llama_file(model: Path, given: argparse.Namespace) -> tuple[Path, Figures]:
-    """The shape in llama.cpp's format, all its matrices in Q4_0; `given.llama` becomes a build that runs here."""
+def llama_file(engine: str, model: Path, given: argparse.Namespace) -> tuple[Path, Figures]:
+    """The shape in llama.cpp's format; `given.llama` becomes a build that runs here."""
+    kind = QUANTIZED[engine]
     programs = build_llama(given.llama)
     package = next(iter(given.llama.glob("llama_cpp_python-*/vendor/llama.cpp/gguf-py")), Path())
 
     def make(path: Path) -> None:
         floats = path.with_name(f"{model.name}-f16.gguf")
         output([sys.executable, tool("hf_to_gguf.py"), str(model), str(floats)], PYTHONPATH=str(package))
-        all_q4 = ["--pure", "--token-embedding-type", "q4_0", "--output-tensor-type", "q4_0"]
-        output([str(programs / "llama-quantize"), *all_q4, str(floats), str(path), "Q4_0"])
+        ends = ["--pure", "--token-embedding-type", "q4_0", "--output-tensor-type", "q4_0"]
+        output([str(programs / "llama-quantize"), *ends, str(floats), str(path), kind.upper()])
         floats.unlink()
 
-    path = once(given.work / "gguf" / f"{model.name}-q4_0.gguf", make)
+    path = once(given.work / "gguf" / f"{model.name}-{kind}.gguf", make)
     try:
         output([str(programs / "llama-bench"), "-m", str(path), "-p", "32", "-n", "0", "-r", "1"])
     except UnavailableError as error:
@@ -251,7 +273,7 @@ def llama_file(model: Path, given: argparse.Namespace) -> tuple[Path, Figures]:
 def speeds(engine: str, path: Path, given: argparse.Namespace, depth: int) -> dict[str, float]:
     """Tokens a second of each test at a depth, one sample each, from a fresh process."""
     options = ["-p", ",".join(map(str, given.prompts)), "-n", str(given.generate), "-d", str(depth), "-t", str(given.threads)]
-    if engine != "llama":
+    if engine not in QUANTIZED:
         return dict(json.loads(output([*PROFILE, str(path), "--speeds", "--json", *options])))
     rows = json.loads(output([str(given.llama / "bin" / "llama-bench"), "-m", str(path), "-r", "1", "-o", "json", *options]))
     return {f"pp{row['n_prompt']}" if row["n_prompt"] else f"tg{row['n_gen']}": row["avg_ts"] for row in rows}
@@ -277,25 +299,25 @@ def measure(paths: dict[str, Path], given: argparse.Namespace, missing: dict[str
 def run_model(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """Everything about one shape: `{"exports", "files", "missing", "samples", "profile"}`."""
     model = model_folder(name, given.work)
-    makers = {
-        "lobit": lambda: lobit_program(model, given.work, given.context),
-        "export_llm": lambda: export_llm_program("export_llm", model, given.work, given.context),
-        "export_llm_int8": lambda: export_llm_program("export_llm_int8", model, given.work, given.context),
-        "llama": lambda: llama_file(model, given),
-    }
+
+    def make(engine: str) -> tuple[Path, Figures]:
+        if engine in OURS:
+            return lobit_bundle(engine, model, given.work, given.context)
+        return llama_file(engine, model, given) if engine in QUANTIZED else export_llm_program(engine, model, given.work, given.context)
+
     paths, exports, missing = {}, {}, dict.fromkeys(given.skip, "skipped")
     for engine in [engine for engine in ENGINES if engine not in given.skip]:
         try:
-            paths[engine], exports[engine] = makers[engine]()
+            paths[engine], exports[engine] = make(engine)
         except UnavailableError as error:
             missing[engine] = str(error)
     profile = {}
-    if "lobit" in paths and "profile" not in given.skip:
-        command = [*PROFILE, str(paths["lobit"]), "--json", "-p", str(max(given.prompts))]
+    if "xnnpack" in paths and "profile" not in given.skip:
+        command = [*PROFILE, str(paths["xnnpack"]), "--json", "-p", str(max(given.prompts))]
         profile = json.loads(output([*command, "-n", str(given.generate), "-t", str(given.threads)]))
     return {
         "exports": exports,
-        "files": {engine: path.stat().st_size for engine, path in paths.items()},
+        "files": {engine: size_of(path) for engine, path in paths.items()},
         "samples": measure(paths, given, missing),
         "profile": profile,
         "missing": missing,
@@ -308,16 +330,22 @@ def ratio(ours: list[float], theirs: list[float]) -> str:
     return f"**{statistics.median(ratios):.2f}** ({min(ratios):.2f}–{max(ratios):.2f})" if ratios else "–"
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of a bundle's program."""
+    return open_bundle(path, hashes=False).manifest.program_bytes if path.is_dir() else path.stat().st_size
+
+
 def speed_table(name: str, found: dict[str, Any]) -> Iterable[str]:
-    """Medians of each test, tokens a second, and lobit's ratio to each peer."""
-    peers = [engine for engine in ENGINES if engine != "lobit" and found["missing"].get(engine) != "skipped"]
-    yield f"| {name}, tokens/s | lobit | " + " | ".join(f"{ENGINES[peer]} | lobit/{peer}" for peer in peers) + " |"
-    yield "|---" * (2 + 2 * len(peers)) + "|"
-    for test, engines in found["samples"].items():
-        medians = {engine: f"{statistics.median(values):.1f}" for engine, values in engines.items()}
-        ours = engines.get("lobit", [])
-        cells = (f"{medians.get(peer, '–')} | {ratio(ours, engines.get(peer, []))}" for peer in peers)
-        yield f"| {test} | {medians.get('lobit', '–')} | {' | '.join(cells)} |"
+    """Medians of each test, tokens a second, and ours over each rival's."""
+    engines = [engine for engine in ENGINES if found["missing"].get(engine) != "skipped"]
+    pairs = [(ours, rival) for ours in engines for rival in RIVALS.get(ours, ()) if rival in engines]
+    titles = [*(ENGINES[engine] for engine in engines), *(f"{ENGINES[ours]} / {ENGINES[rival]}" for ours, rival in pairs)]
+    yield f"| {name}, tokens/s | " + " | ".join(titles) + " |"
+    yield "|---" * (1 + len(titles)) + "|"
+    for test, samples in found["samples"].items():
+        medians = [f"{statistics.median(samples[engine]):.1f}" if engine in samples else "–" for engine in engines]
+        ratios = [ratio(samples.get(ours, []), samples.get(rival, [])) for ours, rival in pairs]
+        yield f"| {test} | " + " | ".join(medians + ratios) + " |"
     yield from (f"\n{ENGINES[engine]} could not be measured: {why}" for engine, why in found["missing"].items() if why != "skipped")
 
 
@@ -349,7 +377,8 @@ def report(result: dict[str, Any]) -> str:
     lines += ["", *export_table(models)]
     for name, found in models.items():
         if found["profile"]:
-            lines += ["", f"Where lobit's time goes, {name}, depth 0, ExecuTorch's profiler on:", "", *profile_table(found["profile"])]
+            title = f"Where the time goes on XNNPACK, {name}, depth 0, ExecuTorch's profiler on:"
+            lines += ["", title, "", *profile_table(found["profile"])]
     return "\n".join([*lines, "", *(f"- {note}" for note in NOTES)]) + "\n"
 
 
@@ -379,7 +408,7 @@ def main() -> int:
     """Makes, measures, prints; what is measured is written after every model."""
     given = parse()
     result: dict[str, Any] = {key: getattr(given, key) for key in ("threads", "rounds", "context")}
-    result |= {"cpu": cpu(), "versions": {name: metadata.version(name) for name in ("executorch", "torch")}, "models": {}}
+    result |= {"cpu": cpu(), "versions": {name: metadata.version(name) for name in ("executorch", "onnxruntime", "torch")}, "models": {}}
     for name in given.models:
         say(name)
         try:
