@@ -3,7 +3,7 @@
 Trains a Llama on tinyshakespeare and War and Peace with three seeds, then quantizes each of the three by every method, and writes
 `ablation.md` (tables), `ablation.png` (bits against perplexity) and `ablation.json` (all figures). About an hour on two cores; what is
 finished is kept in the work folder, and the same command goes on from there. With a GPU, `--scale large` trains a larger model longer.
-`--model demo` takes the shipped demo model and stories of its grammar instead.
+`--model demo` takes the shipped demo model and stories of its grammar instead, some twenty minutes.
 """
 
 from __future__ import annotations
@@ -71,8 +71,9 @@ class Scale:
 
 SCALES = {
     "smoke": Scale(512, 64, 128, 2, 20, 4, 4, 4),
-    "small": Scale(1024, 192, 512, 6, 1200, 120, 240, 16),
-    "large": Scale(2048, 512, 1536, 8, 6000, 600, 3000, 64),
+    "small": Scale(1024, 192, 512, 6, 1200, 360, 240, 16),
+    "demo": Scale(768, 128, 0, 8, 0, 360, 240, 8),
+    "large": Scale(2048, 512, 1536, 8, 6000, 1800, 3000, 64),
 }
 
 
@@ -109,9 +110,9 @@ def int4(group: int | None, learned: bool = False, gptq: bool = False) -> Recipe
     return Recipe(str(grid), "", (rule,), float_bits=16)
 
 
-def rows() -> list[Row]:
-    """All rows, in the order of the tables."""
-    tuned = Training(learning_rate=5e-4, distillation=1.0)
+def rows(demo: bool = False) -> list[Row]:
+    """All rows, in the order of the tables; of the demo model those that begin with it."""
+    tuned = Training(learning_rate=1e-4, distillation=1.0)
     found = []
     for group, where in ((32, "groups of 32"), (None, "per channel")):
         found += [
@@ -135,7 +136,7 @@ def rows() -> list[Row]:
         ("Bonsai, two stages", "bonsai", replace(bonsai, tuning_samples=128)),
         ("binary (BiLM)", "bilm", two_stage),
     )
-    for scratch, (method, recipe, training) in product((False, True), ternary):
+    for scratch, (method, recipe, training) in product((False,) if demo else (False, True), ternary):
         table = "ternary, from scratch" if scratch else "ternary, from the float model"
         found.append(Row(table, method, find_recipe(recipe), training, scratch, "ternary_steps"))
     return found
@@ -300,7 +301,7 @@ def work(subject: Subject, seed: int, row: Row | None) -> dict[str, Any] | None:
 
 def everything(subject: Subject, jobs: int, report: Callable[[str], None]) -> list[dict[str, Any]]:
     """All rows of all seeds, `jobs` at once; the rows of a seed begin when its float model is there."""
-    wanted = [Row("float", "float", replace(find_recipe("fp"), float_bits=16)), *rows()]
+    wanted = [Row("float", "float", replace(find_recipe("fp"), float_bits=16)), *rows(subject.demo)]
     found: dict[tuple[int, int], dict[str, Any]] = {}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         floats = {pool.submit(work, subject, seed, None): seed for seed in SEEDS}
@@ -320,24 +321,26 @@ def everything(subject: Subject, jobs: int, report: Callable[[str], None]) -> li
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=SCALES, default="small")
+    parser.add_argument("--scale", choices=SCALES, help="default: small, or that of the demo model")
     parser.add_argument("--model", choices=("own", "demo"), default="own")
     parser.add_argument("--work", type=Path, default=Path("bench-out/ablation"), help="for what is finished")
     parser.add_argument("--out", type=Path, default=OUT, help="for tables and picture")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at once, one thread each")
     arguments = parser.parse_args()
-    place = arguments.work / f"{arguments.model}-{arguments.scale}"
+    scale = arguments.scale or ("demo" if arguments.model == "demo" else "small")
+    name = scale if scale == arguments.model else f"{arguments.model}-{scale}"
+    place = arguments.work / name
     place.mkdir(parents=True, exist_ok=True)
     device, start = join(), time.monotonic()
-    subject = Subject(SCALES[arguments.scale], place, arguments.model == "demo", device)
+    subject = Subject(SCALES[scale], place, arguments.model == "demo", device)
 
     def report(line: str) -> None:
         print(f"{time.monotonic() - start:6.0f} s  {line}", file=sys.stderr, flush=True)
 
     found = everything(subject, 1 if device != "cpu" else arguments.jobs, report)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    command = f"python tests/benchmarks/ablation.py --scale {arguments.scale} --model {arguments.model}"
-    write_report(found, asdict(subject.scale), command, arguments.out / f"{arguments.model}-{arguments.scale}")
+    command = f"python tests/benchmarks/ablation.py --scale {scale} --model {arguments.model}"
+    write_report(found, asdict(subject.scale), command, arguments.out / name)
 
 
 if __name__ == "__main__":
