@@ -18,7 +18,7 @@ from lobit.export.onnx_graph import emit
 from lobit.export.onnx_standard import LOGITS, POSITIONS, TOKENS, cache_names
 from lobit.export.onnx_weights import SMALLEST_BLOCK, product_bits, product_block, rounds_inputs, row_block
 from lobit.export.stages import Count
-from lobit.export.target import Lowered, Needs, Spec
+from lobit.export.target import Costs, Lowered, Needs, Spec
 from lobit.kept import Kept
 from lobit.model import Config, Transformer
 from lobit.quant_recipes.apply import Fate, fates, skeleton
@@ -30,6 +30,14 @@ GENAI_FILE = "genai_config.json"
 SLACK = 64
 """Slots of a layer's cache beyond its window: it is moved up when they are full, not with every token."""
 NAMES: dict[int, str] = {TensorProto.INT64: "int64", TensorProto.FLOAT: "float32"}
+COSTS = Costs(
+    imports_seconds=3.0,
+    imports_bytes=710_000_000,  # PyTorch above all
+    model_copies=1.1,
+    head_copies=5.2,  # the widest layer, while it is quantized
+    seconds_per_parameter={"quantize": 11e-9, "lower": 1e-9, "write": 6e-9},
+    seconds_per_part=0.1,
+)
 WORKSPACE = 40
 """Bytes for each token and feed-forward element of a chunk."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lobit.errors import LobitError
 from lobit.export.bundle import check_context, parameter_count
-from lobit.export.target import Needs, Spec, find_target
+from lobit.export.target import Costs, Needs, Spec, find_target
 from lobit.model import Config
 from lobit.quant_recipes.apply import fates, problems
 from lobit.quant_recipes.quantized import empty_model
@@ -21,17 +21,6 @@ from lobit.runtime.manifest import CacheInfo, TensorGroup
 
 if TYPE_CHECKING:
     from lobit.export.plan_detail import Detail
-
-IMPORTS_BYTES = 830_000_000
-"""Of the exporter before it has a model: PyTorch and ExecuTorch."""
-MODEL_COPIES = 1.6
-"""Of the quantized model: itself, and what is packed to be kept or written."""
-HEAD_COPIES = 9
-"""Of the head while its part is lowered: random weights, packed ones, and what ExecuTorch's serializer holds of them."""
-IMPORTS_SECONDS = 9.0
-SECONDS_PER_PARAMETER = {"quantize": 11e-9, "lower": 12e-9, "write": 6e-9}
-SECONDS_PER_PART = 0.85
-"""On two cores of a server."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +85,7 @@ def plan(config: Config, spec: Spec, target: str) -> Plan:
     if not found:
         needs = module.needs(empty_model(config, recipe), spec)
     file_bytes = sum(group.bytes for group in weights) + needs.overhead_bytes
-    seconds = expected_seconds(parameters, needs)
+    seconds = expected_seconds(parameters, needs, module.COSTS)
     checkpoint = checkpoint_sizes(config, recipe)
     checkpoint_bytes = sum(size.bytes for size in checkpoint)
     return Plan(
@@ -110,26 +99,26 @@ def plan(config: Config, spec: Spec, target: str) -> Plan:
         cache=cache,
         context=spec.context,
         chunk=spec.chunk,
-        host_peak_bytes=host_peak(config, recipe),
+        host_peak_bytes=host_peak(config, recipe, module.COSTS),
         device_peak_bytes=needs.device_peak_bytes,
-        export_seconds=IMPORTS_SECONDS + sum(seconds.values()),
+        export_seconds=module.COSTS.imports_seconds + sum(seconds.values()),
         problems=found,
     )
 
 
-def expected_seconds(parameters: int, needs: Needs) -> dict[str, float]:
-    """Seconds of each stage of an export."""
-    seconds = {name: rate * parameters for name, rate in SECONDS_PER_PARAMETER.items()}
-    seconds["lower"] += SECONDS_PER_PART * needs.parts
+def expected_seconds(parameters: int, needs: Needs, costs: Costs) -> dict[str, float]:
+    """Seconds of each stage of an export, on two cores of a server."""
+    seconds = {name: rate * parameters for name, rate in costs.seconds_per_parameter.items()}
+    seconds["lower"] += costs.seconds_per_part * needs.parts
     return seconds
 
 
-def host_peak(config: Config, recipe: Recipe) -> int:
-    """Bytes of memory that an export needs: the quantized model, and what the head takes while its part is lowered."""
+def host_peak(config: Config, recipe: Recipe, costs: Costs) -> int:
+    """Bytes of memory that an export needs: the quantized model, and what the head takes while it is lowered."""
     model = head = 0
     for fate in fates(config, recipe):
         size = fate.shape[0] * fate.shape[1] * (1 if fate.rule else 4)
         model += 0 if fate.shared_with else size
         head = size
-    return round(IMPORTS_BYTES + MODEL_COPIES * model + HEAD_COPIES * head)
+    return round(costs.imports_bytes + costs.model_copies * model + costs.head_copies * head)
 

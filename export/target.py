@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -66,8 +66,28 @@ class Needs:
     """Of memory when the context is full, weights included."""
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What exports to a target take on the machine where they run, fitted to exports of many sizes."""
+
+    imports_seconds: float
+    """Of all exports."""
+    imports_bytes: int
+    """Of the exporter before it has a model."""
+    model_copies: float
+    """Of the quantized model in memory."""
+    head_copies: float
+    """Of the head, besides."""
+    seconds_per_parameter: Mapping[str, float]
+    """Of each stage."""
+    seconds_per_part: float
+    """Of what is lowered."""
+
+
 class Target(Protocol):
     """The names that a target's module has."""
+
+    COSTS: Costs
 
     def versions(self) -> dict[str, str]:
         """Of the packages that the target is lowered with."""

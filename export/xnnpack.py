@@ -21,7 +21,7 @@ from lobit.export.parts import Interpreter, Parts, Step
 from lobit.export.program import build, replace_layers
 from lobit.export.pte import write_program
 from lobit.export.stages import Count
-from lobit.export.target import Lowered, Needs, Spec
+from lobit.export.target import Costs, Lowered, Needs, Spec
 from lobit.kept import Kept
 from lobit.model import Config, QuarterTurn, RMSNorm, Transformer
 from lobit.quant_recipes.apply import Fate, fates, skeleton
@@ -34,6 +34,14 @@ PROGRAM_FILE = "model.pte"
 OVERHEAD, PER_ARGUMENT, PER_PART = 20_000, 69, 1_800
 PER_LAYER, PER_INTEGER_LAYER, PER_INTEGER_CACHE = 3_000, 2_200, 1_300
 """Bytes of a file besides weights: its head, values and instructions, small graphs, and a graph for each layer's products."""
+COSTS = Costs(
+    imports_seconds=9.0,
+    imports_bytes=830_000_000,  # PyTorch and ExecuTorch
+    model_copies=1.6,  # itself, and what is packed to be kept or written
+    head_copies=9,  # random weights, packed ones, and what ExecuTorch's serializer holds of them
+    seconds_per_parameter={"quantize": 11e-9, "lower": 12e-9, "write": 6e-9},
+    seconds_per_part=0.85,
+)
 WORKSPACE = 16
 """Bytes for each token and feed-forward element of a chunk."""
 

@@ -173,8 +173,9 @@ def export(
     with new_folder(out, resume=True) as folder:
         settings = {"recipe": recipe and recipe.to_json(), "request": replace(request, command=()), "versions": bundle.versions(target)}
         kept = Kept(folder / KEPT, key_of(source, **settings))
-        needs = find_target(target).needs(empty_model(config, asked), spec)
-        stages = Stages(expected_seconds(bundle.parameter_count(config), needs), progress)
+        module = find_target(target)
+        needs = module.needs(empty_model(config, asked), spec)
+        stages = Stages(expected_seconds(bundle.parameter_count(config), needs, module.COSTS), progress)
         with stages.stage("quantize") as count:
             integer, used = _kept_checkpoint(source, recipe, kept, count)
         manifest = bundle.write_bundle(integer, used, request, folder, kept, stages)

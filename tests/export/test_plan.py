@@ -77,16 +77,17 @@ EXPORT = """
 import sys
 from pathlib import Path
 from lobit import verbs
-verbs.export("demo", "xnnpack", Path(sys.argv[1]), recipe=verbs.choose_recipe("8da4w-g32"), context=192, chunk=64)
+verbs.export("demo", sys.argv[2], Path(sys.argv[1]), recipe=verbs.choose_recipe("8da4w-g32"), context=192, chunk=64)
 """
 MEMORY_SHARE = 0.20
 
 
 @pytest.mark.slow
-def test_the_plan_says_what_memory_the_export_takes(tmp_path: Path, another_process: Any) -> None:
-    another_process(EXPORT, tmp_path / "bundle")
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_plan_says_what_memory_the_export_takes(target: str, tmp_path: Path, another_process: Any) -> None:
+    another_process(EXPORT, tmp_path / "bundle", target)
     stages = json.loads((tmp_path / "bundle" / "build.json").read_text(encoding="utf-8"))["stages"]
     assert [stage["name"] for stage in stages] == ["quantize", "lower", "write"]
     found = max(stage["peak_rss_bytes"] for stage in stages)
-    plan = verbs.plan("demo", verbs.choose_recipe("8da4w-g32"), "xnnpack", context=192, chunk=64)
+    plan = verbs.plan("demo", verbs.choose_recipe("8da4w-g32"), target, context=192, chunk=64)
     assert abs(plan.host_peak_bytes - found) < MEMORY_SHARE * found
