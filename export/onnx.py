@@ -24,6 +24,7 @@ from lobit.model import Config, Transformer
 from lobit.quant_recipes.apply import Fate, fates, skeleton
 from lobit.quant_recipes.sizes import kind_of
 from lobit.runtime.manifest import CacheInfo, Delegation, FileEntry, Port, TensorGroup
+from lobit.runtime.onnxruntime import FLOAT_INPUTS
 
 PROVIDER = "CPUExecutionProvider"
 GENAI_FILE = "genai_config.json"
@@ -51,9 +52,10 @@ def check(spec: Spec, config: Config) -> list[str]:
     """Every reason why ONNX Runtime's operators cannot hold the model under the recipe."""
     groups = {fate.rule.weights.group_size for fate in fates(config, spec.recipe) if fate.rule} - {None}
     odd = sorted(size for size in groups if size and size & -size < SMALLEST_BLOCK)
-    if odd:
-        return [f"group_size={', '.join(map(str, odd))}: blocks of ONNX Runtime's products have {SMALLEST_BLOCK} weights or more"]
-    return []
+    if spec.portable or not odd:
+        return []
+    told = f"group_size={', '.join(map(str, odd))}: ONNX Runtime's products need a multiple of {SMALLEST_BLOCK}"
+    return [f"{told}: choose such a size, or --portable"]
 
 
 def slots(spec: Spec, config: Config) -> list[int]:
@@ -139,9 +141,9 @@ def graph(model: Transformer, spec: Spec) -> None:
 def lower(model: Transformer, spec: Spec, kept: Kept, count: Count) -> Lowered:
     """The graph; its weights are still those of the model."""
     graph = emit(model, spec)
-    left = _operators(graph.nodes if spec.portable else graph.composed)
+    left = _operators(graph.composed)
     taken = _operators(graph.nodes) - left
-    ranges: dict[str, int | str] = {"tokens": f"1..{spec.chunk}", "past": f"0..{spec.context}", "total": f"1..{spec.context}"}
+    ranges: dict[str, int | str] = {"tokens": f"1..{spec.chunk}", "past": f"0..{spec.context - 1}", "total": f"1..{spec.context}"}
     ranges |= {slots_name(layer.window): size for layer, size in zip(model.config.layers, slots(spec, model.config), strict=True)}
     inputs, outputs = ([_port(value, ranges) for value in ports] for ports in (graph.inputs, graph.outputs))
     delegation = Delegation(PROVIDER, 1, dict(sorted(taken.items())), dict(sorted(left.items())))
@@ -173,7 +175,7 @@ def genai_config(spec: Spec, config: Config) -> dict[str, Any]:
     (keys, keys_after), (values, values_after) = ((name.replace(".0.", ".%d.") for name in pair) for pair in cache_names(0))
     inputs = {"input_ids": TOKENS, "past_key_names": keys, "past_value_names": values} | ({"position_ids": POSITIONS} if in_place else {})
     decoder = {
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **(FLOAT_INPUTS if spec.portable else {})},
         "filename": GRAPH_FILE,
         "head_size": config.head_dim,
         "hidden_size": config.hidden_size,
@@ -188,7 +190,7 @@ def genai_config(spec: Spec, config: Config) -> dict[str, Any]:
         # Of its model types the one that has nothing beside a decoder.
         "type": "llama",
         "bos_token_id": end if spec.bos is None else spec.bos,
-        "eos_token_id": list(spec.stop) or [end],
+        "eos_token_id": list(spec.stop),
         "pad_token_id": end,
         "context_length": spec.context,
         "vocab_size": config.vocab_size,

@@ -33,7 +33,7 @@ class Region:
     offset: int
     bytes: int
     make: Bytes
-    """Its contents, as a contiguous tensor."""
+    """Its contents."""
 
 
 class Graph:
@@ -46,7 +46,7 @@ class Graph:
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.regions: dict[Any, Region] = {}
         self.composed: list[onnx.NodeProto] = []
-        """Of the nodes: those that stand for an operator of the runtime which does not take this model."""
+        """Of the nodes: those that stand, several together, for an operator that was not taken."""
         self.data_bytes = 0
         self._scope: list[str] = []
         self._times: Counter[str] = Counter()
@@ -57,6 +57,13 @@ class Graph:
         self._scope.append(name)
         yield
         self._scope.pop()
+
+    @contextlib.contextmanager
+    def composing(self) -> Iterator[None]:
+        """Counts what is added inside as composed."""
+        before = len(self.nodes)
+        yield
+        self.composed += self.nodes[before:]
 
     def name(self, what: str) -> str:
         """A name that nothing else has, in the scope."""

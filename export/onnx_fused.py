@@ -65,7 +65,8 @@ class Fused(Standard):
                 waves = rotary_table(every, frequencies, torch.tensor(factor))
                 self.tables[rope] = tuple(parameter(graph, name, wave[:, 0]) for name, wave in zip(("cos", "sin"), waves, strict=True))  # type: ignore[assignment]
         if any(not turns_inside(config, rope) for rope in self.ropes):
-            self._turn(graph.op("Squeeze", positions, self.integers(0)))
+            with graph.composing():
+                self._turn(graph.op("Squeeze", positions, self.integers(0)))
         return tokens
 
     def _rows(self, embedding: nn.Module, tokens: str) -> str:
@@ -118,12 +119,9 @@ class Fused(Standard):
             return graph.fused("MatMulNBits", x, weight, scale, *(["", "", bias] if bias else []), **sizes, accuracy_level=level)
 
     def _biases(self, modules: Sequence[nn.Module]) -> str:
-        """The biases of joined modules, 0 where one has none; nothing where none has one."""
-        biases = [bias_of(module) for module in modules]
-        if all(bias is None for bias in biases):
-            return ""
-        rows = [torch.zeros(rows_of(module)) if bias is None else bias for bias, module in zip(biases, modules, strict=True)]
-        return parameter(self.graph, "bias", *rows)
+        """The biases of joined modules, of which all have one or none has."""
+        biases = [bias for bias in map(bias_of, modules) if bias is not None]
+        return parameter(self.graph, "bias", *biases) if biases else ""
 
     def _apart(self, names: Sequence[str], owner: nn.Module, x: str) -> Sequence[str]:
         """The outputs of an owner's linears that have one input."""
@@ -147,10 +145,7 @@ class Fused(Standard):
     def attend(self, layer: int, block: Block, x: str) -> str:
         """See `Standard.attend`."""
         if not self.in_place:
-            before = len(self.graph.nodes)
-            y = super().attend(layer, block, x)
-            self.graph.composed += self.graph.nodes[before:]
-            return y
+            return super().attend(layer, block, x)
         graph, config, attention = self.graph, self.config, block.attention
         rope, window, modules = attention.rope, config.layers[layer].window, [attention.q, attention.k, attention.v]
         inside = rope is not None and turns_inside(config, rope)

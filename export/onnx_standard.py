@@ -24,7 +24,7 @@ from lobit.quant_recipes.recipe import Rule
 
 TOKENS, POSITIONS, LOGITS = "input_ids", "position_ids", "logits"
 """Names of ports: those of onnxruntime-genai where it has them."""
-HIDDEN = -1e9
+MASKED = -1e9
 """Added to the score of a key that a query must not see."""
 EVERYTHING = np.iinfo(np.int64).max
 """The end of a slice that has none."""
@@ -51,7 +51,7 @@ class Standard:
         self.tables: dict[Rope, tuple[str, str]] = {}
         """Cosine and sine [T, 1, dim / 2]."""
         self.masks: dict[int | None, str] = {}
-        """For each window: 0 where a query sees a key, `HIDDEN` where not, [T, S]."""
+        """For each window: 0 where a query sees a key, `MASKED` where not, [T, S]."""
 
     def integers(self, *values: int) -> str:
         """A constant int64 [n]."""
@@ -69,6 +69,13 @@ class Standard:
             for before, after in cache_names(layer):
                 graph.input(before, TensorProto.FLOAT, [1, config.kv_heads, "past", config.head_dim])
                 graph.output(after, TensorProto.FLOAT, [1, config.kv_heads, "total", config.head_dim])
+        with graph.composing():
+            self._place(tokens)
+        return tokens
+
+    def _place(self, tokens: str) -> None:
+        """All that follows from the positions of the call's tokens: rotary tables and masks."""
+        graph, config = self.graph, self.config
         past = graph.op("Squeeze", graph.op("Shape", cache_names(0)[0][0], start=2, end=3))
         total = graph.op("Add", past, graph.op("Squeeze", graph.op("Shape", tokens, start=1, end=2)))
         positions = graph.op("Range", past, total, self.number(1))
@@ -79,8 +86,7 @@ class Standard:
             hidden = graph.op("Less", distance, self.number(0))
             if window is not None:
                 hidden = graph.op("Or", hidden, graph.op("GreaterOrEqual", distance, self.number(window)))
-            self.masks[window] = graph.op("Where", hidden, graph.constant(HIDDEN), graph.constant(0.0))
-        return tokens
+            self.masks[window] = graph.op("Where", hidden, graph.constant(MASKED), graph.constant(0.0))
 
     def _turn(self, positions: str) -> None:
         """Cosines and sines of the call's positions [T]."""
@@ -158,7 +164,7 @@ class Standard:
         if grid.group_size:
             scale, blocks = parameter(graph, "scale", module.scale, transposed=True), {"axis": 0, "block_size": grid.group_size}
         else:
-            scale, blocks = parameter(graph, "scale", module.scale[:, 0]), {"axis": 1}
+            scale, blocks = parameter(graph, "scale", module.scale, flat=True), {"axis": 1}
         weight = graph.op("DequantizeLinear", store(graph, module.integers, transposed=True), scale, **blocks)
         return graph.op("MatMul", x, weight)
 
@@ -183,8 +189,14 @@ class Standard:
 
     def attend(self, layer: int, block: Block, x: str) -> str:
         """What of the normed stream [1, T, D] attention gives: [1, T, H · E]."""
+        heads = self._heads(block, x)
+        with self.graph.composing():
+            return self._attention(layer, *heads)
+
+    def _attention(self, layer: int, *heads: str) -> str:
+        """Of q [1, T, H, E], k and v [1, T, K, E]."""
         graph, config = self.graph, self.config
-        q, k, v = (graph.op("Transpose", part, perm=[0, 2, 1, 3]) for part in self._heads(block, x))
+        q, k, v = (graph.op("Transpose", part, perm=[0, 2, 1, 3]) for part in heads)
         (k_past, k_all), (v_past, v_all) = cache_names(layer)
         graph.nodes_of("Concat", [k_past, k], [k_all], axis=2)
         graph.nodes_of("Concat", [v_past, v], [v_all], axis=2)
@@ -213,6 +225,10 @@ class Standard:
 
     def _rotated(self, x: str, rope: Rope) -> str:
         """Rotary embedding of x [1, T, heads, E]."""
+        with self.graph.composing():
+            return self._turned(x, rope)
+
+    def _turned(self, x: str, rope: Rope) -> str:
         graph, (cos, sin) = self.graph, self.tables[rope]
         sizes = [size for size in (rope.dim // 2, rope.dim // 2, self.config.head_dim - rope.dim) if size]
         a, b, *rest = graph.nodes_of("Split", [x, self.integers(*sizes)], len(sizes), axis=-1)

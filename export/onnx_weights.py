@@ -64,11 +64,11 @@ def _store(graph: Graph, name: str, dtype: int, shape: Sequence[int], key: Seque
     return graph.weight(name, dtype, shape, math.ceil(math.prod(shape) * ITEM[dtype]), (dtype, *key), make)
 
 
-def parameter(graph: Graph, name: str, *tensors: Tensor, transposed: bool = False) -> str:
-    """Floats [n, …] one after the other, in float32."""
+def parameter(graph: Graph, name: str, *tensors: Tensor, transposed: bool = False, flat: bool = False) -> str:
+    """Floats [n, …] one after the other, in float32, or as [n] where they are [n, 1]."""
     rows = sum(len(tensor) for tensor in tensors)
-    shape = (rows, *tensors[0].shape[1:])
-    key = (transposed, *map(id, tensors))
+    shape = (rows,) if flat else (rows, *tensors[0].shape[1:])
+    key = (transposed, flat, *map(id, tensors))
 
     def make() -> Tensor:
         joined = torch.cat([tensor.detach() for tensor in tensors]).float()

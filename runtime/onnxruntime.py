@@ -17,7 +17,8 @@ from lobit.runtime.engine import Logits, Step, SteppingEngine
 from lobit.runtime.verify import StoredLayer
 
 TOKENS, POSITIONS, LOGITS = "input_ids", "position_ids", "logits"
-DATA = "model.onnx.data"
+FLOAT_INPUTS = {"session.qdq_matmulnbits_accuracy_level": "1"}
+"""Setting of a session: inputs of a weight's DequantizeLinear and MatMul, which ONNX Runtime joins to one product, stay floats."""
 PAST, PRESENT = "past_key_values.", "present."
 
 
@@ -72,8 +73,8 @@ def stepper(path: Path, slots: list[int], threads: int | None = None, provider: 
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads or os.cpu_count() or 1
     options.log_severity_level = 4
-    # Standard operators that ONNX Runtime joins to one product: their inputs stay floats.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    for name, value in FLOAT_INPUTS.items():
+        options.add_session_config_entry(name, value)
     try:
         session = runtime.InferenceSession(str(path), options, providers=[provider])
         kind = InPlace if POSITIONS in (port.name for port in session.get_inputs()) else Growing
@@ -95,8 +96,14 @@ class Growing:
     """
 
     def __init__(self, runtime: Any, session: Any, slots: list[int]) -> None:
-        self.runtime, self.session, self.slots = runtime, session, slots
-        self.pasts = [port for port in session.get_inputs() if port.name.startswith(PAST)]
+        self.runtime, self.session = runtime, session
+        inputs, outputs = ({port.name: port for port in ports} for ports in (session.get_inputs(), session.get_outputs()))
+        self.pasts = [port for name, port in inputs.items() if name.startswith(PAST)]
+        missing = {TOKENS, LOGITS, *(port.name.replace(PAST, PRESENT) for port in self.pasts)} - {*inputs, *outputs}
+        sizes = [port.shape[axis] for port in self.pasts for axis in (1, 3)]
+        if missing or len(self.pasts) != 2 * len(slots) or not all(isinstance(size, int) for size in sizes):
+            raise ValueError(f"its ports are not those of {len(slots)} layers")
+        self.logits_port = outputs[LOGITS]
         self.caches: dict[str, Any] = {}
 
     def __call__(self, tokens: list[int], position: int) -> Logits:
@@ -136,13 +143,12 @@ class InPlace(Growing):
             value = self._zeros(1, port.shape[1], size, port.shape[3])
             self.binding.bind_ortvalue_input(port.name, value)
             self.binding.bind_ortvalue_output(port.name.replace(PAST, PRESENT), value)
-        (self.port,) = (port for port in session.get_outputs() if port.name == LOGITS)
-        self.logits = self._zeros(1, 0, self.port.shape[2])
+        self.logits = self._zeros(1, 0, self.logits_port.shape[2])
 
     def __call__(self, tokens: list[int], position: int) -> Logits:
-        scored = 1 if self.port.shape[1] == 1 else len(tokens)
+        scored = 1 if self.logits_port.shape[1] == 1 else len(tokens)
         if self.logits.shape()[1] != scored:
-            self.logits = self._zeros(1, scored, self.port.shape[2])
+            self.logits = self._zeros(1, scored, self.logits_port.shape[2])
             self.binding.bind_ortvalue_output(LOGITS, self.logits)
         for name, values in ((TOKENS, tokens), (POSITIONS, range(position, position + len(tokens)))):
             self.binding.bind_ortvalue_input(name, self._value(np.array([values], np.int64)))
@@ -154,16 +160,17 @@ class GraphFile:
     """An ONNX file and its data, taken apart; nothing is run.
 
     Args:
-        path: of the graph. Its data file must lie beside it.
+        path: of the graph.
+        data: of its weights, in the same folder.
 
     Raises:
         BundleError: a file is damaged, or the data are missing or short.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, data: Path) -> None:
         import onnx
 
-        self.path = path
+        self.path, self.data = path, data
         try:
             self.graph = onnx.load(path, load_external_data=False).graph
         except Exception as error:  # protobuf raises several kinds, all of them mean a damaged file
@@ -181,10 +188,10 @@ class GraphFile:
         tensor = self.initializers[name]
         described = {entry.key: entry.value for entry in tensor.external_data}
         if described:
-            start, length, place = int(described["offset"]), int(described["length"]), self.path.parent / DATA
-            if described["location"] != DATA or start < 0 or not 0 <= length <= place.stat().st_size - start:
-                raise self._damaged(f"the data of {name} are not in {DATA}")
-            with place.open("rb") as file:
+            start, length = int(described["offset"]), int(described["length"])
+            if described["location"] != self.data.name or start < 0 or not 0 <= length <= self.data.stat().st_size - start:
+                raise self._damaged(f"the data of {name} are not in {self.data.name}")
+            with self.data.open("rb") as file:
                 file.seek(start)
                 tensor = onnx.TensorProto(name=name, data_type=tensor.data_type, dims=tensor.dims, raw_data=file.read(length))
         values = onnx.numpy_helper.to_array(tensor)
@@ -204,10 +211,9 @@ class GraphFile:
             match node.op_type:
                 case "GatherBlockQuantized":
                     yield self._blocks(node, node.input[0], node.input[2])
-                case "Gather" if node.input[0] in self.initializers and node.input[1] == TOKENS:
+                case "Gather" if node.input[1] == TOKENS and node.input[0].endswith("weight"):
                     table = self.constant(node.input[0])
-                    if not node.input[0].endswith("scale"):
-                        yield StoredLayer(node.name, table, self._row_scales(node.input[0]) if table.dtype == np.int8 else None)
+                    yield StoredLayer(node.name, table, self._row_scales(node.input[0]) if table.dtype == np.int8 else None)
                 case "MatMulNBits":
                     yield self._blocks(node, node.input[1], node.input[2])
                 case "FusedMatMul":
@@ -216,10 +222,9 @@ class GraphFile:
                     yield self._product(node, source)
 
     def _source(self, name: str) -> str:
-        """The constant that a weight was cast or dequantized from."""
-        while name in self.makers and self.makers[name].op_type in ("Cast", "DequantizeLinear"):
-            name = self.makers[name].input[0]
-        return name
+        """The constant that a weight was cast or dequantized from, or the weight's own name."""
+        maker = self.makers.get(name)
+        return str(maker.input[0]) if maker is not None and maker.op_type in ("Cast", "DequantizeLinear") else name
 
     def _row_scales(self, table: str) -> NDArray[np.float32]:
         """Of an embedding's integers: the other constant that tokens choose rows of."""
@@ -233,19 +238,30 @@ class GraphFile:
         weight, maker = self.constant(source).T, self.makers.get(node.input[1])
         if maker is None or maker.op_type != "DequantizeLinear":
             return StoredLayer(node.name, weight, None)
+        self._check_symmetric(maker, 2)
         scale = self.constant(maker.input[1])
         return StoredLayer(node.name, weight, scale.T if scale.ndim == 2 else scale[:, None])
 
+    def _check_symmetric(self, node: Any, place: int) -> None:
+        """Refuses zero points, which would be an input at `place`: no grid has them."""
+        if any(node.input[place : place + 2]):
+            raise self._damaged(f"{node.name} has zero points")
+
     def _blocks(self, node: Any, weight: str, scale: str) -> StoredLayer:
         """Integers in the blocks of MatMulNBits: codes from 0 on, the first in the lowest bits."""
+        self._check_symmetric(node, 3)
         sizes = {attribute.name: attribute.i for attribute in node.attribute}
         bits, packed = sizes["bits"], self.constant(weight)
         packed = packed.reshape(len(packed), -1)
+        columns = sizes.get("K", packed.shape[1] * 8 // max(bits, 1))
+        rows = sizes.get("N", len(packed))
+        if bits not in (2, 4, 8) or not 0 < columns <= packed.shape[1] * 8 // bits or rows != len(packed):
+            raise self._damaged(f"{node.name} has {rows} x {columns} weights of {bits} bits")
         codes = np.stack([packed >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)], axis=2).reshape(len(packed), -1)
         integers = (codes.astype(np.int16) - (1 << bits - 1)).astype(np.int8)
-        return StoredLayer(node.name, integers[:, : sizes.get("K", integers.shape[1])], self.constant(scale))
+        return StoredLayer(node.name, integers[:, :columns], self.constant(scale))
 
 
 def read_weights(bundle: Bundle) -> Iterator[StoredLayer]:
     """The graph's embedding and products in the order of execution (`verify.WeightReader`)."""
-    return GraphFile(bundle.path("program")).layers()
+    return GraphFile(bundle.path("program"), bundle.path("weights")).layers()

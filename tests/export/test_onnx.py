@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from lobit import verbs
 from lobit.checkpoint import load_config, load_model
 from lobit.export import onnx as target
-from lobit.export.onnx_file import GRAPH_FILE, PAGE
+from lobit.export.onnx_file import GRAPH_FILE
 from lobit.export.onnx_graph import emit
 from lobit.export.onnx_weights import product_block, row_block
 from lobit.export.target import Spec
@@ -35,6 +35,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CONTEXT, CHUNK, THREADS = 96, 24, 1
 FLOAT_RELATIVE = 1e-4
 """Of the largest logit: sums of float32 in another order give about 1e-6."""
+PORTABLE_KL = 1e-6
+"""Nats, mean over a walk: inputs are rounded as the recipe says, up to entries on a boundary; without that rounding 7e-5 and more."""
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(0, 64, 60)]
 CALLS = [1, 5, CHUNK]
 RECIPES = [name for name in CATALOG if not name.startswith("gptq")]
@@ -74,7 +76,13 @@ def test_every_recipe_runs_as_it_was_quantized(model: str, name: str, portable: 
     if exact:
         assert (np.abs(found - expected).max(axis=1) / np.abs(expected).max(axis=1)).max() < FLOAT_RELATIVE
     else:
-        assert kl_divergence(log_softmax(expected), log_softmax(found)).mean() < CONVERSION.limit
+        assert kl_divergence(log_softmax(expected), log_softmax(found)).mean() < (PORTABLE_KL if portable else CONVERSION.limit)
+    levels = [next(one.i for one in node.attribute if one.name == "accuracy_level") for node in products(bundle)]
+    assert set(levels) == (set() if portable or name == "fp" else {4} if name in ROUNDED_INPUTS else {0})
+
+
+def products(bundle: Path) -> list[onnx.NodeProto]:
+    return [node for node in onnx.load(bundle / GRAPH_FILE, load_external_data=False).graph.node if node.op_type == "MatMulNBits"]
 
 
 @pytest.mark.parametrize("portable", [False, True])
@@ -127,16 +135,17 @@ def test_groups_that_no_block_divides_are_refused(models: Any) -> None:
     (problem,) = target.check(Spec(recipe, CONTEXT, CHUNK), load_config(models("llama")))
     assert "group_size=8" in problem
     assert "16" in problem
+    assert "--portable" in problem
+    assert target.check(Spec(recipe, CONTEXT, CHUNK, portable=True), load_config(models("llama"))) == []
 
 
-def test_a_tied_table_is_stored_once(models: Any, tmp_path: Path) -> None:
-    def bytes_of(untied: bool) -> int:
-        recipe = replace(find_recipe("8da4w-g32"), untied=untied)
-        return open_bundle(export(models("qwen3"), recipe, tmp_path / str(untied))).manifest.file("weights").bytes
+@pytest.mark.parametrize("recipe", ["fp", "8da4w-g32", "8da8w"])
+def test_a_tied_table_is_stored_once(recipe: str, models: Any) -> None:
+    def stored(untied: bool) -> int:
+        chosen = replace(find_recipe(recipe), untied=untied)
+        return len(emit(convert(load_model(models("qwen3")), chosen), Spec(chosen, CONTEXT, CHUNK)).regions)
 
-    config = load_config(models("qwen3"))
-    table = config.vocab_size * config.hidden_size * 5 // 8
-    assert abs(bytes_of(True) - bytes_of(False) - table) < 2 * PAGE
+    assert stored(True) - stored(False) == (1 if recipe == "fp" else 2), "a weight, and its scales"
 
 
 @pytest.mark.parametrize("name", ["fp", "8da4w-g32", "8da8w", "bitnet", "bonsai"])
@@ -161,7 +170,7 @@ def test_a_portable_graph_is_valid_and_the_reference_evaluator_runs_it(model: st
         caches = {name: named[name.replace("past_key_values", "present")] for name in caches}
         found, expected = named["logits"][:, -1], engine.prefill(tokens)[None]
         if any(rule.activation_bits for rule in recipe.rules):
-            assert kl_divergence(log_softmax(expected), log_softmax(found)).mean() < CONVERSION.limit
+            assert kl_divergence(log_softmax(expected), log_softmax(found)).mean() < PORTABLE_KL
         else:
             assert np.abs(found - expected).max() / np.abs(expected).max() < FLOAT_RELATIVE
 

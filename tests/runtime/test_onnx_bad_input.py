@@ -82,6 +82,13 @@ def attribute(graph: onnx.GraphProto, kind: str, name: str, value: int) -> None:
     next(one for node in graph.node if node.op_type == kind for one in node.attribute if one.name == name).i = value
 
 
+def rename(graph: onnx.GraphProto, name: str, other: str) -> None:
+    """An input."""
+    next(port for port in graph.input if port.name == name).name = other
+    for node in graph.node:
+        node.input[:] = [other if one == name else one for one in node.input]
+
+
 def external(graph: onnx.GraphProto, key: str, value: str) -> None:
     tensor = next(one for one in graph.initializer if one.name == of_kind(graph, "MatMulNBits").input[1])
     next(entry for entry in tensor.external_data if entry.key == key).value = value
@@ -92,6 +99,9 @@ EDITS: dict[str, Callable[[onnx.GraphProto], Any]] = {
     "a product that is wider": lambda graph: attribute(graph, "MatMulNBits", "N", 1 << 20),
     "a product that is longer": lambda graph: attribute(graph, "MatMulNBits", "K", 4096),
     "other bits": lambda graph: attribute(graph, "MatMulNBits", "bits", 3),
+    "a great many bits": lambda graph: attribute(graph, "MatMulNBits", "bits", 1 << 62),
+    "a zero point": lambda graph: of_kind(graph, "MatMulNBits").input.append(of_kind(graph, "MatMulNBits").input[1]),
+    "tokens by another name": lambda graph: rename(graph, "input_ids", "tokens"),
     "more heads": lambda graph: attribute(graph, "GroupQueryAttention", "num_heads", 64),
     "a wider window": lambda graph: attribute(graph, "GroupQueryAttention", "local_window_size", 4096),
     "an input that is not there": lambda graph: of_kind(graph, "MatMulNBits").input.__setitem__(0, "nothing"),
@@ -112,9 +122,27 @@ def test_a_graph_edited_by_hand_is_one_message(name: str, bundle: Path) -> None:
     assert "export it again" in refused(lambda: runs(bundle))
 
 
-@pytest.mark.parametrize("name", ["data behind the end", "data before the start", "more data than there are", "data elsewhere"])
-def test_verify_reads_nothing_outside_of_the_data(name: str, bundle: Path, models: Any) -> None:
+UNREAD = {"tokens by another name", "more heads", "a wider window", "no logits", "no caches", "an input that is not there"}
+"""Edits of what `verify` does not read."""
+
+
+@pytest.mark.parametrize("name", sorted({*EDITS} - UNREAD))
+def test_verify_reads_nothing_that_it_cannot_account_for(name: str, bundle: Path, models: Any) -> None:
     edited(bundle, EDITS[name])
+    try:
+        passed = verbs.verify(bundle, str(models("mobilellm_p1")))["passed"]
+    except LobitError as error:
+        assert "export it again" in str(error) or "is it this bundle's checkpoint" in str(error)
+    else:
+        assert not passed
+
+
+def test_a_cast_of_itself_ends(bundle: Path, models: Any) -> None:
+    def edit(graph: onnx.GraphProto) -> None:
+        graph.node.append(onnx.helper.make_node("Cast", ["round"], ["round"], to=1))
+        graph.node.append(onnx.helper.make_node("FusedMatMul", ["round", "round"], ["product"], domain="com.microsoft"))
+
+    edited(bundle, edit)
     assert "export it again" in refused(lambda: verbs.verify(bundle, str(models("mobilellm_p1"))))
 
 
