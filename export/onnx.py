@@ -12,10 +12,8 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
-from lobit.export.onnx_file import DATA_FILE, GRAPH_FILE
 from lobit.export.onnx_fused import slots_name, turns_inside, writes_in_place
 from lobit.export.onnx_graph import emit
-from lobit.export.onnx_standard import LOGITS, POSITIONS, TOKENS, cache_names
 from lobit.export.onnx_weights import SMALLEST_BLOCK, product_bits, product_block, rounds_inputs, row_block
 from lobit.export.stages import Count
 from lobit.export.target import Costs, Lowered, Needs, Spec
@@ -24,7 +22,7 @@ from lobit.model import Config, Transformer
 from lobit.quant_recipes.apply import Fate, fates, skeleton
 from lobit.quant_recipes.sizes import kind_of
 from lobit.runtime.manifest import CacheInfo, Delegation, FileEntry, Port, TensorGroup
-from lobit.runtime.onnxruntime import FLOAT_INPUTS
+from lobit.runtime.onnx_ports import DATA_FILE, FLOAT_INPUTS, GRAPH_FILE, LOGITS, POSITIONS, TOKENS, cache_names
 
 PROVIDER = "CPUExecutionProvider"
 GENAI_FILE = "genai_config.json"

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from onnx import helper
 from torch import Tensor
 
-GRAPH_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
+from lobit.runtime.onnx_ports import DATA_FILE, GRAPH_FILE
+
 OPSET, IR_VERSION = 21, 10
 """The oldest that have 4-bit integers with a scale for every block."""
 FUSED = "com.microsoft"

@@ -10,7 +10,7 @@ from onnx import TensorProto
 from torch import nn
 
 from lobit.export.onnx_file import FUSED, Graph
-from lobit.export.onnx_standard import POSITIONS, TOKENS, Standard, cache_names
+from lobit.export.onnx_standard import Standard
 from lobit.export.onnx_weights import (
     alike,
     blocks_weight,
@@ -25,6 +25,7 @@ from lobit.export.onnx_weights import (
 from lobit.export.target import Spec
 from lobit.model import Block, Config, RMSNorm, Rope, bias_of, rotary_table, weight_of
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
+from lobit.runtime.onnx_ports import POSITIONS, TOKENS, cache_names
 
 
 def slots_name(window: int | None) -> str:

@@ -21,19 +21,13 @@ from lobit.export.target import Spec
 from lobit.model import Block, Config, RMSNorm, Rope, bias_of, weight_of
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
 from lobit.quant_recipes.recipe import Rule
+from lobit.runtime.onnx_ports import LOGITS, TOKENS, cache_names
 
-TOKENS, POSITIONS, LOGITS = "input_ids", "position_ids", "logits"
-"""Names of ports: those of onnxruntime-genai where it has them."""
 MASKED = -1e9
 """Added to the score of a key that a query must not see."""
 EVERYTHING = np.iinfo(np.int64).max
 """The end of a slice that has none."""
 EPS = float(torch.finfo(torch.float32).eps)
-
-
-def cache_names(layer: int) -> list[tuple[str, str]]:
-    """Names of a layer's keys and of its values, before and after a call."""
-    return [(f"past_key_values.{layer}.{part}", f"present.{layer}.{part}") for part in ("key", "value")]
 
 
 class Standard:

@@ -14,12 +14,8 @@ from lobit.errors import BundleError, MissingPartError
 from lobit.quiet import quiet_native
 from lobit.runtime.bundle import Bundle
 from lobit.runtime.engine import Logits, Step, SteppingEngine
+from lobit.runtime.onnx_ports import FLOAT_INPUTS, LOGITS, PAST, POSITIONS, PRESENT, TOKENS
 from lobit.runtime.verify import StoredLayer
-
-TOKENS, POSITIONS, LOGITS = "input_ids", "position_ids", "logits"
-FLOAT_INPUTS = {"session.qdq_matmulnbits_accuracy_level": "1"}
-"""Setting of a session: inputs of a weight's DequantizeLinear and MatMul, which ONNX Runtime joins to one product, stay floats."""
-PAST, PRESENT = "past_key_values.", "present."
 
 
 def import_runtime() -> Any:

@@ -14,7 +14,6 @@ from onnx.reference import ReferenceEvaluator
 from lobit import verbs
 from lobit.checkpoint import load_config, load_model
 from lobit.export import onnx as target
-from lobit.export.onnx_file import GRAPH_FILE
 from lobit.export.onnx_graph import emit
 from lobit.export.onnx_weights import product_block, row_block
 from lobit.export.target import Spec
@@ -26,6 +25,7 @@ from lobit.quant_recipes.recipe import Recipe, WeightGrid
 from lobit.runtime.bundle import open_bundle
 from lobit.runtime.engine import SteppingEngine, open_engine
 from lobit.runtime.generate import generate
+from lobit.runtime.onnx_ports import GRAPH_FILE
 from lobit.runtime.onnxruntime import stepper
 from lobit.runtime.parity import CONVERSION, kl_divergence, log_softmax
 from lobit.runtime.reference import ReferenceEngine
