@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -53,14 +53,8 @@ class Request:
     target: str
     tokens: Tokens
     """What a client must know of the tokenizer."""
-    context: int
-    """Positions to hold."""
-    chunk: int
-    """The most tokens in one call."""
-    portable: bool = False
-    """Standard operators alone."""
-    all_logits: bool = False
-    """Of every token of a call."""
+    spec: Spec
+    """What the program is made for."""
     command: Sequence[str] = ()
     """As given, for the record."""
 
@@ -81,7 +75,7 @@ def write_bundle(model: Transformer, recipe: Recipe, request: Request, folder: P
     """
     config, tokens = model.config, request.tokens
     module = find_target(request.target)
-    spec = Spec(recipe, request.context, request.chunk, request.portable, request.all_logits, tokens.bos, tuple(tokens.stop))
+    spec = replace(request.spec, recipe=recipe)
     digest = fingerprint(model)
     with stages.stage("lower") as count:
         lowered = module.lower(model, spec, kept, count)
@@ -93,8 +87,8 @@ def write_bundle(model: Transformer, recipe: Recipe, request: Request, folder: P
         model=model_info(config),
         recipe=recipe.to_json(),
         checkpoint_sha256=digest,
-        context=request.context,
-        chunk=request.chunk,
+        context=spec.context,
+        chunk=spec.chunk,
         inputs=lowered.inputs,
         outputs=lowered.outputs,
         cache=module.cache(spec, config),

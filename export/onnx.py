@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -12,14 +13,16 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
-from lobit.export.onnx_fused import slots_name, turns_inside, writes_in_place
+from lobit.export.onnx_fused import in_place, inner_ropes, slots_name
 from lobit.export.onnx_graph import emit
-from lobit.export.onnx_weights import SMALLEST_BLOCK, product_bits, product_block, rounds_inputs, row_block
+from lobit.export.onnx_weights import SMALLEST_BLOCK, Form, form_of, rounds_inputs
 from lobit.export.stages import Count
+from lobit.export.tally import Tally, held_as
 from lobit.export.target import Costs, Lowered, Needs, Spec
 from lobit.kept import Kept
 from lobit.model import Config, Transformer
-from lobit.quant_recipes.apply import Fate, fates, skeleton
+from lobit.quant_recipes.apply import Fate, fates
+from lobit.quant_recipes.recipe import Rule
 from lobit.quant_recipes.sizes import kind_of
 from lobit.runtime.manifest import CacheInfo, Delegation, FileEntry, Port, TensorGroup
 from lobit.runtime.onnx_ports import DATA_FILE, FLOAT_INPUTS, GRAPH_FILE, LOGITS, POSITIONS, TOKENS, cache_names
@@ -28,7 +31,7 @@ PROVIDER = "CPUExecutionProvider"
 GENAI_FILE = "genai_config.json"
 SLACK = 64
 """Slots of a layer's cache beyond its window: it is moved up when they are full, not with every token."""
-NAMES: dict[int, str] = {TensorProto.INT64: "int64", TensorProto.FLOAT: "float32"}
+DTYPES: dict[int, str] = {TensorProto.INT64: "int64", TensorProto.FLOAT: "float32"}
 COSTS = Costs(
     imports_seconds=3.0,
     imports_bytes=710_000_000,  # PyTorch above all
@@ -58,9 +61,8 @@ def check(spec: Spec, config: Config) -> list[str]:
 
 def slots(spec: Spec, config: Config) -> list[int]:
     """Positions that each layer's cache keeps."""
-    if spec.portable or not writes_in_place(config):
-        return [spec.context] * len(config.layers)
-    return [min(layer.window + SLACK, spec.context) if layer.window else spec.context for layer in config.layers]
+    inside = in_place(spec, config)
+    return [min(layer.window + SLACK, spec.context) if inside and layer.window else spec.context for layer in config.layers]
 
 
 def cache(spec: Spec, config: Config) -> CacheInfo:
@@ -74,62 +76,65 @@ def weights(spec: Spec, config: Config) -> list[TensorGroup]:
 
     A format says what the recipe has, and what the graph has where that is another.
     """
-    groups: dict[tuple[str, str], list[int]] = {}
-
-    def add(kind: str, format: str, parameters: int, size: int) -> None:
-        group = groups.setdefault((kind, format), [0, 0])
-        group[0] += parameters
-        group[1] += size
-
+    tally = Tally()
     for fate in fates(config, spec.recipe):
-        format, size = _held(fate, spec)
-        again = fate.shared_with is not None
+        (out, inner), again = fate.shape, fate.shared_with is not None
         if not (again and _shares(fate, spec)):
-            add(kind_of(fate.name), format, 0 if again else fate.shape[0] * fate.shape[1], size)
-    for name, tensor in skeleton(config).named_parameters():
-        if name.rpartition(".")[2] == "bias" or "norm" in name:
-            add("biases" if name.endswith("bias") else "norms", "float32", tensor.numel(), tensor.numel() * 4)
-    if not spec.portable and writes_in_place(config):
-        inside = [rope for rope in {layer.rope for layer in config.layers if layer.rope} if turns_inside(config, rope)]
-        for rope in inside:
-            add("tables", "float32", 0, spec.context * rope.dim * 4)
-    return [TensorGroup(kind, format, *sizes) for (kind, format), sizes in groups.items()]
+            tally.add(kind_of(fate.name), _format(fate, spec), 0 if again else out * inner, _bytes(fate, spec))
+    tally.add_norms_and_biases(config)
+    if in_place(spec, config):
+        for rope in inner_ropes(config):
+            tally.add("tables", "float32", 0, spec.context * rope.dim * 4)
+    return tally.groups()
 
 
-def _held(fate: Fate, spec: Spec) -> tuple[str, int]:
-    """A layer's numbers, and their bytes with scales."""
-    (out, inner), recipe = fate.shape, spec.recipe
+def _form(fate: Fate, rule: Rule, spec: Spec) -> Form:
+    return form_of(rule.weights, fate.shape[1], rows=fate.name == "embedding", fused=not spec.portable)
+
+
+def _format(fate: Fate, spec: Spec) -> str:
+    """A layer's numbers in the recipe and in the graph."""
     if fate.rule is None:
-        return f"float{recipe.float_bits}", out * inner * recipe.float_bits // 8
-    rule, grid, found = fate.rule, fate.rule.weights, fate.name == "embedding"
-    block = row_block(grid, inner) if found else product_block(grid, inner)
-    if spec.portable or block is None:
-        bits = 8 if found or grid.bits > 4 else 4
-        scales, columns = inner // (grid.group_size or inner), inner
-    else:
-        bits = product_bits(grid)
-        scales = -(-inner // block)
-        columns = scales * block
-    format = str(grid) if grid.bits == bits else f"{grid} as int{bits}"
-    if not found and not spec.portable and rounds_inputs(rule):
-        format += f", inputs int8 in blocks of {block}"
-    return format, -(-out * columns * bits // 8) + out * scales * 4
+        return f"float{spec.recipe.float_bits}"
+    form = _form(fate, fate.rule, spec)
+    rounded = form.block and fate.name != "embedding" and rounds_inputs(fate.rule)
+    return held_as(fate.rule.weights, form.bits) + (f", inputs int8 in blocks of {form.block}" if rounded else "")
+
+
+def _bytes(fate: Fate, spec: Spec) -> int:
+    """Of a layer's weights and scales."""
+    out, inner = fate.shape
+    if fate.rule is None:
+        return out * inner * spec.recipe.float_bits // 8
+    form = _form(fate, fate.rule, spec)
+    return -(-out * form.columns * form.bits // 8) + out * form.scales * 4
 
 
 def _shares(fate: Fate, spec: Spec) -> bool:
     """Whether a head that is the embedding is the same bytes as the embedding is stored in."""
     if spec.portable or fate.rule is None:
         return not spec.portable
-    grid, inner = fate.rule.weights, fate.shape[1]
-    return row_block(grid, inner) == product_block(grid, inner)
+    head, embedding = (form_of(fate.rule.weights, fate.shape[1], rows=rows, fused=True) for rows in (False, True))
+    return head == embedding
 
 
 def needs(model: Transformer, spec: Spec) -> Needs:
-    """What the graph will take: the file's bytes exactly; in memory the weights, caches, and what a chunk needs on its way."""
+    """What the graph will take: the file's bytes exactly; in memory the weights, caches, and what a chunk needs on its way.
+
+    Where attention is composed there are its scores, some three times, and caches before and after a call. Half floats of products
+    become float32 when the graph is loaded.
+    """
     graph, config = emit(model, spec), model.config
     padding = graph.data_bytes - sum(region.bytes for region in graph.regions.values())
-    work = WORKSPACE * spec.chunk * max(config.intermediate_size, config.heads * config.head_dim) + 4 * config.vocab_size
-    return Needs(1, graph.model().ByteSize() + padding, graph.data_bytes + cache(spec, config).bytes + work)
+    widest = max(config.intermediate_size, config.heads * config.head_dim)
+    work = WORKSPACE * spec.chunk * widest + 4 * config.vocab_size * (spec.chunk if spec.all_logits else 1)
+    caches = cache(spec, config).bytes
+    if not in_place(spec, config):
+        work += caches + 3 * 4 * config.heads * spec.chunk * spec.context
+    if spec.recipe.float_bits == 16:
+        layers = [fate for fate in fates(config, spec.recipe) if fate.rule is None and fate.name != "embedding"]
+        work += sum(4 * math.prod(fate.shape) for fate in layers)
+    return Needs(1, graph.model().ByteSize() + padding, graph.data_bytes + caches + work)
 
 
 def graph(model: Transformer, spec: Spec) -> None:
@@ -155,7 +160,7 @@ def _operators(nodes: Sequence[onnx.NodeProto]) -> Counter[str]:
 def _port(value: onnx.ValueInfoProto, ranges: Mapping[str, int | str]) -> Port:
     kind = value.type.tensor_type
     sizes = [ranges[size.dim_param] if size.dim_param else size.dim_value for size in kind.shape.dim]
-    return Port(value.name, sizes, NAMES[kind.elem_type])
+    return Port(value.name, sizes, DTYPES[kind.elem_type])
 
 
 def write(lowered: Lowered, folder: Path, count: Count) -> list[FileEntry]:
@@ -169,9 +174,9 @@ def write(lowered: Lowered, folder: Path, count: Count) -> list[FileEntry]:
 
 def genai_config(spec: Spec, config: Config) -> dict[str, Any]:
     """What onnxruntime-genai reads of a folder."""
-    in_place = not spec.portable and writes_in_place(config)
+    shared = in_place(spec, config)
     (keys, keys_after), (values, values_after) = ((name.replace(".0.", ".%d.") for name in pair) for pair in cache_names(0))
-    inputs = {"input_ids": TOKENS, "past_key_names": keys, "past_value_names": values} | ({"position_ids": POSITIONS} if in_place else {})
+    inputs = {"input_ids": TOKENS, "past_key_names": keys, "past_value_names": values} | ({"position_ids": POSITIONS} if shared else {})
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **(FLOAT_INPUTS if spec.portable else {})},
         "filename": GRAPH_FILE,
@@ -194,4 +199,4 @@ def genai_config(spec: Spec, config: Config) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "decoder": decoder,
     }
-    return {"model": model, "search": {"do_sample": False, "max_length": spec.context, "past_present_share_buffer": in_place}}
+    return {"model": model, "search": {"do_sample": False, "max_length": spec.context, "past_present_share_buffer": shared}}

@@ -15,11 +15,9 @@ from lobit.export.onnx_weights import (
     alike,
     blocks_weight,
     float_weight,
+    form_of,
     parameter,
-    product_bits,
-    product_block,
     rounds_inputs,
-    row_block,
     rows_of,
 )
 from lobit.export.target import Spec
@@ -41,7 +39,8 @@ class Fused(Standard):
 
     def __init__(self, graph: Graph, config: Config, spec: Spec) -> None:
         super().__init__(graph, config, spec)
-        self.in_place = writes_in_place(config)
+        self.in_place = in_place(spec, config)
+        self.inner_ropes = inner_ropes(config) if self.in_place else []
         self.last_position = self.total = ""
 
     def begin(self) -> str:
@@ -60,12 +59,11 @@ class Fused(Standard):
         self.last_position = graph.op("Reshape", last, self.integers(1))
         self.total = graph.op("Add", graph.op("Squeeze", last), graph.constant(1, np.int32))
         every = torch.arange(self.spec.context)
-        for rope in self.ropes:
-            if turns_inside(config, rope):
-                frequencies, factor = rope.frequencies()
-                waves = rotary_table(every, frequencies, torch.tensor(factor))
-                self.tables[rope] = tuple(parameter(graph, name, wave[:, 0]) for name, wave in zip(("cos", "sin"), waves, strict=True))  # type: ignore[assignment]
-        if any(not turns_inside(config, rope) for rope in self.ropes):
+        for rope in self.inner_ropes:
+            frequencies, factor = rope.frequencies()
+            cos, sin = rotary_table(every, frequencies, torch.tensor(factor))
+            self.tables[rope] = parameter(graph, "cos", cos[:, 0]), parameter(graph, "sin", sin[:, 0])
+        if len(self.inner_ropes) < len(self.ropes):
             with graph.composing():
                 self._turn(graph.op("Squeeze", positions, self.integers(0)))
         return tokens
@@ -73,12 +71,12 @@ class Fused(Standard):
     def _rows(self, embedding: nn.Module, tokens: str) -> str:
         if not isinstance(embedding, IntegerEmbedding):
             return super()._rows(embedding, tokens)
-        grid = embedding.rule.weights
-        block = row_block(grid, embedding.integers.shape[1])
-        if block is None:
-            return super()._rows(embedding, tokens)
-        weight, scale = blocks_weight(self.graph, [embedding], block, rows=True)
-        sizes = {"bits": product_bits(grid), "block_size": block}
+        form = form_of(embedding.rule.weights, embedding.integers.shape[1], rows=True, fused=True)
+        if form.block is None:
+            with self.graph.composing():
+                return super()._rows(embedding, tokens)
+        weight, scale = blocks_weight(self.graph, [embedding], form, rows=True)
+        sizes = {"bits": form.bits, "block_size": form.block}
         return self.graph.fused("GatherBlockQuantized", weight, tokens, scale, **sizes, gather_axis=0, quantize_axis=1)
 
     def norm(self, x: str, norm: RMSNorm) -> str:
@@ -113,9 +111,9 @@ class Fused(Standard):
                 y = graph.fused("FusedMatMul", x, self._float32(weight), transB=1)
                 return graph.op("Add", y, bias) if bias else y
             rule, inner = integers[0].rule, integers[0].integers.shape[1]
-            block = product_block(rule.weights, inner)
-            weight, scale = blocks_weight(graph, integers, block)
-            sizes = {"N": sum(map(rows_of, modules)), "K": inner, "bits": product_bits(rule.weights), "block_size": block}
+            form = form_of(rule.weights, inner, rows=False, fused=True)
+            weight, scale = blocks_weight(graph, integers, form)
+            sizes = {"N": sum(map(rows_of, modules)), "K": inner, "bits": form.bits, "block_size": form.block}
             level = 4 if rounds_inputs(rule) else 0
             return graph.fused("MatMulNBits", x, weight, scale, *(["", "", bias] if bias else []), **sizes, accuracy_level=level)
 
@@ -141,7 +139,7 @@ class Fused(Standard):
         return self._apart(("gate", "up"), block.mlp, x)
 
     def _rotated(self, x: str, rope: Rope) -> str:
-        return x if turns_inside(self.config, rope) and self.in_place else super()._rotated(x, rope)
+        return x if rope in self.inner_ropes else super()._rotated(x, rope)
 
     def attend(self, layer: int, block: Block, x: str) -> str:
         """See `Standard.attend`."""
@@ -149,7 +147,7 @@ class Fused(Standard):
             return super().attend(layer, block, x)
         graph, config, attention = self.graph, self.config, block.attention
         rope, window, modules = attention.rope, config.layers[layer].window, [attention.q, attention.k, attention.v]
-        inside = rope is not None and turns_inside(config, rope)
+        inside = rope in self.inner_ropes
         if config.qk_norm == "none" and (rope is None or inside) and alike(modules):
             heads = [self._joined("q_k_v", modules, x), "", ""]
         else:
@@ -184,11 +182,12 @@ class Fused(Standard):
         return super().activate(x)
 
 
-def writes_in_place(config: Config) -> bool:
-    """Whether ONNX Runtime's attention can hold the model's heads."""
-    return config.head_dim % 8 == 0
+def in_place(spec: Spec, config: Config) -> bool:
+    """Whether keys and values are written where they lie, by ONNX Runtime's attention."""
+    return not spec.portable and config.head_dim % 8 == 0
 
 
-def turns_inside(config: Config, rope: Rope) -> bool:
-    """Whether ONNX Runtime's attention can turn the model's heads itself."""
-    return config.head_dim % 16 == 0 and rope.dim % 16 == 0
+def inner_ropes(config: Config) -> list[Rope]:
+    """The rotary embeddings that ONNX Runtime's attention can apply itself."""
+    found = {layer.rope for layer in config.layers if layer.rope and config.head_dim % 16 == 0 and layer.rope.dim % 16 == 0}
+    return sorted(found, key=repr)

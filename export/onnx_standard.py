@@ -11,12 +11,7 @@ from onnx import TensorProto
 from torch import nn
 
 from lobit.export.onnx_file import Graph
-from lobit.export.onnx_weights import (
-    float_weight,
-    int4_weight,
-    int8_weight,
-    parameter,
-)
+from lobit.export.onnx_weights import float_weight, form_of, int4_weight, int8_weight, parameter
 from lobit.export.target import Spec
 from lobit.model import Block, Config, RMSNorm, Rope, bias_of, weight_of
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
@@ -154,7 +149,8 @@ class Standard:
         """In float32, of weights [in, out] that were rounded, and of inputs that are, where the recipe says so."""
         graph, grid = self.graph, module.rule.weights
         x = self._round_tokens(x, module.rule) if module.rule.activation_bits else x
-        store = int8_weight if grid.bits > 4 else int4_weight
+        form = form_of(grid, module.integers.shape[1], rows=False, fused=False)
+        store = int8_weight if form.bits == 8 else int4_weight
         if grid.group_size:
             scale, blocks = parameter(graph, "scale", module.scale, transposed=True), {"axis": 0, "block_size": grid.group_size}
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,32 +22,65 @@ CRUMBS = FixedWidth("the crumbs of MatMulNBits", 4, 1, 4, lowest=-2, highest=1)
 """Two bits whose zero is code 2, as the operator takes it for granted."""
 LARGEST_BLOCK, SMALLEST_BLOCK, FAST_BLOCK = 128, 16, 32
 """Weights that share a scale in MatMulNBits, a power of two. Of two bits, blocks below 32 or over 128 have no kernel for INT8 inputs."""
-ITEM: dict[int, float] = {TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.INT8: 1, TensorProto.UINT8: 1, TensorProto.INT4: 0.5}
-"""Bytes of an element."""
+ITEM_BYTES: dict[int, float] = {
+    TensorProto.FLOAT: 4,
+    TensorProto.FLOAT16: 2,
+    TensorProto.INT8: 1,
+    TensorProto.UINT8: 1,
+    TensorProto.INT4: 0.5,
+}
+"""Of an element."""
+FLOATS: dict[int, torch.dtype] = {TensorProto.FLOAT: torch.float32, TensorProto.FLOAT16: torch.float16}
 Integers = IntegerLinear | IntegerEmbedding
 
 
-def product_bits(grid: WeightGrid) -> Literal[2, 4, 8]:
-    """The bits that hold a grid's integers in MatMulNBits; their values stay."""
-    return 2 if grid.bits <= 2 else 4 if grid.bits <= 4 else 8
+@dataclass(frozen=True)
+class Form:
+    """How a layer's integers [out, in] are kept."""
+
+    bits: int
+    """Of a stored integer; the values are the grid's."""
+    scales: int
+    """Of a row: a scale that several blocks share stands there for each."""
+    columns: int
+    """Stored integers of a row, the last block filled up."""
+    block: int | None
+    """Weights that share a scale in MatMulNBits and GatherBlockQuantized; None: standard operators."""
 
 
-def product_block(grid: WeightGrid, inner: int) -> int:
-    """Weights of a row of `inner` that share a scale in MatMulNBits; a group is one block or several of one scale."""
+def form_of(grid: WeightGrid, inner: int, rows: bool, fused: bool) -> Form:
+    """How the integers of a layer are kept.
+
+    Args:
+        grid: of its weights.
+        inner: weights of a row.
+        rows: of an embedding, whose rows are whole blocks, and which standard operators find in INT8 alone.
+        fused: in ONNX Runtime's operators where they take them.
+    """
+    block = _block(grid, inner)
+    if rows:
+        block = min(block, inner & -inner)
+    if fused and block >= SMALLEST_BLOCK:
+        scales = -(-inner // block)
+        return Form(stored_bits(grid), scales, scales * block, block)
+    return Form(8 if rows or grid.bits > 4 else 4, inner // (grid.group_size or inner), inner, None)
+
+
+def _block(grid: WeightGrid, inner: int) -> int:
+    """A power of two: of a group the largest that divides it, of a row as well, but none that is slow."""
     if grid.group_size is None:
         return max(min(LARGEST_BLOCK, inner & -inner), FAST_BLOCK)
     return min(LARGEST_BLOCK, grid.group_size & -grid.group_size)
 
 
-def row_block(grid: WeightGrid, inner: int) -> int | None:
-    """The same in GatherBlockQuantized, whose rows are whole blocks; None: it cannot hold them."""
-    block = min(product_block(grid, inner), inner & -inner)
-    return block if block >= SMALLEST_BLOCK else None
+def stored_bits(grid: WeightGrid) -> Literal[2, 4, 8]:
+    """The bits that hold a grid's integers in MatMulNBits; their values stay."""
+    return 2 if grid.bits <= 2 else 4 if grid.bits <= 4 else 8
 
 
 def rounds_inputs(rule: Rule) -> bool:
     """Whether MatMulNBits rounds its inputs to INT8: where the recipe does, and where it is slow otherwise."""
-    return bool(rule.activation_bits) or product_bits(rule.weights) != 4
+    return bool(rule.activation_bits) or stored_bits(rule.weights) != 4
 
 
 def alike(modules: Sequence[nn.Module]) -> bool:
@@ -61,33 +95,27 @@ def rows_of(module: nn.Module) -> int:
 
 
 def _store(graph: Graph, name: str, dtype: int, shape: Sequence[int], key: Sequence[object], make: Bytes) -> str:
-    return graph.weight(name, dtype, shape, math.ceil(math.prod(shape) * ITEM[dtype]), (dtype, *key), make)
+    return graph.weight(name, dtype, shape, math.ceil(math.prod(shape) * ITEM_BYTES[dtype]), (dtype, *key), make)
 
 
-def parameter(graph: Graph, name: str, *tensors: Tensor, transposed: bool = False, flat: bool = False) -> str:
-    """Floats [n, …] one after the other, in float32, or as [n] where they are [n, 1]."""
+def parameter(
+    graph: Graph, name: str, *tensors: Tensor, dtype: int = TensorProto.FLOAT, transposed: bool = False, flat: bool = False
+) -> str:
+    """Floats [n, …] one after the other, in float32 or half, or as […, n], or as [n] where they are [n, 1]."""
     rows = sum(len(tensor) for tensor in tensors)
     shape = (rows,) if flat else (rows, *tensors[0].shape[1:])
-    key = (transposed, flat, *map(id, tensors))
 
     def make() -> Tensor:
-        joined = torch.cat([tensor.detach() for tensor in tensors]).float()
+        joined = torch.cat([tensor.detach() for tensor in tensors]).to(FLOATS[dtype])
         return joined.t() if transposed else joined
 
-    return _store(graph, name, TensorProto.FLOAT, shape[::-1] if transposed else shape, key, make)
+    return _store(graph, name, dtype, shape[::-1] if transposed else shape, (transposed, flat, *map(id, tensors)), make)
 
 
 def float_weight(graph: Graph, *tensors: Tensor, recipe: Recipe, transposed: bool = False) -> str:
     """Weights [out, in] one after the other, or as [in, out], in the width that the recipe keeps floats in."""
-    half = recipe.float_bits == 16
-    shape = (sum(len(tensor) for tensor in tensors), tensors[0].shape[1])
-
-    def make() -> Tensor:
-        joined = torch.cat([tensor.detach() for tensor in tensors]).to(torch.float16 if half else torch.float32)
-        return joined.t() if transposed else joined
-
-    dtype = TensorProto.FLOAT16 if half else TensorProto.FLOAT
-    return _store(graph, "weight", dtype, shape[::-1] if transposed else shape, (transposed, *map(id, tensors)), make)
+    dtype = TensorProto.FLOAT16 if recipe.float_bits == 16 else TensorProto.FLOAT
+    return parameter(graph, "weight", *tensors, dtype=dtype, transposed=transposed)
 
 
 def int8_weight(graph: Graph, integers: Tensor, transposed: bool = False) -> str:
@@ -108,34 +136,31 @@ def int4_weight(graph: Graph, integers: Tensor, transposed: bool = False) -> str
     return _store(graph, "weight", TensorProto.INT4, given.shape, (transposed, id(integers)), make)
 
 
-def blocks_weight(graph: Graph, modules: Sequence[Integers], block: int, rows: bool = False) -> tuple[str, str]:
-    """Integers and scales of layers of one grid, one after the other, in the blocks of MatMulNBits.
+def blocks_weight(graph: Graph, modules: Sequence[Integers], form: Form, rows: bool = False) -> tuple[str, str]:
+    """Integers and scales of layers of one grid, one after the other, in blocks.
 
     Args:
         graph: to store them in.
         modules: of [out, in].
-        block: `product_block`.
+        form: in blocks.
         rows: in the shape of GatherBlockQuantized, whose bytes are the same: an embedding that is the head too is stored once.
 
     Returns:
         weight uint8 [out, blocks, block · bits / 8], or [out, in · bits / 8] for rows; scales float32 [out, blocks].
     """
-    inner, bits = modules[0].integers.shape[1], product_bits(modules[0].rule.weights)
-    out, blocks = sum(len(module.integers) for module in modules), -(-inner // block)
-    width = block * bits // 8
-    shape = (out, blocks * width) if rows else (out, blocks, width)
+    inner, out = modules[0].integers.shape[1], sum(len(module.integers) for module in modules)
+    width = form.columns * form.bits // 8
+    shape = (out, width) if rows else (out, form.scales, width // form.scales)
 
     def weight() -> Tensor:
-        return torch.cat([_packed(F.pad(module.integers, (0, blocks * block - inner)), bits) for module in modules])
+        return torch.cat([_packed(F.pad(module.integers, (0, form.columns - inner)), form.bits) for module in modules])
 
     def scale() -> Tensor:
-        return torch.cat([module.scale.repeat_interleave(blocks // module.scale.shape[1], dim=1) for module in modules])
+        return torch.cat([module.scale.repeat_interleave(form.scales // module.scale.shape[1], dim=1) for module in modules])
 
-    key = (bits, block, *(id(module.integers) for module in modules))
-    names = ("weight", "scale")
     return (
-        _store(graph, names[0], TensorProto.UINT8, shape, key, weight),
-        _store(graph, names[1], TensorProto.FLOAT, (out, blocks), (block, *(id(module.scale) for module in modules)), scale),
+        _store(graph, "weight", TensorProto.UINT8, shape, (form, *(id(module.integers) for module in modules)), weight),
+        _store(graph, "scale", TensorProto.FLOAT, (out, form.scales), (form, *(id(module.scale) for module in modules)), scale),
     )
 
 

@@ -82,10 +82,11 @@ def decode(config: Config, weights: Iterable[Group], cache: CacheInfo, bandwidth
         bandwidth_of: where that figure comes from.
     """
     read = read_groups(weights)
+    between = [group for group in read if group.kind not in ("embedding", "head")]
     return Decode(
         weight_bytes=sum(group.bytes for group in read),
         cache_bytes=cache.bytes,
-        half_weight_bytes=HALF * sum(group.parameters for group in read),
+        half_weight_bytes=HALF * (config.vocab_size * config.hidden_size + sum(group.parameters for group in between)),
         half_cache_bytes=HALF * 2 * sum(cache.slots) * config.kv_heads * config.head_dim,
         bandwidth_gb_s=bandwidth_gb_s,
         bandwidth_of=bandwidth_of,

@@ -36,7 +36,9 @@ class Spec:
     all_logits: bool = False
     """Of every token of a call, not of the last alone."""
     bos: int | None = None
+    """The token that begins a text."""
     stop: tuple[int, ...] = ()
+    """Tokens that end one."""
 
 
 Graph = Callable[[Tensor, Tensor], Tensor]
@@ -71,7 +73,7 @@ class Costs:
     """What exports to a target take on the machine where they run, fitted to exports of many sizes."""
 
     imports_seconds: float
-    """Of all exports."""
+    """Of loading the exporter."""
     imports_bytes: int
     """Of the exporter before it has a model."""
     model_copies: float

@@ -21,10 +21,11 @@ from lobit.export.parts import Interpreter, Parts, Step
 from lobit.export.program import build, replace_layers
 from lobit.export.pte import write_program
 from lobit.export.stages import Count
+from lobit.export.tally import Tally, held_as
 from lobit.export.target import Costs, Lowered, Needs, Spec
 from lobit.kept import Kept
 from lobit.model import Config, QuarterTurn, RMSNorm, Transformer
-from lobit.quant_recipes.apply import Fate, fates, skeleton
+from lobit.quant_recipes.apply import Fate, fates
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
 from lobit.quant_recipes.recipe import Recipe
 from lobit.quant_recipes.sizes import kind_of
@@ -88,13 +89,7 @@ def weights(spec: Spec, config: Config) -> list[TensorGroup]:
     A format says what the recipe has, and what the program has where that is another: integers of few bits are INT4 there, activations
     have a zero point, floats are float32. An embedding that is the head too is there once, with two sets of scales where it is of integers.
     """
-    recipe, groups = spec.recipe, dict[tuple[str, str], list[int]]()
-
-    def add(kind: str, format: str, parameters: int, size: int) -> None:
-        group = groups.setdefault((kind, format), [0, 0])
-        group[0] += parameters
-        group[1] += size
-
+    recipe, tally = spec.recipe, Tally()
     for fate in fates(config, recipe):
         out, inner = fate.shape
         grid = fate.rule.weights if fate.rule else None
@@ -102,15 +97,13 @@ def weights(spec: Spec, config: Config) -> list[TensorGroup]:
         shared = fate.shared_with is not None
         format = _format(fate, recipe)
         if not shared:
-            add(kind, format, out * inner, out * inner * (held(grid, inner).bits if grid else 32) // 8)
+            tally.add(kind, format, out * inner, out * inner * (held(grid, inner).bits if grid else 32) // 8)
         if grid:
             scales = out * (inner // grid.group_size if grid.group_size else 1)
             width = 4 if grid.scale_rule == "exact" or (kind != "embedding" and not grid.group_size) else 2
-            add(f"{kind} scales" if kind in ("embedding", "head") else kind, format, 0, scales * width)
-    for name, tensor in skeleton(config).named_parameters():
-        if name.rpartition(".")[2] == "bias" or "norm" in name:
-            add("biases" if name.endswith("bias") else "norms", "float32", tensor.numel(), tensor.numel() * 4)
-    return [TensorGroup(kind, format, *sizes) for (kind, format), sizes in groups.items()]
+            tally.add(f"{kind} scales" if kind in ("embedding", "head") else kind, format, 0, scales * width)
+    tally.add_norms_and_biases(config)
+    return tally.groups()
 
 
 def cache(spec: Spec, config: Config) -> CacheInfo:
@@ -130,7 +123,7 @@ def _format(fate: Fate, recipe: Recipe) -> str:
     if fate.rule is None:
         return "half as float32" if recipe.float_bits == 16 else "float32"
     grid, bits = fate.rule.weights, held(fate.rule.weights, fate.shape[1]).bits
-    weights = str(grid) if grid.bits == bits else f"{grid} as int{bits}"
+    weights = held_as(grid, bits)
     absmax = fate.rule.activation_bits and fate.rule.activation_rule == "absmax" and fate.name != "embedding"
     return f"{weights}, inputs with zero point" if absmax else weights
 

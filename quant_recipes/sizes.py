@@ -58,10 +58,15 @@ def _tensors(config: Config, recipe: Recipe) -> Iterator[Size]:
     for fate in fates(config, recipe):
         if not fate.shared_with:
             yield size_of(fate, recipe)
+    for kind, count in norms_and_biases(config):
+        yield Size(kind, "float32", count, FLOAT * count)
+
+
+def norms_and_biases(config: Config) -> Iterator[tuple[str, int]]:
+    """`norms` or `biases` and the entries of each such tensor."""
     for name, tensor in skeleton(config).named_parameters():
         if "norm" in name or name.endswith(".bias"):
-            kind = "norms" if "norm" in name else "biases"
-            yield Size(kind, "float32", tensor.numel(), FLOAT * tensor.numel())
+            yield "norms" if "norm" in name else "biases", tensor.numel()
 
 
 def size_of(fate: Fate, recipe: Recipe) -> Size:

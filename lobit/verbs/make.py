@@ -163,15 +163,15 @@ def export(
     bundle.check_context(config, context, chunk)
     asked = _asked(source, recipe)
     check(config, asked)
-    spec = Spec(asked, context, chunk, portable, all_logits)
-    check_target(target, spec, config)
     tokenizer = _tokenizer(source, config)
     tokens = Tokens(None, [], None, {})
     if tokenizer is not None:
         tokens = Tokens(tokenizer.bos, tokenizer.stop, tokenizer.chat_template, tokenizer.special)
-    request = bundle.Request(source, out.name, target, tokens, context, chunk, portable, all_logits, command)
+    spec = Spec(asked, context, chunk, portable, all_logits, tokens.bos, tuple(tokens.stop))
+    check_target(target, spec, config)
+    request = bundle.Request(source, out.name, target, tokens, spec, command)
     with new_folder(out, resume=True) as folder:
-        settings = {"recipe": recipe and recipe.to_json(), "request": replace(request, command=()), "versions": bundle.versions(target)}
+        settings = {"request": replace(request, command=()), "versions": bundle.versions(target)}
         kept = Kept(folder / KEPT, key_of(source, **settings))
         module = find_target(target)
         needs = module.needs(empty_model(config, asked), spec)

@@ -15,10 +15,11 @@ from lobit import verbs
 from lobit.checkpoint import load_config, load_model
 from lobit.export import onnx as target
 from lobit.export.onnx_graph import emit
-from lobit.export.onnx_weights import product_block, row_block
+from lobit.export.onnx_weights import form_of
 from lobit.export.target import Spec
 from lobit.families import read_config
-from lobit.model import Transformer
+from lobit.kept import Kept
+from lobit.model import Layer, Transformer
 from lobit.quant_recipes.apply import convert
 from lobit.quant_recipes.catalog import CATALOG, find_recipe
 from lobit.quant_recipes.recipe import Recipe, WeightGrid
@@ -107,11 +108,12 @@ def test_integers_of_other_widths_say_how_they_are_held(models: Any, tmp_path: P
 
 @pytest.mark.parametrize("portable", [False, True])
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("model", ["llama", "qwen3", "mobilellm_p1"])
-def test_the_plan_says_every_byte(model: str, name: str, portable: bool, models: Any, tmp_path: Path) -> None:
-    recipe, options = find_recipe(name), {"context": CONTEXT, "chunk": CHUNK, "portable": portable}
-    plan = verbs.plan(str(models(model)), recipe, "onnx", **options)
-    bundle = verbs.export(str(models(model)), "onnx", tmp_path / "bundle", recipe=recipe, **options)
+@pytest.mark.parametrize("model", ["llama", "qwen3", "mobilellm_p1", "mobilellm-ls"])
+def test_the_plan_says_every_byte(model: str, name: str, portable: bool, models: Any, small_models: Any, tmp_path: Path) -> None:
+    folder = small_models(model)[0] if model == "mobilellm-ls" else models(model)
+    recipe, options = find_recipe(name), {"context": 64, "chunk": CHUNK, "portable": portable, "all_logits": name == "fp"}
+    plan = verbs.plan(str(folder), recipe, "onnx", **options)
+    bundle = verbs.export(str(folder), "onnx", tmp_path / "bundle", recipe=recipe, **options)
     assert plan.problems == []
     assert plan.file_bytes == bundle.program_bytes
     assert plan.cache == bundle.cache
@@ -119,15 +121,18 @@ def test_the_plan_says_every_byte(model: str, name: str, portable: bool, models:
 
 def test_blocks_tile_rows_and_groups() -> None:
     for inner in range(1, 700):
-        block = product_block(WeightGrid(2, None, "absmean"), inner)
-        assert block in (32, 64, 128)
-        assert block == 32 or inner % block == 0
-        rows = row_block(WeightGrid(4, None), inner)
-        assert rows is None or inner % rows == 0
+        form = form_of(WeightGrid(2, None, "absmean"), inner, rows=False, fused=True)
+        assert form.block in (32, 64, 128)
+        assert form.block == 32 or inner % form.block == 0
+        assert 0 <= form.columns - inner < form.block
+        rows = form_of(WeightGrid(4, None), inner, rows=True, fused=True)
+        assert rows.columns == inner
+        assert rows.block is None or inner % rows.block == 0
     for group in range(16, 512, 16):
-        block = product_block(WeightGrid(4, group), 3 * group)
-        assert group % block == 0
-        assert block in (16, 32, 64, 128)
+        form = form_of(WeightGrid(4, group), 3 * group, rows=False, fused=True)
+        assert form.block in (16, 32, 64, 128)
+        assert group % form.block == 0
+        assert form.columns == 3 * group
 
 
 def test_groups_that_no_block_divides_are_refused(models: Any) -> None:
@@ -192,28 +197,104 @@ def test_logits_of_all_tokens_are_those_of_the_tokens_one_by_one(portable: bool,
     assert np.abs(found[0] - expected).max() / np.abs(expected).max() < FLOAT_RELATIVE
 
 
+def random_model(**changes: Any) -> Transformer:
+    """A small Llama with changes of its `Config`."""
+    values = {
+        "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 400,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+    }  # fmt: skip
+    model, generator = Transformer(replace(read_config(values), **changes)), torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def engine_of(model: Transformer, spec: Spec, folder: Path) -> SteppingEngine:
+    emit(model, spec).write(folder, lambda *_: None)
+    step = stepper(folder / GRAPH_FILE, target.cache(spec, model.config).slots, THREADS)
+    return SteppingEngine(step, spec.context, spec.chunk, model.config.vocab_size)
+
+
+def relative(found: Any, expected: Any) -> float:
+    return float((np.abs(found - expected).max(axis=-1) / np.abs(expected).max(axis=-1)).max())
+
+
 @pytest.mark.parametrize("portable", [False, True])
 @pytest.mark.parametrize("softcap", [2.0, None])
 @pytest.mark.parametrize("head_dim", [4, 12, 16, 24])
 def test_heads_of_every_size_and_softcaps(head_dim: int, softcap: float | None, portable: bool, tmp_path: Path) -> None:
     """Sizes that ONNX Runtime's attention does not take at all, that it does not turn, and that it does."""
-    values = {
-        "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head_dim, "max_position_embeddings": CONTEXT,
-        "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-    }  # fmt: skip
-    config = replace(read_config(values), attention_softcap=softcap, logits_softcap=softcap)
-    torch.manual_seed(0)
-    model = Transformer(config)
-    for parameter in model.parameters():
-        parameter.data = 0.3 * torch.randn_like(parameter)
+    rope = replace(random_model().config.layers[0].rope, dim=head_dim)
+    model = random_model(head_dim=head_dim, layers=(Layer(None, rope),) * 2, attention_softcap=softcap, logits_softcap=softcap)
+    spec = Spec(find_recipe("fp"), CONTEXT, CHUNK, portable)
     expected = walked(ReferenceEngine(model, None, CONTEXT))
-    recipe = find_recipe("fp")
-    spec = Spec(recipe, CONTEXT, CHUNK, portable)
-    emit(model, spec).write(tmp_path, lambda *_: None)
-    step = stepper(tmp_path / GRAPH_FILE, target.cache(spec, config).slots, THREADS)
-    found = walked(SteppingEngine(step, CONTEXT, CHUNK, 64))
-    assert (np.abs(found - expected).max(axis=1) / np.abs(expected).max(axis=1)).max() < FLOAT_RELATIVE
+    assert relative(walked(engine_of(model, spec, tmp_path)), expected) < FLOAT_RELATIVE
+
+
+@pytest.mark.parametrize("calls", [[], [200], [50, 200], [7] * 40, [1, 71, 1, 72, 1, 73]], ids=str)
+@pytest.mark.parametrize("window", [1, 8, 100])
+def test_windows_forget_the_same_whatever_the_calls_are(window: int, calls: list[int], tmp_path: Path) -> None:
+    context = 300
+    model = random_model()
+    rope = model.config.layers[0].rope
+    model.config = replace(model.config, layers=(Layer(window, rope), Layer(None, rope)))
+    spec = Spec(find_recipe("fp"), context, chunk=200)
+    assert target.cache(spec, model.config).slots == [window + target.SLACK, context]
+    tokens = [int(token) for token in np.random.default_rng(1).integers(0, 64, context)]
+    engine = engine_of(model, spec, tmp_path)
+    for _ in range(2):
+        engine.reset()
+        found, start = [], 0
+        for length in calls:
+            found.append(engine.prefill(tokens[start : start + length]))
+            start += length
+        found += [engine.decode(token) for token in tokens[start:]]
+        positions = [*(np.cumsum(calls).astype(int) - 1), *range(start, context)]
+        expected = ReferenceEngine(model, None, context).score(tokens)[positions]
+        assert relative(np.stack(found), expected) < FLOAT_RELATIVE
+
+
+@pytest.mark.parametrize("dim", [16, 32])
+def test_a_part_of_each_head_is_turned_inside_of_the_operator(dim: int, tmp_path: Path) -> None:
+    rope = replace(random_model().config.layers[0].rope, dim=dim)
+    model = random_model(head_dim=48, layers=(Layer(None, rope),) * 2)
+    spec = Spec(find_recipe("fp"), CONTEXT, CHUNK)
+    assert emit(model, spec).composed == []
+    assert relative(walked(engine_of(model, spec, tmp_path)), walked(ReferenceEngine(model, None, CONTEXT))) < FLOAT_RELATIVE
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "left"), [(12, {"Softmax", "Cos", "Concat"}), (24, {"Cos", "Concat"}), (16, set[str]())]
+)
+def test_what_is_composed_of_standard_operators_is_told(head_dim: int, left: set[str], tmp_path: Path) -> None:
+    rope = replace(random_model().config.layers[0].rope, dim=head_dim)
+    recipe = find_recipe("8da8w")
+    model = convert(random_model(head_dim=head_dim, layers=(Layer(None, rope),) * 2), recipe)
+    lowered = target.lower(model, Spec(recipe, CONTEXT, CHUNK), Kept(tmp_path / "kept", ""), lambda *_: None)
+    assert {"Softmax", "Cos", "Concat"} & set(lowered.delegation.left) == left
+    assert not any("MatMulNBits" in name for name in lowered.delegation.left)
+    assert lowered.delegation.delegated["com.microsoft::MatMulNBits"] == 2 * 4 + 1
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize(
+    "mixed",
+    [
+        ["embedding=int4:32", "head=int4:32"],
+        ["embedding=int8", "head=ternary", "layers.0.attention.q=int8", "layers.1.mlp.gate=float"],
+        ["head=float", "embedding=int3:16", "layers.1.*=int6"],
+    ],
+    ids=str,
+)
+def test_mixed_precision_runs_as_it_was_quantized(mixed: list[str], portable: bool, models: Any, tmp_path: Path) -> None:
+    recipe = verbs.choose_recipe("bitnet", mixed=mixed)
+    bundle = export(models("llama"), recipe, tmp_path / "bundle", portable=portable)
+    assert verbs.verify(bundle, str(models("llama")))["passed"]
+    expected, found = walked(reference(models("llama"), recipe)), walked(open_engine(open_bundle(bundle), THREADS))
+    kl = kl_divergence(log_softmax(expected), log_softmax(found))
+    assert kl.mean() < CONVERSION.limit
+    assert not portable or kl[0] < PORTABLE_KL, "later an entry may fall to the other side of a boundary"
 
 
 @pytest.mark.parametrize(
