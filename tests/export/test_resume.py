@@ -130,6 +130,7 @@ def test_an_interrupted_export_says_how_to_go_on(models: Any, tmp_path: Path) ->
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background has it ignored
     )
     partial = out.with_name("bundle.partial")
     until = time.monotonic() + 120
