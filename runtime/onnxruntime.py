@@ -17,6 +17,12 @@ from lobit.runtime.engine import Logits, Step, SteppingEngine
 from lobit.runtime.onnx_ports import FLOAT_INPUTS, LOGITS, PAST, POSITIONS, PRESENT, TOKENS
 from lobit.runtime.verify import StoredLayer
 
+STEP = 256
+"""Tokens that are read at once where a chunk has more: 2 to 8 % faster than 512, whose scores leave the processor's cache."""
+ATTENTION = {"ORT_GQA_DISABLE_FLASH_ATTENTION": "1"}
+"""Variable of the process, read by ONNX Runtime's attention: without tiles over the keys a prompt of 512 takes 6 to 10 % less time, a
+token 5 % less, with 2048 tokens before them as well (AVX-512, 125 million parameters)."""
+
 
 def import_runtime() -> Any:
     """ONNX Runtime.
@@ -45,7 +51,7 @@ def open_engine(bundle: Bundle, threads: int | None = None) -> SteppingEngine:
     """
     manifest = bundle.manifest
     step = stepper(bundle.path("program"), manifest.cache.slots, threads, manifest.delegation.backend)
-    return SteppingEngine(step, manifest.context, manifest.chunk, manifest.model.vocab_size)
+    return SteppingEngine(step, manifest.context, min(manifest.chunk, STEP), manifest.model.vocab_size)
 
 
 def stepper(path: Path, slots: list[int], threads: int | None = None, provider: str = "CPUExecutionProvider") -> Step:
@@ -66,6 +72,8 @@ def stepper(path: Path, slots: list[int], threads: int | None = None, provider: 
     if provider not in installed:
         found = ", ".join(installed)
         raise MissingPartError(f"{path} is for {provider}, this onnxruntime has {found}: install one that has it, or export again")
+    for name, value in ATTENTION.items():
+        os.environ.setdefault(name, value)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads or os.cpu_count() or 1
     options.log_severity_level = 4
