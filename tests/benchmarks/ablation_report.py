@@ -56,8 +56,8 @@ def tables(means: Sequence[dict[str, Any]], told: dict[str, Any]) -> str:
     for row in means:
         name = row["table"] if row["table"] != table else ""
         table = row["table"]
-        more = f"{row['more']:+.3f} ± {row['more_spread']:.3f}"
-        figures = [f"{row['perplexity']:.2f} ± {row['perplexity_spread']:.2f}", more, f"{row['kl']:.4f} ± {row['kl_spread']:.4f}"]
+        more = f"{row['more']:+.4f} ± {row['more_spread']:.4f}"
+        figures = [f"{row['perplexity']:.3f} ± {row['perplexity_spread']:.3f}", more, f"{row['kl']:.4f} ± {row['kl_spread']:.4f}"]
         tokens = f"{row['trained_tokens'] / 1e6:.2f} M" if row["trained_tokens"] else "–"
         cells = [name, row["method"], f"{row['bits_per_weight']:.2f}", tokens, *figures, f"{row['top1']:.1%}"]
         lines.append("| " + " | ".join(cells) + " |")
