@@ -89,6 +89,7 @@ def write_bundle(model: Transformer, recipe: Recipe, request: Request, folder: P
         checkpoint_sha256=digest,
         context=spec.context,
         chunk=spec.chunk,
+        threads=spec.threads,
         inputs=lowered.inputs,
         outputs=lowered.outputs,
         cache=module.cache(spec, config),

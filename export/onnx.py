@@ -177,8 +177,9 @@ def genai_config(spec: Spec, config: Config) -> dict[str, Any]:
     shared = in_place(spec, config)
     (keys, keys_after), (values, values_after) = ((name.replace(".0.", ".%d.") for name in pair) for pair in cache_names(0))
     inputs = {"input_ids": TOKENS, "past_key_names": keys, "past_value_names": values} | ({"position_ids": POSITIONS} if shared else {})
+    options = (FLOAT_INPUTS if spec.portable else {}) | ({"intra_op_num_threads": spec.threads} if spec.threads else {})
     decoder = {
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **(FLOAT_INPUTS if spec.portable else {})},
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **options},
         "filename": GRAPH_FILE,
         "head_size": config.head_dim,
         "hidden_size": config.hidden_size,

@@ -39,6 +39,8 @@ class Spec:
     """The token that begins a text."""
     stop: tuple[int, ...] = ()
     """Tokens that end one."""
+    threads: int = 0
+    """Of the runtime, where it is not told otherwise; 0: one per core."""
 
 
 Graph = Callable[[Tensor, Tensor], Tensor]

@@ -11,6 +11,7 @@ import typer
 
 from lobit.cli_options import (
     AllLogits,
+    BundleThreads,
     Chunk,
     Context,
     Except,
@@ -162,6 +163,7 @@ def export(
     mixed: Mixed = None,
     portable: Portable = False,
     all_logits: AllLogits = False,
+    threads: BundleThreads = 0,
     as_json: Json = False,
 ) -> None:
     """Lowers a model for a target and writes a bundle."""
@@ -181,6 +183,7 @@ def export(
             chunk=chunk,
             portable=portable,
             all_logits=all_logits,
+            threads=threads,
             command=["lobit", *sys.argv[1:]],
             progress=shown.count,
         )

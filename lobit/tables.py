@@ -145,6 +145,7 @@ def manifest(found: Manifest) -> Table:
         ("model", f"{found.model.family}, {found.model.parameters:,} parameters, {found.model.layers} layers"),
         ("program", f"{found.file('program').path}, {megabytes(found.program_bytes)}"),
         ("context", f"{found.context} tokens, prefill in chunks of up to {found.chunk}"),
+        ("threads", str(found.threads or "one per core")),
         ("KV cache", _cache(found)),
         ("delegation", f"{found.delegation.partitions} partitions on {found.delegation.backend}"),
         ("", f"{sum(found.delegation.delegated.values())} operators on it, {sum(found.delegation.left.values())} left behind"),

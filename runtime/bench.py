@@ -18,7 +18,8 @@ from lobit.errors import InputError, LobitError
 from lobit.runtime.bench_row import Answer, Request, Workload
 from lobit.runtime.bench_table import bench_table as bench_table
 from lobit.runtime.bundle import Bundle, open_bundle
-from lobit.runtime.host import cpu, memory_bandwidth, usable_cores
+from lobit.runtime.engine import default_threads
+from lobit.runtime.host import cpu, memory_bandwidth
 from lobit.runtime.manifest import CacheInfo, Manifest
 
 Progress = Callable[[str, int, int], None]
@@ -53,7 +54,7 @@ def bench(
         prompts: lengths of prompts in tokens, may be empty.
         generates: numbers of generated tokens, may be empty.
         depths: tokens in the cache before the timed ones.
-        threads: of the runtime; None: one per core.
+        threads: of the runtime; None: as each bundle says, or one per core.
         repetitions: timed samples of each row.
         progress: called before each row and at the end.
 
@@ -67,20 +68,20 @@ def bench(
         LobitError: a row's process failed; the message is the row's own.
     """
     works = workloads(prompts, generates, depths)
-    threads = usable_cores() if threads is None else threads
-    if threads < 1 or repetitions < 1:
+    if (threads is not None and threads < 1) or repetitions < 1:
         raise InputError(f"{threads} threads and {repetitions} repetitions: give at least 1 of each")
     opened = [open_bundle(folder) for folder in bundles]
     _check_names(opened)
     fitting, skipped = _fitting(opened, works)
-    host, bandwidth = cpu(), memory_bandwidth(threads)
+    counts = [threads or default_threads(bundle) for bundle in opened]
+    host, bandwidth = cpu(), memory_bandwidth(max(counts))
     measured: list[tuple[int, dict[str, Any]]] = []
     for done, (number, work) in enumerate(fitting):
         bundle = opened[number]
         if progress:
             progress(f"{bundle.manifest.name} {work.name}", done, len(fitting))
-        answer = run_row(Request(str(bundle.folder), work, threads, repetitions))
-        measured.append((number, row_of(bundle.manifest, work, answer, threads, bandwidth.gb_s)))
+        answer = run_row(Request(str(bundle.folder), work, counts[number], repetitions))
+        measured.append((number, row_of(bundle.manifest, work, answer, counts[number], bandwidth.gb_s)))
     if progress:
         progress("all rows", len(fitting), len(fitting))
     return {

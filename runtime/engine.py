@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from lobit.errors import BundleError, InputError
 from lobit.runtime.bundle import Bundle
+from lobit.runtime.host import usable_cores
 
 Logits = NDArray[np.float32]
 
@@ -120,10 +121,15 @@ def open_engine(bundle: Bundle, threads: int | None = None) -> Engine:
 
     Args:
         bundle: what to run.
-        threads: of the runtime; None: one per core.
+        threads: of the runtime; None: as the bundle says, or one per core.
 
     Raises:
         BundleError: the target is unknown to this version.
         MissingPartError: the runtime is not installed.
     """
-    return cast(Engine, target_module(bundle).open_engine(bundle, threads))
+    return cast(Engine, target_module(bundle).open_engine(bundle, threads or default_threads(bundle)))
+
+
+def default_threads(bundle: Bundle) -> int:
+    """Of the runtime: what the bundle says, or one per core."""
+    return bundle.manifest.threads or usable_cores()

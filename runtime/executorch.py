@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import tempfile
@@ -47,12 +46,12 @@ def import_runtime() -> Any:
     return _C
 
 
-def open_engine(bundle: Bundle, threads: int | None = None) -> SteppingEngine:
+def open_engine(bundle: Bundle, threads: int) -> SteppingEngine:
     """Loads the program of a bundle.
 
     Args:
         bundle: for target xnnpack.
-        threads: of the process-wide pool that all ExecuTorch engines share; None: one per core.
+        threads: of the process-wide pool that all ExecuTorch engines share.
 
     Raises:
         MissingPartError: executorch is not installed.
@@ -63,7 +62,7 @@ def open_engine(bundle: Bundle, threads: int | None = None) -> SteppingEngine:
 
     manifest = bundle.manifest
     with quiet_native():
-        native._unsafe_reset_threadpool(threads or os.cpu_count() or 1)
+        native._unsafe_reset_threadpool(threads)
         try:
             module = native._load_for_executorch(str(bundle.path("program")))
         except RuntimeError as error:

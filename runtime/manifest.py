@@ -137,6 +137,8 @@ class Manifest:
     context: int
     chunk: int
     """The most tokens in one prefill call."""
+    threads: int
+    """Of the runtime, where it is not told otherwise; 0: one per core."""
     inputs: list[Port]
     outputs: list[Port]
     cache: CacheInfo

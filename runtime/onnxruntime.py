@@ -38,12 +38,12 @@ def import_runtime() -> Any:
     return onnxruntime
 
 
-def open_engine(bundle: Bundle, threads: int | None = None) -> SteppingEngine:
+def open_engine(bundle: Bundle, threads: int) -> SteppingEngine:
     """Loads the graph of a bundle.
 
     Args:
         bundle: for target onnx.
-        threads: of this engine; None: one per core.
+        threads: of this engine.
 
     Raises:
         MissingPartError: onnxruntime, or the bundle's execution provider, is not installed.
@@ -54,13 +54,13 @@ def open_engine(bundle: Bundle, threads: int | None = None) -> SteppingEngine:
     return SteppingEngine(step, manifest.context, min(manifest.chunk, STEP), manifest.model.vocab_size)
 
 
-def stepper(path: Path, slots: list[int], threads: int | None = None, provider: str = "CPUExecutionProvider") -> Step:
+def stepper(path: Path, slots: list[int], threads: int, provider: str = "CPUExecutionProvider") -> Step:
     """What reads a chunk of tokens with a graph.
 
     Args:
         path: of the graph.
         slots: positions of each layer's cache.
-        threads: of this session; None: one per core.
+        threads: of this session.
         provider: what runs the graph, by ONNX Runtime's name.
 
     Raises:
@@ -75,7 +75,7 @@ def stepper(path: Path, slots: list[int], threads: int | None = None, provider: 
     for name, value in ATTENTION.items():
         os.environ.setdefault(name, value)
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads or os.cpu_count() or 1
+    options.intra_op_num_threads = threads
     options.log_severity_level = 4
     for name, value in FLOAT_INPUTS.items():
         options.add_session_config_entry(name, value)

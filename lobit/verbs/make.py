@@ -126,6 +126,7 @@ def export(
     chunk: int | None = None,
     portable: bool = False,
     all_logits: bool = False,
+    threads: int = 0,
     command: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Manifest:
@@ -142,6 +143,7 @@ def export(
         chunk: the most tokens in one prefill call; None: the context, at most `DEFAULT_CHUNK`.
         portable: in standard operators alone, where the target has others too.
         all_logits: of every token of a call, not of the last alone.
+        threads: of the runtime, where it is not told otherwise; 0: one per core.
         command: for the record.
         progress: of the whole.
     """
@@ -161,13 +163,15 @@ def export(
     context, chunk = _sizes(config, context, chunk)
     check_place(out)
     bundle.check_context(config, context, chunk)
+    if threads < 0:
+        raise InputError(f"{threads} threads: give 0, for one per core, or more")
     asked = _asked(source, recipe)
     check(config, asked)
     tokenizer = _tokenizer(source, config)
     tokens = Tokens(None, [], None, {})
     if tokenizer is not None:
         tokens = Tokens(tokenizer.bos, tokenizer.stop, tokenizer.chat_template, tokenizer.special)
-    spec = Spec(asked, context, chunk, portable, all_logits, tokens.bos, tuple(tokens.stop))
+    spec = Spec(asked, context, chunk, portable, all_logits, tokens.bos, tuple(tokens.stop), threads)
     check_target(target, spec, config)
     request = bundle.Request(source, out.name, target, tokens, spec, command)
     with new_folder(out, resume=True) as folder:

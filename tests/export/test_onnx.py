@@ -1,8 +1,9 @@
 """Target onnx: every recipe's integers in ONNX Runtime's operators and in standard ones, for ONNX Runtime and for other clients."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -14,6 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from lobit import verbs
 from lobit.checkpoint import load_config, load_model
 from lobit.export import onnx as target
+from lobit.export.onnx import GENAI_FILE
 from lobit.export.onnx_graph import emit
 from lobit.export.onnx_weights import form_of
 from lobit.export.target import Spec
@@ -24,7 +26,7 @@ from lobit.quant_recipes.apply import convert
 from lobit.quant_recipes.catalog import CATALOG, find_recipe
 from lobit.quant_recipes.recipe import Recipe, WeightGrid
 from lobit.runtime.bundle import open_bundle
-from lobit.runtime.engine import SteppingEngine, open_engine
+from lobit.runtime.engine import SteppingEngine, default_threads, open_engine
 from lobit.runtime.generate import generate
 from lobit.runtime.onnx_ports import GRAPH_FILE
 from lobit.runtime.onnxruntime import stepper
@@ -178,6 +180,20 @@ def test_a_portable_graph_is_valid_and_the_reference_evaluator_runs_it(model: st
             assert kl_divergence(log_softmax(expected), log_softmax(found)).mean() < PORTABLE_KL
         else:
             assert np.abs(found - expected).max() / np.abs(expected).max() < FLOAT_RELATIVE
+
+
+def test_a_bundle_says_how_many_threads_run_it(models: Any, tmp_path: Path) -> None:
+    folder = export(models("llama"), find_recipe("fp"), tmp_path / "bundle", threads=1)
+    bundle = open_bundle(folder)
+    assert (bundle.manifest.threads, default_threads(bundle)) == (1, 1)
+    assert bundle.manifest.delegation.backend == "CPUExecutionProvider"
+    options = json.loads((folder / GENAI_FILE).read_text())["model"]["decoder"]["session_options"]
+    assert options["intra_op_num_threads"] == 1
+
+    def threads_of(told: int | None) -> int:
+        return int(cast(Any, open_engine(bundle, told)).step.session.get_session_options().intra_op_num_threads)
+
+    assert (threads_of(None), threads_of(2)) == (1, 2)
 
 
 @pytest.mark.parametrize("portable", [False, True])

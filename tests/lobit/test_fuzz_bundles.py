@@ -51,6 +51,7 @@ def manifest_of(folder: Path) -> Manifest:
         checkpoint_sha256="0" * 64,
         context=64,
         chunk=16,
+        threads=0,
         inputs=[Port("tokens", [1, "1..16"], "int64")],
         outputs=[Port("logits", [1, VOCABULARY], "float32")],
         cache=CacheInfo("int8", [64, 16], 7200, 100),

@@ -80,6 +80,7 @@ def manifest_of(folder: Path, target: str, **changes: Any) -> Manifest:
         checkpoint_sha256="0" * 64,
         context=CONTEXT,
         chunk=16,
+        threads=0,
         inputs=[],
         outputs=[],
         cache=CacheInfo("float32", [CONTEXT, 8], 7200, 0),

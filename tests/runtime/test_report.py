@@ -97,7 +97,7 @@ def results(name: str = "stories", kl: float = 0.02, recipe: str = "8da4w-g32") 
             "name": name, "target": "xnnpack", "recipe": {"name": recipe, "summary": "INT4 in groups", "rules": []},
             "model": {"family": "llama", "parameters": 264_128, "layers": 5, "hidden_size": 64, "vocab_size": 512, "max_context": 512,
                       "largest_window": 0},
-            "checkpoint_sha256": "ab" * 32, "context": 512, "chunk": 128,
+            "checkpoint_sha256": "ab" * 32, "context": 512, "chunk": 128, "threads": 0,
             "inputs": [{"name": "tokens", "shape": [1, "1..128"], "dtype": "int64"}],
             "outputs": [{"name": "logits", "shape": [1, 512], "dtype": "float32"}],
             "cache": {"dtype": "int8", "slots": [512] * 5, "value_bytes": 327_680, "scale_bytes": 0},
