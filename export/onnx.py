@@ -40,6 +40,8 @@ COSTS = Costs(
     seconds_per_parameter={"quantize": 11e-9, "lower": 1e-9, "write": 6e-9},
     seconds_per_part=0.1,
 )
+graph = None
+"""There is none before the file (`Target.graph`)."""
 WORKSPACE = 40
 """Bytes for each token and feed-forward element of a chunk."""
 
@@ -135,10 +137,6 @@ def needs(model: Transformer, spec: Spec) -> Needs:
         layers = [fate for fate in fates(config, spec.recipe) if fate.rule is None and fate.name != "embedding"]
         work += sum(4 * math.prod(fate.shape) for fate in layers)
     return Needs(1, graph.model().ByteSize() + padding, graph.data_bytes + caches + work)
-
-
-def graph(model: Transformer, spec: Spec) -> None:
-    """There is none before the file."""
 
 
 def lower(model: Transformer, spec: Spec, kept: Kept, count: Count) -> Lowered:

@@ -99,7 +99,7 @@ class Graph:
         """Adds a node of ONNX Runtime's own with one output; the output's name."""
         return self.nodes_of(kind, inputs, domain=FUSED, **attributes)[0]
 
-    def give(self, value: str, name: str, shape: Sequence[int | str]) -> None:
+    def name_output(self, value: str, name: str, shape: Sequence[int | str]) -> None:
         """Makes what the last node gives an output, float32."""
         assert self.nodes[-1].output[0] == value
         self.nodes[-1].output[0] = name

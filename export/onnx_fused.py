@@ -65,7 +65,7 @@ class Fused(Standard):
             self.tables[rope] = parameter(graph, "cos", cos[:, 0]), parameter(graph, "sin", sin[:, 0])
         if len(self.inner_ropes) < len(self.ropes):
             with graph.composing():
-                self._turn(graph.op("Squeeze", positions, self.integers(0)))
+                self._cos_sin(graph.op("Squeeze", positions, self.integers(0)))
         return tokens
 
     def _rows(self, embedding: nn.Module, tokens: str) -> str:

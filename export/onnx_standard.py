@@ -69,7 +69,7 @@ class Standard:
         total = graph.op("Add", past, graph.op("Squeeze", graph.op("Shape", tokens, start=1, end=2)))
         positions = graph.op("Range", past, total, self.number(1))
         keys = graph.op("Range", self.number(0), total, self.number(1))
-        self._turn(positions)
+        self._cos_sin(positions)
         distance = graph.op("Sub", graph.op("Unsqueeze", positions, self.integers(1)), keys)
         for window in sorted({layer.window for layer in config.layers}, key=str):
             hidden = graph.op("Less", distance, self.number(0))
@@ -77,15 +77,15 @@ class Standard:
                 hidden = graph.op("Or", hidden, graph.op("GreaterOrEqual", distance, self.number(window)))
             self.masks[window] = graph.op("Where", hidden, graph.constant(MASKED), graph.constant(0.0))
 
-    def _turn(self, positions: str) -> None:
+    def _cos_sin(self, positions: str) -> None:
         """Cosines and sines of the call's positions [T]."""
         graph = self.graph
         at = graph.op("Unsqueeze", graph.op("Cast", positions, to=TensorProto.FLOAT), self.integers(1, 2))
         for rope in self.ropes:
             frequencies, factor = rope.frequencies()
             angles = graph.op("Mul", at, graph.constant(frequencies.numpy()))
-            waves = [graph.op("Mul", graph.op(wave, angles), graph.constant(factor)) for wave in ("Cos", "Sin")]
-            self.tables[rope] = waves[0], waves[1]
+            cos, sin = (graph.op("Mul", graph.op(kind, angles), graph.constant(factor)) for kind in ("Cos", "Sin"))
+            self.tables[rope] = cos, sin
 
     def embed(self, embedding: nn.Module, tokens: str) -> str:
         """The stream [1, T, D] of tokens [1, T]."""
@@ -193,8 +193,8 @@ class Standard:
         k, v = self._repeated(k_all), self._repeated(v_all)
         q = graph.op("Mul", q, graph.constant(config.scale))
         scores = self._capped(graph.op("MatMul", q, graph.op("Transpose", k, perm=[0, 1, 3, 2])), config.attention_softcap)
-        shares = graph.op("Softmax", graph.op("Add", scores, self.masks[config.layers[layer].window]), axis=-1)
-        y = graph.op("Transpose", graph.op("MatMul", shares, v), perm=[0, 2, 1, 3])
+        probabilities = graph.op("Softmax", graph.op("Add", scores, self.masks[config.layers[layer].window]), axis=-1)
+        y = graph.op("Transpose", graph.op("MatMul", probabilities, v), perm=[0, 2, 1, 3])
         return self.reshape(y, config.heads * config.head_dim)
 
     def _heads(self, block: Block, x: str) -> tuple[str, str, str]:
@@ -216,9 +216,9 @@ class Standard:
     def _rotated(self, x: str, rope: Rope) -> str:
         """Rotary embedding of x [1, T, heads, E]."""
         with self.graph.composing():
-            return self._turned(x, rope)
+            return self._rotate_halves(x, rope)
 
-    def _turned(self, x: str, rope: Rope) -> str:
+    def _rotate_halves(self, x: str, rope: Rope) -> str:
         graph, (cos, sin) = self.graph, self.tables[rope]
         sizes = [size for size in (rope.dim // 2, rope.dim // 2, self.config.head_dim - rope.dim) if size]
         a, b, *rest = graph.nodes_of("Split", [x, self.integers(*sizes)], len(sizes), axis=-1)
@@ -259,4 +259,4 @@ class Standard:
     def score(self, head: nn.Module, x: str) -> None:
         """Gives out the logits of the normed stream."""
         logits = self._capped(self.linear("head", head, x), self.config.logits_softcap)
-        self.graph.give(logits, LOGITS, [1, "tokens" if self.spec.all_logits else 1, self.config.vocab_size])
+        self.graph.name_output(logits, LOGITS, [1, "tokens" if self.spec.all_logits else 1, self.config.vocab_size])

@@ -92,6 +92,9 @@ class Target(Protocol):
     """The names that a target's module has."""
 
     COSTS: Costs
+    graph: Callable[[Transformer, Spec], Graph] | None
+    """The converted model's program before it is lowered, run by PyTorch; takes the model's layers over. None: what the target writes
+    is that graph itself."""
 
     def versions(self) -> dict[str, str]:
         """Of the packages that the target is lowered with."""
@@ -107,12 +110,6 @@ class Target(Protocol):
 
     def needs(self, model: Transformer, spec: Spec) -> Needs:
         """What a program of the converted model will take; the model may have no memory for its weights."""
-
-    def graph(self, model: Transformer, spec: Spec) -> Graph | None:
-        """The converted model's program before it is lowered, run by PyTorch; None: what the target writes is that graph itself.
-
-        Takes the model's layers over.
-        """
 
     def lower(self, model: Transformer, spec: Spec, kept: Kept, count: Count) -> Lowered:
         """The converted model in the target's own form; takes its layers over, and keeps what is finished."""

@@ -137,7 +137,9 @@ def parity(
     text: Annotated[Path, typer.Option("--text", metavar="FILE", help="What to read.")],
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Of the text, at most.")] = 2048,
     checkpoint: Annotated[str | None, typer.Option("--checkpoint", metavar="CKPT", help="Where the model was trained.")] = None,
-    stages: Annotated[str, typer.Option("--stages", help="Which to compare.")] = "fake_quant,graph,artifact",
+    stages: Annotated[
+        str | None, typer.Option("--stages", help="Of fake_quant, graph, artifact; default: all that the target has.")
+    ] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -155,7 +157,7 @@ def parity(
             read_text(text),
             tokens=tokens,
             checkpoint=checkpoint,
-            stages=stages.split(","),
+            stages=stages.split(",") if stages else None,
             threads=threads,
             progress=shown.count,
         )

@@ -10,8 +10,7 @@ from lobit.errors import InputError
 from lobit.verbs.make import Progress, converted_like
 
 if TYPE_CHECKING:
-    from lobit.model import Transformer
-    from lobit.quant_recipes.recipe import Recipe
+    from lobit.export.target import Graph
     from lobit.runtime.engine import Engine
     from lobit.runtime.manifest import Manifest
 
@@ -44,7 +43,7 @@ def parity(
     *,
     tokens: int = 2048,
     checkpoint: str | None = None,
-    stages: Sequence[str] = STAGES,
+    stages: Sequence[str] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -56,14 +55,15 @@ def parity(
         text: what to read.
         tokens: of the text, at most.
         checkpoint: the quantized checkpoint; None: the bundle's recipe is applied to the reference again.
-        stages: which of `STAGES` to compare; `artifact` always is.
+        stages: which of `STAGES` to compare, `artifact` always is; None: all that the target has.
         threads: of the artifact's runtime.
         progress: called with (stage, tokens done, tokens in all).
 
     Raises:
-        InputError: the checkpoint is not the one that the bundle was made from, or a stage is unknown.
+        InputError: the checkpoint is not the one that the bundle was made from, or there is no such stage.
     """
     from lobit.checkpoint import load_config, load_model, resolve
+    from lobit.export.target import Spec, find_target
     from lobit.quant_recipes.quantized import fingerprint
     from lobit.quant_recipes.recipe import Recipe
     from lobit.runtime import parity as comparison
@@ -72,11 +72,14 @@ def parity(
     from lobit.runtime.reference import ReferenceEngine
     from lobit.verbs.talk import bundle_tokenizer
 
-    unknown = sorted(set(stages) - set(STAGES))
-    if unknown:
-        raise InputError(f"there is no stage {', '.join(unknown)}: choose of {', '.join(STAGES)}")
     opened = open_bundle(bundle)
     manifest, source = opened.manifest, resolve(reference)
+    graph = find_target(manifest.target).graph
+    possible = [stage for stage in STAGES if stage != "graph" or graph]
+    unknown = sorted(set(stages or ()) - set(possible))
+    if unknown:
+        raise InputError(f"target {manifest.target} has no stage {', '.join(unknown)}: choose of {', '.join(possible)}")
+    chosen = possible if stages is None else stages
     ids = bundle_tokenizer(opened).encode(text, bos=False)[:tokens]
     comparison.plan_walks(ids, manifest.context, manifest.tokens.bos)  # a text that is too short is refused before any slow work
     config, recipe = load_config(source), Recipe.from_json(manifest.recipe)
@@ -87,11 +90,11 @@ def parity(
             "from, and with --checkpoint its quantized checkpoint where it was trained"
         )
     engines: dict[str, Any] = {}
-    if "fake_quant" in stages:
+    if "fake_quant" in chosen:
         engines["fake_quant"] = ReferenceEngine(model, recipe, manifest.context)
-    if "graph" in stages:
+    if graph and "graph" in chosen:
         again, _ = converted_like(resolve(checkpoint) if checkpoint else source, recipe)
-        engines |= _graph_engine(again, recipe, manifest)
+        engines["graph"] = _graph_engine(graph(again, Spec(recipe, manifest.context, manifest.chunk)), manifest)
     engines["artifact"] = open_engine(opened, threads)
     result = comparison.parity(
         ReferenceEngine(load_model(source, config), None, manifest.context),
@@ -107,17 +110,12 @@ def parity(
     return {**result, "bundle": described, "model": reference, "entropy": None}
 
 
-def _graph_engine(model: Transformer, recipe: Recipe, manifest: Manifest) -> dict[str, Engine]:
-    """The exported graph, run by PyTorch: the artifact's operators before lowering. Nothing where the artifact is the graph."""
+def _graph_engine(graph: Graph, manifest: Manifest) -> Engine:
+    """The exported graph, run by PyTorch: the artifact's operators before lowering."""
     import torch
 
-    from lobit.export.target import Spec, find_target
     from lobit.quiet import quiet_native
     from lobit.runtime.engine import Logits, SteppingEngine
-
-    graph = find_target(manifest.target).graph(model, Spec(recipe, manifest.context, manifest.chunk))
-    if graph is None:
-        return {}
 
     @torch.inference_mode()
     def step(tokens: list[int], position: int) -> Logits:
@@ -125,4 +123,4 @@ def _graph_engine(model: Transformer, recipe: Recipe, manifest: Manifest) -> dic
             logits: torch.Tensor = graph(torch.tensor([tokens]), torch.tensor([position]))
         return logits.reshape(-1).numpy()
 
-    return {"graph": SteppingEngine(step, manifest.context, manifest.chunk, manifest.model.vocab_size)}
+    return SteppingEngine(step, manifest.context, manifest.chunk, manifest.model.vocab_size)

@@ -14,6 +14,7 @@ from onnx.reference import ReferenceEvaluator
 
 from lobit import verbs
 from lobit.checkpoint import load_config, load_model
+from lobit.errors import InputError
 from lobit.export import onnx as target
 from lobit.export.onnx import GENAI_FILE
 from lobit.export.onnx_graph import emit
@@ -194,6 +195,12 @@ def test_a_bundle_says_how_many_threads_run_it(models: Any, tmp_path: Path) -> N
         return int(cast(Any, open_engine(bundle, told)).step.session.get_session_options().intra_op_num_threads)
 
     assert (threads_of(None), threads_of(2)) == (1, 2)
+
+
+def test_a_graph_before_the_file_is_no_stage_of_this_target(models: Any, tmp_path: Path) -> None:
+    bundle = export(models("llama"), find_recipe("fp"), tmp_path / "bundle")
+    with pytest.raises(InputError, match="target onnx has no stage graph: choose of fake_quant, artifact"):
+        verbs.parity(bundle, str(models("llama")), "Once", stages=["graph"])
 
 
 @pytest.mark.parametrize("portable", [False, True])
