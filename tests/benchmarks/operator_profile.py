@@ -33,7 +33,7 @@ from lobit.runtime.engine import SteppingEngine, open_engine  # noqa: E402
 from lobit.runtime.executorch import import_runtime  # noqa: E402
 
 CHUNK = 512
-"""Most tokens in one call."""
+"""That the programs are made with."""
 ALL, BESIDE, BETWEEN = "all", "delegate, beside its operators", "between the calls"
 """Rows that are no operator: the whole of `forward`; what a delegate does besides computing; the program's own instructions."""
 
@@ -42,6 +42,8 @@ class Timed(ABC):
     """What reads tokens, timed."""
 
     vocab_size: int
+    chunk = CHUNK
+    """Most tokens in one call."""
 
     @abstractmethod
     def step(self, tokens: list[int], position: int) -> object:
@@ -49,8 +51,8 @@ class Timed(ABC):
 
     def read(self, tokens: list[int], position: int) -> None:
         """Reads tokens from a position on, in chunks."""
-        for start in range(0, len(tokens), CHUNK):
-            self.step(tokens[start : start + CHUNK], position + start)
+        for start in range(0, len(tokens), self.chunk):
+            self.step(tokens[start : start + self.chunk], position + start)
 
     def prefill(self, count: int, depth: int) -> float:
         """Seconds to read a prompt at a depth."""
@@ -74,7 +76,11 @@ class BundleProgram(Timed):
     def __init__(self, folder: Path, threads: int) -> None:
         engine = open_engine(open_bundle(folder, hashes=False), threads)
         assert isinstance(engine, SteppingEngine)
-        self.step, self.vocab_size = engine.step, engine.vocab_size  # type: ignore[method-assign]
+        self.engine, self.vocab_size, self.chunk = engine, engine.vocab_size, engine.chunk
+
+    def step(self, tokens: list[int], position: int) -> object:
+        """See `Timed.step`."""
+        return self.engine.step(tokens, position)
 
 
 class Program(Timed):
