@@ -163,7 +163,7 @@ def _cache(found: Manifest) -> str:
 
 def verify(result: dict[str, Any]) -> Table:
     """The verdict and every layer that differs."""
-    table = _table(f"verify: {_verdict(result)}", "", "compared", "differing", right=("compared", "differing"))
+    table = _table(f"verify {result['bundle']['name']}: {_verdict(result)}", "", "compared", "differing", right=("compared", "differing"))
     for kind in ("integers", "scales", "floats"):
         table.add_row(kind, f"{result[kind]:,}", f"{result[f'differing_{kind}']:,}")
     if result["checkpoint_matches"] is False:
@@ -181,7 +181,8 @@ def _verdict(result: dict[str, Any]) -> str:
 
 def parity(result: dict[str, Any]) -> Table:
     """Stages, phases and limits."""
-    title = f"parity: {_verdict(result)} ({result['positions']} positions, reference perplexity {result['reference_perplexity']:.3f})"
+    read = f"{result['positions']} positions, reference perplexity {result['reference_perplexity']:.3f}"
+    title = f"parity {result['bundle']['name']}: {_verdict(result)} ({read})"
     columns = ("KL mean", "KL p99", "KL of this step", "top-1", "perplexity")
     table = _table(title, "against the float model", *columns, right=columns)
     rows = [(row["name"], row) for row in result["stages"]]

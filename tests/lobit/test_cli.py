@@ -213,14 +213,14 @@ def test_parity_does_what_every_option_says(
     assert short.json["tokens"] == 101  # and the one that begins a text
     assert short.json["text"] == sample.name
     table = lobit(*command, "--tokens", 64, "--stages", "fake_quant,artifact")
-    assert "parity: passed" in table.out
+    assert f"parity {bundles('stories260k', 'fp').name}: passed" in table.out
     assert "fake_quant" in table.out
     assert "graph" not in table.out
     assert lobit(*command, "--checkpoint", models("llama")).code == MISTAKE
     monkeypatch.setitem(parity_module.LIMITS, "fp", (Limit("kl_mean", -1.0, "nothing is that good"),))
     failed = lobit(*command, "--tokens", 64, "--stages", "artifact")
     assert failed.code == GATE_FAILED
-    assert "parity: FAILED" in failed.out
+    assert f"parity {bundles('stories260k', 'fp').name}: FAILED" in failed.out
 
 
 def test_verify_fails_the_gate_for_other_weights(bundles: Bundles, models: Any, tmp_path: Path, lobit: Lobit) -> None:
@@ -232,7 +232,7 @@ def test_verify_fails_the_gate_for_other_weights(bundles: Bundles, models: Any, 
     save_file(tensors, other / "model.safetensors")
     answer = lobit("verify", bundles("qwen3", "8da4w-g32"), other)
     assert answer.code == GATE_FAILED
-    assert "verify: FAILED" in answer.out
+    assert f"verify {bundles('qwen3', '8da4w-g32').name}: FAILED" in answer.out
     assert "layers.1.mlp.down" in answer.out
     assert "layers.0.mlp.down" not in answer.out
 
