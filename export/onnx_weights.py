@@ -21,7 +21,10 @@ from lobit.quant_recipes.recipe import Recipe, Rule, WeightGrid
 CRUMBS = FixedWidth("the crumbs of MatMulNBits", 4, 1, 4, lowest=-2, highest=1)
 """Two bits whose zero is code 2, as the operator takes it for granted."""
 LARGEST_BLOCK, SMALLEST_BLOCK, FAST_BLOCK = 128, 16, 32
-"""Weights that share a scale in MatMulNBits, a power of two. Of two bits, blocks below 32 or over 128 have no kernel for INT8 inputs."""
+"""Weights that share a scale in MatMulNBits, a power of two; the smallest of a row that has one scale."""
+CRUMB_SECONDS = {128: 1.0, 64: 1.17, 32: 2.33}
+"""What a weight of two bits takes in blocks of these, beside blocks of 128 (768 x 4096, 128 tokens, AVX-512 VNNI). Blocks below 32 or over
+128 have no kernel for INT8 inputs."""
 ITEM_BYTES: dict[int, float] = {
     TensorProto.FLOAT: 4,
     TensorProto.FLOAT16: 2,
@@ -67,10 +70,12 @@ def form_of(grid: WeightGrid, inner: int, rows: bool, fused: bool) -> Form:
 
 
 def _block(grid: WeightGrid, inner: int) -> int:
-    """A power of two: of a group the largest that divides it, of a row as well, but none that is slow."""
-    if grid.group_size is None:
-        return max(min(LARGEST_BLOCK, inner & -inner), FAST_BLOCK)
-    return min(LARGEST_BLOCK, grid.group_size & -grid.group_size)
+    """A power of two: the largest that divides a group, or a row. Rows of two bits are filled up where that is faster."""
+    if grid.group_size is not None:
+        return min(LARGEST_BLOCK, grid.group_size & -grid.group_size)
+    if stored_bits(grid) == 2:
+        return min(CRUMB_SECONDS, key=lambda block: -(-inner // block) * block * CRUMB_SECONDS[block])
+    return max(min(LARGEST_BLOCK, inner & -inner), FAST_BLOCK)
 
 
 def stored_bits(grid: WeightGrid) -> Literal[2, 4, 8]:

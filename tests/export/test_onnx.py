@@ -124,10 +124,12 @@ def test_the_plan_says_every_byte(model: str, name: str, portable: bool, models:
 
 def test_blocks_tile_rows_and_groups() -> None:
     for inner in range(1, 700):
-        form = form_of(WeightGrid(2, None, "absmean"), inner, rows=False, fused=True)
-        assert form.block in (32, 64, 128)
-        assert form.block == 32 or inner % form.block == 0
-        assert 0 <= form.columns - inner < form.block
+        for bits in (2, 4, 8):
+            form = form_of(WeightGrid(bits, None), inner, rows=False, fused=True)
+            assert form.block in (32, 64, 128)
+            assert 0 <= form.columns - inner < form.block
+            if bits > 2:
+                assert form.block == 32 or inner % form.block == 0
         rows = form_of(WeightGrid(4, None), inner, rows=True, fused=True)
         assert rows.columns == inner
         assert rows.block is None or inner % rows.block == 0
@@ -136,6 +138,13 @@ def test_blocks_tile_rows_and_groups() -> None:
         assert form.block in (16, 32, 64, 128)
         assert group % form.block == 0
         assert form.columns == 3 * group
+
+
+def test_rows_of_two_bits_are_filled_up_to_faster_blocks() -> None:
+    def block(inner: int) -> int | None:
+        return form_of(WeightGrid(2, None, "absmean"), inner, rows=False, fused=True).block
+
+    assert [block(inner) for inner in (768, 576, 1056, 192, 172, 64, 32)] == [128, 128, 128, 64, 64, 64, 32]
 
 
 def test_groups_that_no_block_divides_are_refused(models: Any) -> None:
