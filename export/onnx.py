@@ -26,6 +26,7 @@ from lobit.quant_recipes.recipe import Rule
 from lobit.quant_recipes.sizes import kind_of
 from lobit.runtime.manifest import CacheInfo, Delegation, FileEntry, Port, TensorGroup
 from lobit.runtime.onnx_ports import DATA_FILE, FLOAT_INPUTS, GRAPH_FILE, LOGITS, POSITIONS, TOKENS, cache_names
+from lobit.runtime.onnxruntime import STEP, UNTILED_SLOTS
 
 PROVIDER = "CPUExecutionProvider"
 GENAI_FILE = "genai_config.json"
@@ -123,20 +124,33 @@ def _shares(fate: Fate, spec: Spec) -> bool:
 def needs(model: Transformer, spec: Spec) -> Needs:
     """What the graph will take: the file's bytes exactly; in memory the weights, caches, and what a chunk needs on its way.
 
-    Where attention is composed there are its scores, some three times, and caches before and after a call. Half floats of products
-    become float32 when the graph is loaded.
+    Attention has scores for every slot of the longest cache, unless that is very long; where it is composed some three times, and caches
+    before and after a call.
     """
     graph, config = emit(model, spec), model.config
     padding = graph.data_bytes - sum(region.bytes for region in graph.regions.values())
-    widest = max(config.intermediate_size, config.heads * config.head_dim)
-    work = WORKSPACE * spec.chunk * widest + 4 * config.vocab_size * (spec.chunk if spec.all_logits else 1)
-    caches = cache(spec, config).bytes
+    chunk, widest = min(spec.chunk, STEP), max(config.intermediate_size, config.heads * config.head_dim)
+    work = WORKSPACE * chunk * widest + 4 * config.vocab_size * (chunk if spec.all_logits else 1)
+    caches, longest = cache(spec, config).bytes, max(slots(spec, config))
+    scores = 4 * config.heads * chunk * longest
     if not in_place(spec, config):
-        work += caches + 3 * 4 * config.heads * spec.chunk * spec.context
-    if spec.recipe.float_bits == 16:
-        layers = [fate for fate in fates(config, spec.recipe) if fate.rule is None and fate.name != "embedding"]
-        work += sum(4 * math.prod(fate.shape) for fate in layers)
+        work += caches + 3 * scores
+    elif longest <= UNTILED_SLOTS:
+        work += scores
+    work += sum(_packed_bytes(fate, spec) for fate in fates(config, spec.recipe) if fate.name != "embedding")
     return Needs(1, graph.model().ByteSize() + padding, graph.data_bytes + caches + work)
+
+
+def _packed_bytes(fate: Fate, spec: Spec) -> int:
+    """What a product takes in memory beside its bytes in the file.
+
+    Half floats become float32 when the graph is loaded. Integers with INT8 inputs are packed with their scales and sums of their blocks,
+    and the file's scales stay.
+    """
+    if fate.rule is None:
+        return 4 * math.prod(fate.shape) if spec.recipe.float_bits == 16 else 0
+    form = _form(fate, fate.rule, spec)
+    return 2 * 4 * fate.shape[0] * form.scales if form.block and rounds_inputs(fate.rule) else 0
 
 
 def lower(model: Transformer, spec: Spec, kept: Kept, count: Count) -> Lowered:

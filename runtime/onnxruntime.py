@@ -19,9 +19,13 @@ from lobit.runtime.verify import StoredLayer
 
 STEP = 256
 """Tokens that are read at once where a chunk has more: 2 to 8 % faster than 512, whose scores leave the processor's cache."""
-ATTENTION = {"ORT_GQA_DISABLE_FLASH_ATTENTION": "1"}
-"""Variable of the process, read by ONNX Runtime's attention: without tiles over the keys a prompt of 512 takes 6 to 10 % less time, a
-token 5 % less, with 2048 tokens before them as well (AVX-512, 125 million parameters)."""
+UNTILED = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+"""Variable of the process that ONNX Runtime's attention reads when a session is made."""
+UNTILED_SLOTS = 4096
+"""Slots up to which attention has scores for all of them at once: a prompt of 512 takes 6 to 10 % less time so, a token 5 % less, with 2048
+tokens before them as well (AVX-512, 125 million parameters). Beyond, the scores of a step would take hundreds of megabytes."""
+GIVEN_UNTILED = os.environ.get(UNTILED)
+"""What the user says of it."""
 
 
 def import_runtime() -> Any:
@@ -72,8 +76,7 @@ def stepper(path: Path, slots: list[int], threads: int, provider: str = "CPUExec
     if provider not in installed:
         found = ", ".join(installed)
         raise MissingPartError(f"{path} is for {provider}, this onnxruntime has {found}: install one that has it, or export again")
-    for name, value in ATTENTION.items():
-        os.environ.setdefault(name, value)
+    os.environ[UNTILED] = GIVEN_UNTILED or str(int(max(slots) <= UNTILED_SLOTS))
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4

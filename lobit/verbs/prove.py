@@ -72,14 +72,15 @@ def parity(
     from lobit.runtime.reference import ReferenceEngine
     from lobit.verbs.talk import bundle_tokenizer
 
+    unknown = sorted(set(stages or ()) - set(STAGES))
+    if unknown:
+        raise InputError(f"there is no stage {', '.join(unknown)}: choose of {', '.join(STAGES)}")
     opened = open_bundle(bundle)
     manifest, source = opened.manifest, resolve(reference)
-    graph = find_target(manifest.target).graph
-    possible = [stage for stage in STAGES if stage != "graph" or graph]
-    unknown = sorted(set(stages or ()) - set(possible))
-    if unknown:
-        raise InputError(f"target {manifest.target} has no stage {', '.join(unknown)}: choose of {', '.join(possible)}")
-    chosen = possible if stages is None else stages
+    chosen = STAGES if stages is None else stages
+    graph = find_target(manifest.target).graph if "graph" in chosen else None
+    if stages and "graph" in stages and graph is None:
+        raise InputError(f"target {manifest.target} has no stage graph: what it writes is that graph, and its stage is artifact")
     ids = bundle_tokenizer(opened).encode(text, bos=False)[:tokens]
     comparison.plan_walks(ids, manifest.context, manifest.tokens.bos)  # a text that is too short is refused before any slow work
     config, recipe = load_config(source), Recipe.from_json(manifest.recipe)
@@ -92,7 +93,7 @@ def parity(
     engines: dict[str, Any] = {}
     if "fake_quant" in chosen:
         engines["fake_quant"] = ReferenceEngine(model, recipe, manifest.context)
-    if graph and "graph" in chosen:
+    if graph:
         again, _ = converted_like(resolve(checkpoint) if checkpoint else source, recipe)
         engines["graph"] = _graph_engine(graph(again, Spec(recipe, manifest.context, manifest.chunk)), manifest)
     engines["artifact"] = open_engine(opened, threads)

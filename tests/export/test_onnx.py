@@ -1,6 +1,7 @@
 """Target onnx: every recipe's integers in ONNX Runtime's operators and in standard ones, for ONNX Runtime and for other clients."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +27,7 @@ from lobit.model import Layer, Transformer
 from lobit.quant_recipes.apply import convert
 from lobit.quant_recipes.catalog import CATALOG, find_recipe
 from lobit.quant_recipes.recipe import Recipe, WeightGrid
+from lobit.runtime import onnxruntime as onnxruntime_engine
 from lobit.runtime.bundle import open_bundle
 from lobit.runtime.engine import SteppingEngine, default_threads, open_engine
 from lobit.runtime.generate import generate
@@ -192,6 +194,16 @@ def test_a_portable_graph_is_valid_and_the_reference_evaluator_runs_it(model: st
             assert np.abs(found - expected).max() / np.abs(expected).max() < FLOAT_RELATIVE
 
 
+@pytest.mark.parametrize("most", [CONTEXT, CONTEXT - 1])
+def test_attention_has_tiles_where_a_cache_is_long(most: int, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime_engine, "UNTILED_SLOTS", most)
+    monkeypatch.setenv(onnxruntime_engine.UNTILED, "")
+    bundle = export(models("llama"), find_recipe("fp"), tmp_path / "bundle")
+    expected, found = walked(reference(models("llama"), find_recipe("fp"))), walked(open_engine(open_bundle(bundle), THREADS))
+    assert os.environ[onnxruntime_engine.UNTILED] == ("1" if most == CONTEXT else "0")
+    assert np.abs(found - expected).max() / np.abs(expected).max() < FLOAT_RELATIVE
+
+
 def test_a_bundle_says_how_many_threads_run_it(models: Any, tmp_path: Path) -> None:
     folder = export(models("llama"), find_recipe("fp"), tmp_path / "bundle", threads=1)
     bundle = open_bundle(folder)
@@ -208,7 +220,7 @@ def test_a_bundle_says_how_many_threads_run_it(models: Any, tmp_path: Path) -> N
 
 def test_a_graph_before_the_file_is_no_stage_of_this_target(models: Any, tmp_path: Path) -> None:
     bundle = export(models("llama"), find_recipe("fp"), tmp_path / "bundle")
-    with pytest.raises(InputError, match="target onnx has no stage graph: choose of fake_quant, artifact"):
+    with pytest.raises(InputError, match="target onnx has no stage graph"):
         verbs.parity(bundle, str(models("llama")), "Once", stages=["graph"])
 
 
