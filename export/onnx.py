@@ -25,8 +25,7 @@ from lobit.quant_recipes.apply import Fate, fates
 from lobit.quant_recipes.recipe import Rule
 from lobit.quant_recipes.sizes import kind_of
 from lobit.runtime.manifest import CacheInfo, Delegation, FileEntry, Port, TensorGroup
-from lobit.runtime.onnx_ports import DATA_FILE, FLOAT_INPUTS, GRAPH_FILE, LOGITS, POSITIONS, TOKENS, cache_names
-from lobit.runtime.onnxruntime import STEP, UNTILED_SLOTS
+from lobit.runtime.onnx_ports import DATA_FILE, FLOAT_INPUTS, GRAPH_FILE, LOGITS, POSITIONS, STEP, TOKENS, UNTILED_SLOTS, cache_names
 
 PROVIDER = "CPUExecutionProvider"
 GENAI_FILE = "genai_config.json"

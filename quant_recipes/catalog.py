@@ -24,6 +24,13 @@ _ALL = (
         rules=(),
     ),
     Recipe(
+        name="fp16",
+        summary="Weights and embedding in half precision, computed with in single.",
+        rules=(),
+        float_bits=16,
+        source="Spectra, FloatLM (section 2.1)",
+    ),
+    Recipe(
         name="8da4w-g32",
         summary="INT4 weights and embedding in groups of 32, INT8 dynamic activations, INT8 KV cache.",
         rules=(Rule(EVERYWHERE, WeightGrid(bits=4, group_size=32), activation_bits=8),),

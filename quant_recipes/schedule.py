@@ -53,7 +53,7 @@ FINE_TUNING = Training(distillation=1.0)
 """From a float model, its own teacher."""
 RECIPES = {
     "8da8w": replace(FINE_TUNING, learning_rate=1e-5),
-    "fp": Training(learning_rate=1e-3, weight_decay=0.1),
+    **dict.fromkeys(("fp", "fp16"), Training(learning_rate=1e-3, weight_decay=0.1)),
     "bitnet": Training(learning_rate=2.4e-3, schedule="two_stage", weight_decay=0.1),
     "trilm": Training(learning_rate=2.4e-3, schedule="two_stage", weight_decay=0.1),
     "bilm": Training(learning_rate=2.4e-3, schedule="two_stage", weight_decay=0.1),

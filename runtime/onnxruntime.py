@@ -14,16 +14,11 @@ from lobit.errors import BundleError, MissingPartError
 from lobit.quiet import quiet_native
 from lobit.runtime.bundle import Bundle
 from lobit.runtime.engine import Logits, Step, SteppingEngine
-from lobit.runtime.onnx_ports import FLOAT_INPUTS, LOGITS, PAST, POSITIONS, PRESENT, TOKENS
+from lobit.runtime.onnx_ports import FLOAT_INPUTS, LOGITS, PAST, POSITIONS, PRESENT, STEP, TOKENS, UNTILED_SLOTS
 from lobit.runtime.verify import StoredLayer
 
-STEP = 256
-"""Tokens that are read at once where a chunk has more: 2 to 8 % faster than 512, whose scores leave the processor's cache."""
 UNTILED = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 """Variable of the process that ONNX Runtime's attention reads when a session is made."""
-UNTILED_SLOTS = 4096
-"""Slots up to which attention has scores for all of them at once: a prompt of 512 takes 6 to 10 % less time so, a token 5 % less, with 2048
-tokens before them as well (AVX-512, 125 million parameters). Beyond, the scores of a step would take hundreds of megabytes."""
 GIVEN_UNTILED = os.environ.get(UNTILED)
 """What the user says of it."""
 

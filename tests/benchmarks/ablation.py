@@ -301,7 +301,7 @@ def work(subject: Subject, seed: int, row: Row | None) -> dict[str, Any] | None:
 
 def everything(subject: Subject, jobs: int, report: Callable[[str], None]) -> list[dict[str, Any]]:
     """All rows of all seeds, `jobs` at once; the rows of a seed begin when its float model is there."""
-    wanted = [Row("float", "float", replace(find_recipe("fp"), float_bits=16)), *rows(subject.demo)]
+    wanted = [Row("float", "float", find_recipe("fp16")), *rows(subject.demo)]
     found: dict[tuple[int, int], dict[str, Any]] = {}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         floats = {pool.submit(work, subject, seed, None): seed for seed in SEEDS}

@@ -84,7 +84,7 @@ def test_every_recipe_runs_as_it_was_quantized(model: str, name: str, portable: 
     else:
         assert kl_divergence(log_softmax(expected), log_softmax(found)).mean() < (PORTABLE_KL if portable else CONVERSION.limit)
     levels = [next(one.i for one in node.attribute if one.name == "accuracy_level") for node in products(bundle)]
-    assert set(levels) == (set() if portable or name == "fp" else {4} if name in ROUNDED_INPUTS else {0})
+    assert set(levels) == (set() if portable or name in ("fp", "fp16") else {4} if name in ROUNDED_INPUTS else {0})
 
 
 def products(bundle: Path) -> list[onnx.NodeProto]:

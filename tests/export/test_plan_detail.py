@@ -22,7 +22,7 @@ from lobit.quant_recipes.entropy import BINS, entropies, shannon_bits
 from lobit.quant_recipes.sizes import checkpoint_sizes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-HALF = replace(CATALOG["fp"], float_bits=16)
+HALF = CATALOG["fp16"]
 
 
 def shaped(layers: int, hidden: int, width: int, heads: int, kv_heads: int, vocab: int) -> Config:

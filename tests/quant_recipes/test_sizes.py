@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied, weighted norms of q and k": {"model_type": "qwen3", "tie_word_embeddings": True},
     "rows of 52": {"model_type": "llama", "tie_word_embeddings": True, "hidden_size": 52, "num_attention_heads": 4, "head_dim": 12},
 }
-HALF = replace(CATALOG["fp"], float_bits=16)
+HALF = CATALOG["fp16"]
 """A float model in half precision, as the papers count it."""
 
 
