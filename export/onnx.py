@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -44,6 +43,8 @@ graph = None
 """There is none before the file (`Target.graph`)."""
 WORKSPACE = 40
 """Bytes for each token and feed-forward element of a chunk."""
+PACKED = 1.1
+"""What a packed weight takes in ONNX Runtime's arena, beside its own size."""
 
 
 def versions() -> dict[str, str]:
@@ -136,20 +137,23 @@ def needs(model: Transformer, spec: Spec) -> Needs:
         work += caches + 3 * scores
     elif longest <= UNTILED_SLOTS:
         work += scores
-    work += sum(_packed_bytes(fate, spec) for fate in fates(config, spec.recipe) if fate.name != "embedding")
+    work += sum(_packing_bytes(fate, spec) for fate in fates(config, spec.recipe) if fate.name != "embedding")
     return Needs(1, graph.model().ByteSize() + padding, graph.data_bytes + caches + work)
 
 
-def _packed_bytes(fate: Fate, spec: Spec) -> int:
-    """What a product takes in memory beside its bytes in the file.
+def _packing_bytes(fate: Fate, spec: Spec) -> int:
+    """What a product takes in memory beyond its bytes in the file.
 
-    Half floats become float32 when the graph is loaded. Integers with INT8 inputs are packed with their scales and sums of their blocks,
-    and the file's scales stay.
+    It is packed when the graph is loaded: half floats as float32, integers with INT8 inputs with their scales and sums of blocks. Of
+    the file its scales stay, and the weights of a head that is the embedding.
     """
-    if fate.rule is None:
-        return 4 * math.prod(fate.shape) if spec.recipe.float_bits == 16 else 0
-    form = _form(fate, fate.rule, spec)
-    return 2 * 4 * fate.shape[0] * form.scales if form.block and rounds_inputs(fate.rule) else 0
+    out, inner = fate.shape
+    stored, packed = _bytes(fate, spec), 4 * out * inner
+    if fate.rule is not None:
+        form = _form(fate, fate.rule, spec)
+        stored = packed = stored - 4 * out * form.scales
+        packed += 2 * 4 * out * form.scales if form.block and rounds_inputs(fate.rule) else 0
+    return round(PACKED * packed) - (0 if fate.shared_with and _shares(fate, spec) else stored)
 
 
 def lower(model: Transformer, spec: Spec, kept: Kept, count: Count) -> Lowered:
