@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,6 @@ from lobit.runtime.verify import StoredLayer
 
 UNTILED = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 """Variable of the process that ONNX Runtime's attention reads when a session is made."""
-GIVEN_UNTILED = os.environ.get(UNTILED)
-"""What the user says of it."""
 
 
 def import_runtime() -> Any:
@@ -71,18 +70,31 @@ def stepper(path: Path, slots: list[int], threads: int, provider: str = "CPUExec
     if provider not in installed:
         found = ", ".join(installed)
         raise MissingPartError(f"{path} is for {provider}, this onnxruntime has {found}: install one that has it, or export again")
-    os.environ[UNTILED] = GIVEN_UNTILED or str(int(max(slots) <= UNTILED_SLOTS))
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
     for name, value in FLOAT_INPUTS.items():
         options.add_session_config_entry(name, value)
     try:
-        session = runtime.InferenceSession(str(path), options, providers=[provider])
+        with _attention_for(slots):
+            session = runtime.InferenceSession(str(path), options, providers=[provider])
         kind = InPlace if POSITIONS in (port.name for port in session.get_inputs()) else Growing
         return kind(runtime, session, slots)
     except Exception as error:  # a class of its own for each of its codes; and ports that are not those of a bundle
         raise BundleError(f"ONNX Runtime cannot load {path} ({error}): export it again") from None
+
+
+@contextlib.contextmanager
+def _attention_for(slots: list[int]) -> Iterator[None]:
+    """Sessions made inside have the attention that is faster for such caches, unless the user has chosen."""
+    if UNTILED in os.environ:
+        yield
+        return
+    os.environ[UNTILED] = str(int(max(slots) <= UNTILED_SLOTS))
+    try:
+        yield
+    finally:
+        del os.environ[UNTILED]
 
 
 class Growing:
