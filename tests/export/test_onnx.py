@@ -231,7 +231,6 @@ def test_a_graph_before_the_file_is_no_stage_of_this_target(models: Any, tmp_pat
 
 @pytest.mark.parametrize("portable", [False, True])
 def test_logits_of_all_tokens_are_those_of_the_tokens_one_by_one(portable: bool, models: Any, tmp_path: Path) -> None:
-
     recipe = find_recipe("fp")
     bundle = open_bundle(export(models("llama"), recipe, tmp_path / "bundle", portable=portable, all_logits=True))
     engine, config = open_engine(bundle, THREADS), load_config(models("llama"))
