@@ -32,9 +32,11 @@ Mixed = Annotated[
 KVCache = Annotated[Literal["int8", "float"] | None, typer.Option("--kv-cache", help="Instead of the recipe's.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Where to write; must not exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Threads = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Of the runtime; default: the bundle's own, or one per core.")]
+Threads = Annotated[
+    int | None, typer.Option("-t", "--threads", min=1, max=1024, help="Of the runtime; default: the bundle's own, or one per core.")
+]
 BundleThreads = Annotated[
-    int, typer.Option("--threads", min=0, help="Of the runtime where it is not told otherwise, for the manifest; 0: one per core.")
+    int, typer.Option("--threads", min=0, max=1024, help="Of the runtime, written into the bundle; 0: one per core.")
 ]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that `lobit export` wrote.")]
 Source = Annotated[str, typer.Argument(metavar="MODEL|CKPT", help="A float model, or a quantized checkpoint.")]

@@ -19,6 +19,8 @@ SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"
 LONGEST_PATH = 80
 """Characters; no target names its files so."""
+MOST_THREADS = 1024
+"""Of a runtime; no processor has more."""
 SEAL = "sha256"
 """The last entry of the file: the digest of all others."""
 LARGEST_MANIFEST = 8 << 20
@@ -220,6 +222,8 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         yield f"chunk {manifest.chunk}, context {context} and the model's own context {model.max_context} are not in this order"
     if len(slots) != model.layers or not all(1 <= size <= context for size in slots):
         yield f"{len(slots)} layers have a cache of {shown(slots)} positions: {model.layers} layers and a context of {context} are told"
+    if manifest.threads > MOST_THREADS:
+        yield f"threads is {manifest.threads}, over {MOST_THREADS}"
     tokens = [*manifest.tokens.stop, *([] if manifest.tokens.bos is None else [manifest.tokens.bos])]
     yield from (f"token {token} is outside the vocabulary of {model.vocab_size}" for token in tokens if token >= model.vocab_size)
     times = Counter(entry.path for entry in manifest.files)

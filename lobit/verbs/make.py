@@ -156,15 +156,15 @@ def export(
     from lobit.place import check_place, new_folder
     from lobit.quant_recipes.apply import check
     from lobit.quant_recipes.quantized import empty_model
-    from lobit.runtime.manifest import Tokens
+    from lobit.runtime.manifest import MOST_THREADS, Tokens
 
     source = resolve(model)
     config = load_config(source)
     context, chunk = _sizes(config, context, chunk)
     check_place(out)
     bundle.check_context(config, context, chunk)
-    if threads < 0:
-        raise InputError(f"{threads} threads: give 0, for one per core, or more")
+    if not 0 <= threads <= MOST_THREADS:
+        raise InputError(f"{threads} threads: give 0, for one per core, or up to {MOST_THREADS}")
     asked = _asked(source, recipe)
     check(config, asked)
     tokenizer = _tokenizer(source, config)

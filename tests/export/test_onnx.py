@@ -221,6 +221,9 @@ def test_a_bundle_says_how_many_threads_run_it(models: Any, tmp_path: Path) -> N
         return int(cast(Any, open_engine(bundle, told)).step.session.get_session_options().intra_op_num_threads)
 
     assert (threads_of(None), threads_of(2)) == (1, 2)
+    for wrong in (-1, 1025):
+        with pytest.raises(InputError, match=f"{wrong} threads"):
+            export(models("llama"), find_recipe("fp"), tmp_path / "wrong", threads=wrong)
 
 
 def test_a_graph_before_the_file_is_no_stage_of_this_target(models: Any, tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def assert_sound(found: Bundle) -> None:
         path = found.folder / entry.path
         assert path.resolve().is_relative_to(top) and path.stat().st_size == entry.bytes
     assert 1 <= manifest.chunk <= manifest.context <= manifest.model.max_context
+    assert 0 <= manifest.threads <= 1024
     assert len(manifest.cache.slots) == manifest.model.layers >= 1
     assert all(1 <= size <= manifest.context for size in manifest.cache.slots)
     tokens = [*manifest.tokens.stop, *([] if manifest.tokens.bos is None else [manifest.tokens.bos])]
