@@ -54,7 +54,7 @@ def versions() -> dict[str, str]:
 
 def check(spec: Spec, config: Config) -> list[str]:
     """Every reason why ONNX Runtime's operators cannot hold the model under the recipe."""
-    groups = {fate.rule.weights.group_size for fate in fates(config, spec.recipe) if fate.rule} - {None}
+    groups = {fate.rule.weights.group_size for fate in fates(config, spec.recipe) if fate.rule and fate.name != "embedding"} - {None}
     odd = sorted(size for size in groups if size and size & -size < SMALLEST_BLOCK)
     if spec.portable or not odd:
         return []
@@ -159,7 +159,7 @@ def _packing_bytes(fate: Fate, spec: Spec) -> int:
 def lower(model: Transformer, spec: Spec, kept: Kept, count: Count) -> Lowered:
     """The graph; its weights are still those of the model."""
     graph = emit(model, spec)
-    left = _operators(graph.composed)
+    left = Counter[str]() if spec.portable else _operators(graph.composed)
     taken = _operators(graph.nodes) - left
     ranges: dict[str, int | str] = {"tokens": f"1..{spec.chunk}", "past": f"0..{spec.context - 1}", "total": f"1..{spec.context}"}
     ranges |= {slots_name(layer.window): size for layer, size in zip(model.config.layers, slots(spec, model.config), strict=True)}

@@ -179,7 +179,8 @@ class Fused(Standard):
                 return self.graph.fused("FastGelu", x)
             case "silu":
                 return self.graph.fused("QuickGelu", x, alpha=1.0)
-        return super().activate(x)
+        with self.graph.composing():
+            return super().activate(x)
 
 
 def in_place(spec: Spec, config: Config) -> bool:

@@ -39,6 +39,8 @@ class Standard:
         self.ropes = sorted({layer.rope for layer in config.layers if layer.rope}, key=repr)
         self.tables: dict[Rope, tuple[str, str]] = {}
         """Cosine and sine [T, 1, dim / 2]."""
+        self.rounded: dict[tuple[str, str], str] = {}
+        """Inputs rounded to their tokens' grids: of q, k and v there is one."""
         self.masks: dict[int | None, str] = {}
         """For each window: 0 where a query sees a key, `MASKED` where not, [T, S]."""
 
@@ -148,7 +150,11 @@ class Standard:
     def _integer_product(self, module: IntegerLinear, x: str) -> str:
         """In float32, of weights [in, out] that were rounded, and of inputs that are, where the recipe says so."""
         graph, grid = self.graph, module.rule.weights
-        x = self._round_tokens(x, module.rule) if module.rule.activation_bits else x
+        if module.rule.activation_bits:
+            key = x, module.rule.activation_rule
+            if key not in self.rounded:
+                self.rounded[key] = self._round_tokens(x, module.rule)
+            x = self.rounded[key]
         form = form_of(grid, module.integers.shape[1], rows=False, fused=False)
         store = int8_weight if form.bits == 8 else int4_weight
         if grid.group_size:
@@ -258,5 +264,7 @@ class Standard:
 
     def score(self, head: nn.Module, x: str) -> None:
         """Gives out the logits of the normed stream."""
-        logits = self._capped(self.linear("head", head, x), self.config.logits_softcap)
+        logits = self.linear("head", head, x)
+        with self.graph.composing():
+            logits = self._capped(logits, self.config.logits_softcap)
         self.graph.name_output(logits, LOGITS, [1, "tokens" if self.spec.all_logits else 1, self.config.vocab_size])

@@ -111,7 +111,7 @@ def parameter(
     shape = (rows,) if flat else (rows, *tensors[0].shape[1:])
 
     def make() -> Tensor:
-        joined = torch.cat([tensor.detach() for tensor in tensors]).to(FLOATS[dtype])
+        joined = (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).detach().to(FLOATS[dtype])
         return joined.t() if transposed else joined
 
     return _store(graph, name, dtype, shape[::-1] if transposed else shape, (transposed, flat, *map(id, tensors)), make)

@@ -1,7 +1,7 @@
 """What an export will give and take, said before anything slow.
 
 The figures come from the shapes alone. Those of files follow from the formats, within 3 %; those of memory and time were fitted to
-exports of models from 0.1 to 1100 million parameters, memory within 20 %.
+exports of models from 0.1 to 1100 million parameters, memory within 25 %.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from lobit.runtime.verify import StoredLayer
 
 UNTILED = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 """Variable of the process that ONNX Runtime's attention reads when a session is made."""
+
+
+_MAKING = threading.Lock()
+"""Held while the variable is set."""
 
 
 def import_runtime() -> Any:
@@ -87,14 +92,15 @@ def stepper(path: Path, slots: list[int], threads: int, provider: str = "CPUExec
 @contextlib.contextmanager
 def _attention_for(slots: list[int]) -> Iterator[None]:
     """Sessions made inside have the attention that is faster for such caches, unless the user has chosen."""
-    if UNTILED in os.environ:
-        yield
-        return
-    os.environ[UNTILED] = str(int(max(slots) <= UNTILED_SLOTS))
-    try:
-        yield
-    finally:
-        del os.environ[UNTILED]
+    with _MAKING:
+        if UNTILED in os.environ:
+            yield
+            return
+        os.environ[UNTILED] = str(int(max(slots) <= UNTILED_SLOTS))
+        try:
+            yield
+        finally:
+            del os.environ[UNTILED]
 
 
 class Growing:
@@ -178,12 +184,15 @@ class GraphFile:
         data: of its weights, in the same folder.
 
     Raises:
+        MissingPartError: onnx is not installed.
         BundleError: a file is damaged, or the data are missing or short.
     """
 
     def __init__(self, path: Path, data: Path) -> None:
-        import onnx
-
+        try:
+            import onnx
+        except ImportError as error:
+            raise MissingPartError(f"reading a graph needs onnx ({error}): pip install 'lobit[onnx]'") from None
         self.path, self.data = path, data
         try:
             self.graph = onnx.load(path, load_external_data=False).graph
@@ -201,7 +210,7 @@ class GraphFile:
 
         tensor = self.initializers[name]
         described = {entry.key: entry.value for entry in tensor.external_data}
-        if described:
+        if described or tensor.data_location == onnx.TensorProto.EXTERNAL:
             start, length = int(described["offset"]), int(described["length"])
             if described["location"] != self.data.name or start < 0 or not 0 <= length <= self.data.stat().st_size - start:
                 raise self._damaged(f"the data of {name} are not in {self.data.name}")
@@ -216,7 +225,10 @@ class GraphFile:
     def layers(self) -> Iterator[StoredLayer]:
         """The embedding and the products in the order of execution."""
         try:
-            yield from self._layers()
+            for layer in self._layers():
+                if layer.values.ndim != 2 or (layer.scale is not None and (layer.scale.ndim != 2 or len(layer.scale) != len(layer.values))):
+                    raise ValueError(f"{layer.name} has weights or scales that are no matrix of its rows")
+                yield layer
         except (LookupError, ValueError, TypeError, OSError) as error:
             raise self._damaged(f"{type(error).__name__}: {error}") from None
 
@@ -242,9 +254,8 @@ class GraphFile:
 
     def _row_scales(self, table: str) -> NDArray[np.float32]:
         """Of an embedding's integers: the other constant that tokens choose rows of."""
-        scale = next(
-            node.input[0] for node in self.graph.node if node.op_type == "Gather" and node.input[1] == TOKENS and node.input[0] != table
-        )
+        tables = [node.input[0] for node in self.graph.node if node.op_type == "Gather" and node.input[1] == TOKENS]
+        (scale,) = (name for name in tables if name != table)
         return self.constant(scale)
 
     def _product(self, node: Any, source: str) -> StoredLayer:

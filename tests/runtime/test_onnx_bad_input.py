@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from lobit.errors import BundleError, InputError, LobitError, MissingPartError
 from lobit.runtime.bundle import open_bundle
 from lobit.runtime.engine import open_engine
 from lobit.runtime.manifest import FILE_NAME, FileEntry, sealed
+from lobit.runtime.onnxruntime import read_weights
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 THREADS = 1
@@ -94,6 +96,18 @@ def external(graph: onnx.GraphProto, key: str, value: str) -> None:
     next(entry for entry in tensor.external_data if entry.key == key).value = value
 
 
+def nowhere(graph: onnx.GraphProto, name: str) -> None:
+    """Takes away where a constant's data are."""
+    del next(one for one in graph.initializer if one.name == name).external_data[:]
+
+
+def rescaled(graph: onnx.GraphProto, shape: list[int]) -> None:
+    """Gives the first product's scales another shape."""
+    (tensor,) = (one for one in graph.initializer if one.name == of_kind(graph, "MatMulNBits").input[2])
+    tensor.dims[:] = shape
+    next(entry for entry in tensor.external_data if entry.key == "length").value = str(4 * int(np.prod(shape)))
+
+
 EDITS: dict[str, Callable[[onnx.GraphProto], Any]] = {
     "a node without an operator": lambda graph: setattr(of_kind(graph, "MatMulNBits"), "op_type", "Abacus"),
     "a product that is wider": lambda graph: attribute(graph, "MatMulNBits", "N", 1 << 20),
@@ -110,7 +124,10 @@ EDITS: dict[str, Callable[[onnx.GraphProto], Any]] = {
     "data behind the end": lambda graph: external(graph, "offset", str(1 << 40)),
     "data before the start": lambda graph: external(graph, "offset", "-4096"),
     "more data than there are": lambda graph: external(graph, "length", str(1 << 40)),
+    "data nowhere": lambda graph: nowhere(graph, of_kind(graph, "MatMulNBits").input[1]),
     "an offset that is no number": lambda graph: external(graph, "offset", "somewhere"),
+    "scales without axes": lambda graph: rescaled(graph, []),
+    "scales in a row": lambda graph: rescaled(graph, [64]),
     "data elsewhere": lambda graph: external(graph, "location", "../../../etc/passwd"),
     "data at an absolute place": lambda graph: external(graph, "location", "/etc/passwd"),
 }
@@ -135,6 +152,45 @@ def test_verify_reads_nothing_that_it_cannot_account_for(name: str, bundle: Path
         assert "export it again" in str(error) or "is it this bundle's checkpoint" in str(error)
     else:
         assert not passed
+
+
+@pytest.fixture(scope="module")
+def made_portable(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("portable") / "bundle"
+    recipe = verbs.choose_recipe("8da4w-g32")
+    verbs.export(str(models("mobilellm_p1")), "onnx", out, recipe=recipe, context=48, chunk=16, portable=True)
+    return out
+
+
+def without(graph: onnx.GraphProto, kind: str, number: int) -> None:
+    """Takes a node of a kind away."""
+    graph.node.remove([node for node in graph.node if node.op_type == kind][number])
+
+
+PORTABLE_EDITS: dict[str, Callable[[onnx.GraphProto], Any]] = {
+    "no embedding": lambda graph: without(graph, "Gather", 0),
+    "an embedding without scales": lambda graph: without(graph, "Gather", 1),
+    "a weight without scales": lambda graph: without(graph, "DequantizeLinear", 0),
+    "one product less": lambda graph: without(graph, "MatMul", 0),
+    "a zero point": lambda graph: of_kind(graph, "DequantizeLinear").input.append(of_kind(graph, "DequantizeLinear").input[0]),
+    "a weight in no file": lambda graph: nowhere(graph, of_kind(graph, "DequantizeLinear").input[0]),
+}
+
+
+@pytest.mark.parametrize("name", PORTABLE_EDITS)
+def test_verify_of_a_portable_graph_edited_by_hand_is_one_message(name: str, made_portable: Path, models: Any, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(made_portable, tmp_path / "bundle"))
+    assert verbs.verify(bundle, str(models("mobilellm_p1")))["passed"]
+    edited(bundle, PORTABLE_EDITS[name])
+    told = refused(lambda: verbs.verify(bundle, str(models("mobilellm_p1"))))
+    assert "export it again" in told or "is it this bundle's checkpoint" in told
+
+
+def test_verify_says_which_package_it_lacks(bundle: Path, models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_bundle(bundle)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(MissingPartError, match=r"pip install 'lobit\[onnx\]'"):
+        list(read_weights(opened))
 
 
 def test_a_cast_of_itself_ends(bundle: Path, models: Any) -> None:
