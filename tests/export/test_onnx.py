@@ -39,8 +39,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CONTEXT, CHUNK, THREADS = 96, 24, 1
 FLOAT_RELATIVE = 1e-4
 """Of the largest logit: sums of float32 in another order give about 1e-6."""
-PORTABLE_KL = 1e-6
-"""Nats, mean over a walk: inputs are rounded as the recipe says, up to entries on a boundary; without that rounding 7e-5 and more."""
+PORTABLE_KL = 1e-5
+"""Nats, median over a walk: inputs are rounded as the recipe says. Sums in another order give 1e-9; an entry that falls on the other side
+of a rounding boundary, as it does on some processors, moves the tokens around it by about 1e-5. Without the rounding every token moves,
+by `UNROUNDED_KL` in the median."""
+UNROUNDED_KL = 3e-5
+"""At least."""
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(0, 64, 60)]
 CALLS = [1, 5, CHUNK]
 RECIPES = [name for name in CATALOG if not name.startswith("gptq")]
@@ -79,7 +83,8 @@ def test_every_recipe_runs_as_it_was_quantized(model: str, name: str, portable: 
     if exact:
         assert (np.abs(found - expected).max(axis=1) / np.abs(expected).max(axis=1)).max() < FLOAT_RELATIVE
     else:
-        assert kl_divergence(log_softmax(expected), log_softmax(found)).mean() < (PORTABLE_KL if portable else CONVERSION.limit)
+        divergence = kl_divergence(log_softmax(expected), log_softmax(found))
+        assert (np.median(divergence) < PORTABLE_KL) if portable else (divergence.mean() < CONVERSION.limit)
     levels = [next(one.i for one in node.attribute if one.name == "accuracy_level") for node in products(bundle)]
     assert set(levels) == (set() if portable or name in ("fp", "fp16") else {4} if name in ROUNDED_INPUTS else {0})
 
@@ -171,7 +176,7 @@ def test_a_tied_table_is_stored_once(recipe: str, models: Any) -> None:
 @pytest.mark.parametrize("name", ["fp", "8da4w-g32", "8da8w", "bitnet", "bonsai"])
 @pytest.mark.parametrize("model", ["llama", "qwen3", "mobilellm_p1"])
 def test_a_portable_graph_is_valid_and_the_reference_evaluator_runs_it(model: str, name: str, models: Any, tmp_path: Path) -> None:
-    """Three calls on ONNX's own evaluator, in numpy: no runtime's fusions, none of our code."""
+    """Several calls on ONNX's own evaluator, in numpy: no runtime's fusions, none of our code."""
     recipe = verbs.choose_recipe(name, kv_cache="float")
     bundle = export(models(model), recipe, tmp_path / "bundle", portable=True)
     onnx.checker.check_model(str(bundle / GRAPH_FILE), full_check=True)
@@ -183,16 +188,28 @@ def test_a_portable_graph_is_valid_and_the_reference_evaluator_runs_it(model: st
         for layer in range(len(config.layers))
         for part in ("key", "value")
     }
-    engine = reference(models(model), recipe)
-    for tokens in (TOKENS[:20], TOKENS[20:27], TOKENS[27:28]):
+
+    def read(tokens: list[int], position: int) -> Any:
         outputs = evaluator.run(None, {"input_ids": np.array([tokens])} | caches)
         named = dict(zip([value.name for value in graph.graph.output], outputs, strict=True))
-        caches = {name: named[name.replace("past_key_values", "present")] for name in caches}
-        found, expected = named["logits"][:, -1], engine.prefill(tokens)[None]
-        if any(rule.activation_bits for rule in recipe.rules):
-            assert kl_divergence(log_softmax(expected), log_softmax(found)).mean() < PORTABLE_KL
-        else:
-            assert np.abs(found - expected).max() / np.abs(expected).max() < FLOAT_RELATIVE
+        caches.update({name: named[name.replace("past_key_values", "present")] for name in caches})
+        return named["logits"][0, -1]
+
+    found = walked(SteppingEngine(read, CONTEXT, CHUNK, config.vocab_size))
+    expected = walked(reference(models(model), recipe))
+    if any(rule.activation_bits for rule in recipe.rules):
+        assert np.median(kl_divergence(log_softmax(expected), log_softmax(found))) < PORTABLE_KL
+    else:
+        assert np.abs(found - expected).max() / np.abs(expected).max() < FLOAT_RELATIVE
+
+
+@pytest.mark.parametrize("name", ["8da4w-g32", "8da8w", "bitnet"])
+@pytest.mark.parametrize("model", ["llama", "qwen3", "mobilellm_p1"])
+def test_the_limit_on_rounded_inputs_would_notice_inputs_that_are_not(model: str, name: str, models: Any) -> None:
+    recipe = verbs.choose_recipe(name, kv_cache="float")
+    floats = replace(recipe, rules=tuple(replace(rule, activation_bits=None) for rule in recipe.rules))
+    expected, found = walked(reference(models(model), recipe)), walked(reference(models(model), floats))
+    assert np.median(kl_divergence(log_softmax(expected), log_softmax(found))) > UNROUNDED_KL > PORTABLE_KL
 
 
 @pytest.mark.parametrize("most", [CONTEXT, CONTEXT - 1])
