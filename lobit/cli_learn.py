@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lobit.cli_options import Except, GroupSize, Json, KVCache, Mixed, ModelArgument, Out, RecipeName, app, print_json, read_text
+from lobit.cli_options import Except, GroupSize, Json, KVCache, Mixed, ModelArgument, Out, RecipeName, ScaleRule, app, print_json, read_text
 from lobit.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def train(
     group_size: GroupSize = None,
     kv_cache: KVCache = None,
     mixed: Mixed = None,
+    scale_rule: ScaleRule = None,
     as_json: Json = False,
 ) -> None:
     """Quantization-aware training into a checkpoint folder.
@@ -59,7 +60,7 @@ def train(
     from lobit.progress import bar
     from lobit.quant_recipes.train import Run, join, native_precision
 
-    chosen = verbs.choose_recipe(recipe, exclude or (), group_size, kv_cache, mixed or ())
+    chosen = verbs.choose_recipe(recipe, exclude or (), group_size, kv_cache, mixed or (), scale_rule)
     told = verbs.Texts([read_text(path) for path in texts], read_text(held_out) if held_out else None, length, seed)
     device = join()
     run = Run(steps, batch, micro_batch or 0, precision or native_precision(device), minutes, device)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lobit.cli_options import (
+    ActOrder,
     AllLogits,
     BundleThreads,
+    Calibration,
     Chunk,
     Context,
     Except,
@@ -23,12 +24,15 @@ from lobit.cli_options import (
     ModelArgument,
     Out,
     Portable,
+    SampleLength,
+    Samples,
+    ScaleRule,
     Source,
     Target,
     app,
+    calibration_on,
     chosen_recipe,
     print_json,
-    read_text,
 )
 from lobit.errors import InputError
 
@@ -41,6 +45,7 @@ def recipes(
     group_size: GroupSize = None,
     kv_cache: KVCache = None,
     mixed: Mixed = None,
+    scale_rule: ScaleRule = None,
     as_json: Json = False,
 ) -> None:
     """The catalogue; one recipe; the fate of every layer of a model."""
@@ -55,7 +60,7 @@ def recipes(
         found = list(CATALOG.values())
         print_json({"recipes": [recipe.to_json() for recipe in found]}) if as_json else tables.show(tables.recipes(found))
         return
-    recipe = verbs.choose_recipe(name, exclude or (), group_size, kv_cache, mixed or ())
+    recipe = verbs.choose_recipe(name, exclude or (), group_size, kv_cache, mixed or (), scale_rule)
     if model is None:
         print_json(recipe.to_json()) if as_json else typer.echo(json.dumps(recipe.to_json(), indent=2))
         return
@@ -77,6 +82,7 @@ def plan(
     group_size: GroupSize = None,
     kv_cache: KVCache = None,
     mixed: Mixed = None,
+    scale_rule: ScaleRule = None,
     portable: Portable = False,
     all_logits: AllLogits = False,
     detail: Annotated[bool, typer.Option("--detail", help="Bound on decode speed, energy, entropy of the weights.")] = False,
@@ -89,7 +95,7 @@ def plan(
 
     if bandwidth is not None and not detail:
         raise InputError(f"--bandwidth {bandwidth:g} is for the bound on decode speed: add --detail")
-    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed)
+    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed, scale_rule)
     with bar() as shown:
         found = verbs.plan(
             model,
@@ -112,30 +118,31 @@ def plan(
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: lobit quantize ./SmolLM2-135M --recipe gptq-w4 --calibration wiki.txt -o checkpoint")
+@app.command(epilog="Example: lobit quantize ./SmolLM2-135M --recipe 8da4w-g32-e8 --calibration wiki.txt -o checkpoint")
 def quantize(
     model: ModelArgument,
     out: Out,
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="(`lobit recipes`); without it, a model that was quantized before is taken in.")
     ] = None,
-    calibration: Annotated[Path | None, typer.Option("--calibration", metavar="FILE", help="Text for recipes with GPTQ.")] = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Sequences of the calibration text.")] = 512,
-    length: Annotated[int | None, typer.Option("--length", min=1, help="Their tokens; default: the context, at most 2048.")] = None,
-    act_order: Annotated[bool, typer.Option("--act-order", help="GPTQ rounds the weights of large inputs first.")] = False,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    length: SampleLength = None,
+    act_order: ActOrder = True,
     exclude: Except = None,
     group_size: GroupSize = None,
     kv_cache: KVCache = None,
     mixed: Mixed = None,
+    scale_rule: ScaleRule = None,
     as_json: Json = False,
 ) -> None:
     """Post-training quantization into a checkpoint folder."""
     from lobit import tables, verbs
     from lobit.progress import bar
-    from lobit.verbs.calibrate import CALIBRATION_FILE, Calibration
+    from lobit.verbs.calibrate import CALIBRATION_FILE
 
-    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed)
-    given = Calibration(read_text(calibration), samples, length, act_order) if calibration else None
+    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed, scale_rule)
+    given = calibration_on(calibration, samples, length, act_order)
     tables.show(tables.fates(verbs.recipes(chosen, model)), error=True)
     with bar() as shown:
         path = verbs.quantize(model, chosen, out, shown.count, calibration=given)
@@ -149,18 +156,23 @@ def quantize(
     typer.echo(f"checkpoint: {path}")
 
 
-@app.command(epilog="Example: lobit export ./SmolLM2-135M --recipe 8da4w-g32 --target xnnpack --context 2048 -o bundle")
+@app.command(epilog="Example: lobit export ./SmolLM2-135M --recipe 8da4w-g32-e8 --calibration wiki.txt --target xnnpack -o bundle")
 def export(
     model: Source,
     target: Target,
     out: Out,
     recipe: FloatRecipe = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    length: SampleLength = None,
+    act_order: ActOrder = True,
     context: Context = None,
     chunk: Chunk = None,
     exclude: Except = None,
     group_size: GroupSize = None,
     kv_cache: KVCache = None,
     mixed: Mixed = None,
+    scale_rule: ScaleRule = None,
     portable: Portable = False,
     all_logits: AllLogits = False,
     threads: BundleThreads = 0,
@@ -170,7 +182,8 @@ def export(
     from lobit import tables, verbs
     from lobit.progress import bar
 
-    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed)
+    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed, scale_rule)
+    given = calibration_on(calibration, samples, length, act_order)
     if chosen is not None:
         tables.show(tables.fates(verbs.recipes(chosen, model)), error=True)
     with bar() as shown:
@@ -179,6 +192,7 @@ def export(
             target,
             out,
             recipe=chosen,
+            calibration=given,
             context=context,
             chunk=chunk,
             portable=portable,

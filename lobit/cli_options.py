@@ -11,6 +11,7 @@ import typer
 from lobit.errors import InputError
 
 if TYPE_CHECKING:
+    from lobit import verbs
     from lobit.quant_recipes.recipe import Recipe
 
 app = typer.Typer(
@@ -28,6 +29,18 @@ GroupSize = Annotated[int | None, typer.Option("--group-size", help="Weights tha
 Mixed = Annotated[
     list[str] | None,
     typer.Option("--mixed", metavar="PATTERN=GRID", help="Another grid for some layers, such as 'layers.0.mlp.down=int8', head=float."),
+]
+ScaleRule = Annotated[
+    Literal["least_squares", "range"] | None,
+    typer.Option("--scale-rule", help="How scales are computed from weights; range: MobileLLM-Pro's eq. 4. Default: least_squares."),
+]
+Calibration = Annotated[
+    Path | None, typer.Option("--calibration", metavar="FILE", help="Text to round on by GPTQ: a smaller loss, minutes more.")
+]
+Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Sequences of the calibration text; default: 128.")]
+SampleLength = Annotated[int | None, typer.Option("--length", min=1, help="Their tokens; default: the context, at most 512.")]
+ActOrder = Annotated[
+    bool, typer.Option("--act-order/--in-order", help="GPTQ rounds the weights of large inputs first, or in the order of the inputs.")
 ]
 KVCache = Annotated[Literal["int8", "float"] | None, typer.Option("--kv-cache", help="Instead of the recipe's.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Where to write; must not exist.")]
@@ -80,12 +93,34 @@ def read_text(path: Path) -> str:
 
 
 def chosen_recipe(
-    recipe: str | None, exclude: list[str] | None, group_size: int | None, kv_cache: str | None, mixed: list[str] | None
+    recipe: str | None,
+    exclude: list[str] | None,
+    group_size: int | None,
+    kv_cache: str | None,
+    mixed: list[str] | None,
+    scale_rule: str | None = None,
 ) -> Recipe | None:
     """The recipe that is named, with its changes."""
     from lobit import verbs
 
-    if recipe is None and (exclude or group_size or kv_cache or mixed):
-        raise InputError("--except, --group-size, --kv-cache and --mixed change a recipe: name it with --recipe")
-    cache = cast("verbs.make.KVCache | None", kv_cache)
-    return None if recipe is None else verbs.choose_recipe(recipe, exclude or (), group_size, cache, mixed or ())
+    if recipe is None and (exclude or group_size or kv_cache or mixed or scale_rule):
+        raise InputError("--except, --group-size, --kv-cache, --mixed and --scale-rule change a recipe: name it with --recipe")
+    if recipe is None:
+        return None
+    cache, rule = cast("verbs.make.KVCache | None", kv_cache), cast("verbs.make.ScaleRule | None", scale_rule)
+    return verbs.choose_recipe(recipe, exclude or (), group_size, cache, mixed or (), rule)
+
+
+def calibration_on(path: Path | None, samples: int | None, length: int | None, act_order: bool) -> verbs.calibrate.Calibration | None:
+    """What `--calibration` and the options beside it say.
+
+    Raises:
+        InputError: the file cannot be read, or there are options without it.
+    """
+    from lobit.verbs.calibrate import SAMPLES, Calibration
+
+    if path is None:
+        if samples is not None or length is not None or not act_order:
+            raise InputError("--samples, --length and --in-order say how a text is calibrated on: give it with --calibration FILE")
+        return None
+    return Calibration(read_text(path), samples or SAMPLES, length, act_order)

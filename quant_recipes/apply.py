@@ -151,7 +151,7 @@ def prepare(model: Transformer, recipe: Recipe) -> Transformer:
     check(model.config, recipe)
     _check_chooses(recipe)
     if recipe.untied and model.config.tied:
-        _untie(model)
+        untie(model)
     for name, module in list(layers_of(model)):
         rule = recipe.rule_for(name)
         if rule is None:
@@ -186,7 +186,7 @@ def convert(
     check(model.config, recipe)
     _check_chooses(recipe)
     if recipe.untied and model.config.tied:
-        _untie(model)
+        untie(model)
     names = [name for name, _ in layers_of(model)]
 
     def converted(name: str) -> nn.Module:
@@ -257,7 +257,7 @@ def _to_integers(model: Transformer, name: str, module: nn.Module, rule: Rule, c
         integers, scale = module.integers()
     elif rule.rounding == "gptq":
         if calibrated is None:
-            raise RecipeError(f"{name} is rounded on a calibration text: quantize with --calibration FILE")
+            raise RecipeError(f"{name} is rounded on a calibration text: give it with --calibration FILE, or the checkpoint that it made")
         integers, scale = calibrated
     else:
         integers, scale = quantize_linear(weight, rule.weights)
@@ -266,7 +266,7 @@ def _to_integers(model: Transformer, name: str, module: nn.Module, rule: Rule, c
     return IntegerLinear(integers, scale, bias_of(module), rule)
 
 
-def _untie(model: Transformer) -> None:
+def untie(model: Transformer) -> None:
     """Gives the head a weight of its own."""
     shared = weight_of(model.head)
     model.head.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)

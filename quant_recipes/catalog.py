@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 from lobit.errors import RecipeError
-from lobit.quant_recipes.recipe import Recipe, Rule, WeightGrid
+from lobit.quant_recipes.recipe import ENDS, Recipe, Rule, WeightGrid
 
 LINEARS = ("layers.*",)
-EVERYWHERE = ("embedding", "head", *LINEARS)
+EVERYWHERE = (*ENDS, *LINEARS)
 _GPTQ: tuple[tuple[Literal[3, 4, 6, 8], int | None, str], ...] = (
     (3, 128, "in groups of 128"),
     (4, 128, "in groups of 128"),
@@ -36,6 +36,16 @@ _ALL = (
         rules=(Rule(EVERYWHERE, WeightGrid(bits=4, group_size=32), activation_bits=8),),
         kv_bits=8,
         source="MobileLLM-Pro, Table 3 (CPU), eq. 3 and 4",
+    ),
+    Recipe(
+        name="8da4w-g32-e8",
+        summary="As 8da4w-g32, embedding and head INT8 per row: what to take where nothing is trained.",
+        rules=(
+            Rule(ENDS, WeightGrid(bits=8, group_size=None), activation_bits=8),
+            Rule(LINEARS, WeightGrid(bits=4, group_size=32), activation_bits=8),
+        ),
+        kv_bits=8,
+        source="MobileLLM-Pro, Table 3 (CPU), with the embedding of 8da8w",
     ),
     Recipe(
         name="8da8w",

@@ -17,7 +17,8 @@ from lobit.quant_recipes.recipe import Recipe, Rule, WeightGrid
 
 def fake_quantize_weight(weight: Tensor, grid: WeightGrid) -> Tensor:
     """The weight [out, in] that ships, bit for bit, with straight-through gradients; for grids that learn nothing else."""
-    return Quantizer(weight, grid)(weight)  # type: ignore[no-any-return]
+    quantizer = quantizer_for(weight, grid)
+    return quantizer(weight, *quantizer.learned())  # type: ignore[no-any-return]
 
 
 class _Product(torch.autograd.Function):

@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from lobit.errors import InputError, RecipeError
 from lobit.model import Block, CausalAttention, Transformer, rotary_tables, weight_of
-from lobit.quant_recipes.apply import Integers, Progress, check
+from lobit.quant_recipes.apply import Integers, Progress, check, untie
 from lobit.quant_recipes.fake_quant import FakeQuantizedAttention
-from lobit.quant_recipes.grid import dequantize, grouped, range_scale
+from lobit.quant_recipes.grid import choose_scale, dequantize, least_squares_scale
 from lobit.quant_recipes.integer import quantize_linear
 from lobit.quant_recipes.recipe import Recipe, WeightGrid
 
@@ -78,7 +78,8 @@ def round_with_hessian(
     Args:
         weight: float.
         hessian: Σ x xᵀ of the layer's inputs, [in, in].
-        grid: of the range rule. A group's scale is that of its weights as corrected when its turn comes.
+        grid: whose scales are those of the range, or searched with the inputs' mean squares as weights. A group's scale is that
+            of its weights as corrected when its turn comes.
         act_order: inputs with the largest diagonal first; the scales are then those of the weights as they were.
         damping: of the mean diagonal; more is tried where it is not enough.
         block: columns that are rounded before the columns after them are updated; it changes speed only.
@@ -89,20 +90,22 @@ def round_with_hessian(
 
     Source: GPTQ Algorithm 1; `act_order` as in IST-DASLab/gptq `gptq.py` with `static_groups`.
     """
-    if grid.scale_rule != "range" or grid.bits == 1:
-        raise RecipeError(f"{grid} with scale rule {grid.scale_rule} cannot be rounded by GPTQ: take rule range and at least 2 bits")
+    if not grid.is_searched:
+        told = f"{grid} with scale rule {grid.scale_rule}"
+        raise RecipeError(f"{told} cannot be rounded by GPTQ: take rule least_squares or range, and at least 3 bits")
     weight, (out, inner) = weight.detach().float(), weight.shape
     size = grid.group_size or inner
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(inner)
     factor = _inverse_factor(hessian[order][:, order], damping)
     diagonal, places = factor.diagonal().tolist(), order.tolist()
     columns, integers = weight.T[order], torch.empty(inner, out, dtype=torch.int8)
-    scales = range_scale(grouped(weight, grid).abs().amax(2), grid).T.contiguous()
+    squares = hessian.diagonal()
+    scales = calibrated_scale(weight, grid, squares).T.contiguous()
     for start, end in _runs(inner, size, block):
         errors = torch.empty(end - start, out)
         for i in range(start, end):
             if not act_order and i % size == 0:
-                scales[i // size] = range_scale(columns[i : i + size].abs().amax(0), grid)
+                scales[i // size] = calibrated_scale(columns[i : i + size].T, grid, squares[i : i + size])[:, 0]
             scale = scales[places[i] // size]
             rounded = (columns[i] / scale).round_().clamp_(grid.q_min, grid.q_max)
             integers[places[i]] = rounded
@@ -111,6 +114,11 @@ def round_with_hessian(
         columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
     found = integers.T.contiguous(), scales.T.contiguous()
     return *found, relative_error(weight, *found, hessian)
+
+
+def calibrated_scale(weight: Tensor, grid: WeightGrid, squares: Tensor) -> Tensor:
+    """Scales [out, groups] of weight [out, in] by the grid's rule, knowing the inputs' sums of squares [in]."""
+    return least_squares_scale(weight, grid, squares) if grid.scale_rule == "least_squares" else choose_scale(weight, grid)
 
 
 def _runs(inner: int, size: int, block: int) -> Iterator[tuple[int, int]]:
@@ -196,10 +204,13 @@ def calibrate(
         InputError: weights, or what they compute, are not finite.
     """
     check(model.config, recipe)
+    if recipe.untied and model.config.tied:
+        untie(model)
     walk = _Walk(model, recipe, sequences, act_order, damping, progress)
     with _QuickProducts():
         for index in range(len(model.blocks)):
             walk.block(index)
+        walk.head()
     return walk.found
 
 
@@ -238,6 +249,11 @@ class _Walk:
             starts = [block(x, layer, self.tables, self.attend) for x in starts]
         self.streams = starts or self.streams
 
+    def head(self) -> None:
+        """Rounds the head on what the last block gives, where it has integers of its own."""
+        if not self.model.config.tied:
+            self._round(["head"], (self.model.norm(x) for x in self.streams))
+
     def _runs(self, block: Block, first: int) -> list[tuple[int, Tensor]]:
         """The layer and stream of every run of a block on every part."""
         runs = [(first, x) for x in self.streams]
@@ -254,7 +270,7 @@ class _Walk:
                 self._round_layer(name, grid, hessian)
         self.done += 1
         if self.progress:
-            self.progress("calibrate", self.done, 4 * len(self.model.blocks))
+            self.progress("calibrate", self.done, 4 * len(self.model.blocks) + (not self.model.config.tied))
 
     def _round_layer(self, name: str, grid: WeightGrid, hessian: Tensor) -> None:
         weight = weight_of(self.model.get_submodule(name)).detach()

@@ -14,8 +14,8 @@ LARGEST_SCALE = 65280.0
 """The largest bfloat16 that float16 holds too."""
 ABSMEAN_EPS = 1e-5
 """Added to the mean of absolute weights [Spectra Table 1]."""
-SHARES = [step / 20 for step in range(8, 21)]
-"""Of the largest weight: ranges that are tried where they are to be learned."""
+SHARES = [step / 40 for step in range(16, 45)]
+"""Of the largest weight: ranges that are tried where scales are searched, 0.4 to 1.1. Beyond 1, since eq. 4 cuts half a step off."""
 TERNARY_THRESHOLD = 0.7
 """Of a row's mean of absolute weights: what is smaller becomes 0 [Ternary Weight Networks, Li et al. 2016, eq. 6]."""
 
@@ -64,24 +64,37 @@ def row_norm_scale(magnitude: Tensor, integers: Tensor) -> Tensor:
     return round_scale(magnitude / integers.float().norm(dim=1, keepdim=True).clamp(min=1))
 
 
-def best_range(weight: Tensor, grid: WeightGrid) -> Tensor:
-    """How much of its largest weight each group's range should reach for the least squared error, [out, groups], in 0.4 to 1."""
+def best_range(weight: Tensor, grid: WeightGrid, importance: Tensor | None = None) -> Tensor:
+    """How much of its largest weight each group's range should reach for the least squared error, [out, groups], of `SHARES`.
+
+    Args:
+        weight: [out, in].
+        grid: of the integers.
+        importance: [in], a factor on each input's squared errors: the inputs' mean squares on a calibration text; None: all alike.
+    """
     groups = grouped(weight, grid)
+    factors = None if importance is None else grouped(importance[None], grid)
     largest = groups.abs().amax(dim=2)
     least, best = torch.full_like(largest, torch.inf), torch.ones_like(largest)
     for share in SHARES:
         scale = range_scale(largest * share, grid)
-        error = grouped(rounded(weight, scale, grid), grid).sub_(groups).square_().sum(2)
-        best = torch.where(error < least, share, best)
-        least = torch.minimum(least, error)
+        error = grouped(rounded(weight, scale, grid), grid).sub_(groups).square_()
+        total = (error if factors is None else error.mul_(factors)).sum(2)
+        best = torch.where(total < least, share, best)
+        least = torch.minimum(least, total)
     return best
+
+
+def least_squares_scale(weight: Tensor, grid: WeightGrid, importance: Tensor | None = None) -> Tensor:
+    """Scales [out, groups] that round weight [out, in] with the least squared error; arguments as `best_range` has them."""
+    return range_scale(grouped(weight, grid).abs().amax(dim=2) * best_range(weight, grid, importance), grid)
 
 
 def choose_scale(weight: Tensor, grid: WeightGrid) -> Tensor:
     """Scales [out, groups] of weight [out, in] by the grid's rule, rounded once; of ranges to learn, where they begin."""
     match grid.scale_rule:
-        case "learned":
-            return range_scale(grouped(weight, grid).abs().amax(dim=2) * best_range(weight, grid), grid)
+        case "least_squares" | "learned":
+            return least_squares_scale(weight, grid)
         case "absmean":
             return round_scale(ABSMEAN_EPS + shard_mean(weight.abs(), grid))
         case "row_norm":

@@ -41,7 +41,7 @@ class Quantizer(nn.Module):
         return weight
 
     def learned(self) -> list[Tensor]:
-        """What is learned besides the weight, a row for every output channel."""
+        """What decides the integers besides the weight, a row for every output channel; most of it is learned."""
         return list(self.parameters())
 
     def forward(self, weight: Tensor, *learned: Tensor) -> Tensor:
@@ -52,6 +52,38 @@ class Quantizer(nn.Module):
     def integers(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Integers [out, in], int8, and scales [out, groups] that ship."""
         scale = choose_scale(weight, self.grid)
+        return quantize(weight, scale, self.grid), scale
+
+
+class Searched(Quantizer):
+    """Scales of the range, times the share of each group's largest weight that rounded it with the least squared error at the start.
+
+    So training begins with the integers of rounding to nearest, and its scales follow the weights [MobileLLM-Pro eq. 4] without a
+    search in every step.
+    """
+
+    share: Tensor
+
+    def __init__(self, weight: Tensor, grid: WeightGrid) -> None:
+        super().__init__(weight, grid)
+        self.register_buffer("share", best_range(weight.detach().float(), grid))
+
+    def learned(self) -> list[Tensor]:
+        """The shares [out, groups], which no gradient reaches."""
+        return [self.share]
+
+    def scale(self, weight: Tensor, share: Tensor) -> Tensor:
+        """Scales [out, groups] of a weight [out, in]."""
+        return range_scale(grouped(weight, self.grid).abs().amax(dim=2) * share, self.grid)
+
+    def forward(self, weight: Tensor, *learned: Tensor) -> Tensor:
+        """The weight [out, in] that ships."""
+        detached = weight.detach()
+        return straight_through(weight, rounded(detached, self.scale(detached, *learned), self.grid))
+
+    def integers(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Integers [out, in], int8, and scales [out, groups] that ship."""
+        scale = self.scale(weight, self.share)
         return quantize(weight, scale, self.grid), scale
 
 
@@ -130,5 +162,5 @@ class RowNorm(Quantizer):
 
 def quantizer_for(weight: Tensor, grid: WeightGrid) -> Quantizer:
     """The quantizer of the grid's rule for a float weight [out, in]."""
-    kinds: dict[str, type[Quantizer]] = {"learned": LearnedRange, "row_norm": RowNorm}
+    kinds: dict[str, type[Quantizer]] = {"least_squares": Searched, "learned": LearnedRange, "row_norm": RowNorm}
     return kinds.get(grid.scale_rule, Quantizer)(weight, grid)

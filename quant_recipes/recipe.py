@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 from lobit.errors import RecipeError, listed, shown, shown_name
 from lobit.typed import build
 
-ScaleRule = Literal["range", "learned", "absmean", "row_norm", "exact"]
+ScaleRule = Literal["least_squares", "range", "learned", "absmean", "row_norm", "exact"]
 NAMES = {1: "binary", 2: "ternary"}
 
 
@@ -25,13 +25,14 @@ class WeightGrid:
     """1: the integers are -1 and 1; 2: they are -1, 0 and 1 (1.58 bits); else -2^(bits-1) to 2^(bits-1) - 1."""
     group_size: int | None
     """Weights that share a scale; None: a whole output channel (row)."""
-    scale_rule: ScaleRule = "range"
+    scale_rule: ScaleRule = "least_squares"
     """How a weight chooses its scales, each then rounded as `grid.round_scale` says.
 
-    `range`: max(-w_min, w_max) / ((2^bits - 1) / 2) [MobileLLM-Pro eq. 4]; `learned`: the same of a w_min and w_max for every
-    output channel that training learns [section 7.1]; `absmean`: mean |w| [BitNet b1.58 eq. 3; Spectra Table 1, TriLM and BiLM];
-    `row_norm`: a magnitude for every row over the norm of its integers [Bonsai eq. 1]; `exact`: as the checkpoint had them, which
-    was quantized before, and not rounded.
+    `least_squares`: those that round it with the least squared error, found before training and then kept as shares of the largest
+    weights; `range`: max(-w_min, w_max) / ((2^bits - 1) / 2) [MobileLLM-Pro eq. 4]; `learned`: the same of a w_min and w_max
+    for every output channel that training learns [section 7.1]; `absmean`: mean |w| [BitNet b1.58 eq. 3; Spectra Table 1, TriLM and
+    BiLM]; `row_norm`: a magnitude for every row over the norm of its integers [Bonsai eq. 1]; `exact`: as the checkpoint had them,
+    which was quantized before, and not rounded.
     """
     shards: int | None = None
     """Equal blocks of rows whose weights share one scale [Spectra section A.4], 1: the whole matrix; None: rows do not share scales."""
@@ -45,6 +46,11 @@ class WeightGrid:
     def q_max(self) -> int:
         """Largest integer."""
         return 1 if self.bits <= 2 else (1 << (self.bits - 1)) - 1
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether GPTQ can round to it: integers whose scales are computed from the weight."""
+        return self.bits > 2 and self.scale_rule in ("least_squares", "range")
 
     @property
     def divisor(self) -> str:
@@ -129,8 +135,9 @@ class Recipe:
         group_size: int | None = None,
         kv_cache: Literal["int8", "float"] | None = None,
         mixed: Sequence[str] = (),
+        scale_rule: Literal["least_squares", "range"] | None = None,
     ) -> Recipe:
-        """The recipe with more exclusions, another group size, another key-value cache or mixed precision.
+        """The recipe with more exclusions, another group size, another key-value cache, mixed precision or another rule for scales.
 
         Args:
             exclude: further patterns that stay in floating point.
@@ -139,9 +146,11 @@ class Recipe:
             mixed: `PATTERN=GRID` such as `layers.0.mlp.down=int8`, `embedding=int4:32` (in groups) or `head=float`, the grids of
                 other layers than the recipe's: the first that matches a layer decides, floating point before all. Inputs are
                 rounded as the recipe's own rules say; GPTQ rounds integers of layers where it does so in the recipe.
+            scale_rule: how scales are computed from weights, in every rule that does so.
 
         Raises:
-            RecipeError: a group size for a recipe without groups, or below 1; an entry of `mixed` that is none or is never reached.
+            RecipeError: a group size for a recipe without groups, or below 1; a rule for a recipe without such scales; an entry of
+                `mixed` that is none or is never reached.
         """
         rules = self.rules
         if group_size is not None:
@@ -157,14 +166,42 @@ class Recipe:
         exclude = (*exclude, *(pattern for pattern, grid in entries if grid is None))
         _check_reached(entries, self.exclude + exclude)
         rules = (*(self._rule(pattern, grid) for pattern, grid in entries if grid), *rules)
+        if scale_rule is not None:
+            if not any(rule.weights.is_searched for rule in rules):
+                raise RecipeError(f"recipe {self.name} has no scales that rule {scale_rule} could choose: leave --scale-rule out")
+            rules = tuple(
+                replace(rule, weights=replace(rule.weights, scale_rule=scale_rule)) if rule.weights.is_searched else rule for rule in rules
+            )
         kv_bits: Literal[8] | None = self.kv_bits if kv_cache is None else 8 if kv_cache == "int8" else None
         return replace(self, rules=rules, exclude=self.exclude + exclude, kv_bits=kv_bits)
 
     def _rule(self, pattern: str, grid: WeightGrid) -> Rule:
         """A rule of another grid, otherwise like the recipe's own."""
         own = self.rules[-1] if self.rules else Rule((), grid)
-        calibrated = own.rounding == "gptq" and grid.scale_rule == "range" and not any(fnmatchcase(end, pattern) for end in ENDS)
+        calibrated = own.rounding == "gptq" and grid.is_searched and not any(fnmatchcase(end, pattern) for end in ENDS)
         return replace(own, match=(pattern,), weights=grid, rounding="gptq" if calibrated else "nearest")
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether layers are rounded on a calibration text."""
+        return any(rule.rounding == "gptq" for rule in self.rules)
+
+    def calibrated(self) -> Recipe:
+        """The recipe with GPTQ for every product of integers whose scales are computed from the weight.
+
+        The embedding is no product and stays rounded to nearest, and so does a head that may share its integers.
+        """
+        rules = list[Rule]()
+        for rule in self.rules:
+            if not rule.weights.is_searched:
+                rules.append(rule)
+                continue
+            kept = [end for end in ENDS if end == "embedding" or not self.untied]
+            ends = tuple(end for end in kept if any(fnmatchcase(end, pattern) for pattern in rule.match))
+            rest = tuple(pattern for pattern in rule.match if pattern not in ends)
+            rules += [replace(rule, match=ends)] if ends else []
+            rules += [replace(rule, match=rest, rounding="gptq")] if rest else []
+        return replace(self, rules=tuple(rules))
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON values."""

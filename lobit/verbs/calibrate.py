@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from lobit.quant_recipes.recipe import Recipe
     from lobit.verbs.make import Progress
 
-SAMPLES, LENGTH = 512, 2048
-"""Sequences, and tokens in each [Spectra appendix A.1]."""
+SAMPLES, LENGTH = 128, 512
+"""Sequences, and tokens in each; Spectra's appendix A.1 has 512 of 2048, which takes sixteen times as long."""
 CALIBRATION_FILE = "calibration.json"
 """In a checkpoint: every layer's error."""
 
@@ -31,7 +31,7 @@ class Calibration:
     """Sequences; fewer where the text has fewer."""
     length: int | None = None
     """Of a sequence, in tokens; None: the model's context, at most `LENGTH`."""
-    act_order: bool = False
+    act_order: bool = True
     """Inputs with the largest mean square are rounded first, onto scales of the weights as they were."""
     seed: int = 0
     """Of the choice of sequences."""
@@ -40,11 +40,11 @@ class Calibration:
 def calibrated(
     source: Path, recipe: Recipe, given: Calibration, progress: Progress | None = None
 ) -> tuple[Transformer, dict[str, Any]]:
-    """The converted model of a float folder under a recipe that rounds on a calibration text, and what the calibration found.
+    """The converted model of a float folder under a recipe, rounded on a calibration text, and what the calibration found.
 
     Args:
         source: the folder, with tokenizer.json.
-        recipe: one with GPTQ, such as gptq-w4.
+        recipe: as `Recipe.calibrated` gives it.
         given: the text, and how much of it.
         progress: of the whole.
 
@@ -53,7 +53,7 @@ def calibrated(
         figures are its squared error on the text, of its squared output: rounded to nearest, and as it is now.
 
     Raises:
-        InputError: the model is quantized already, the recipe does not calibrate, or the text is too short.
+        InputError: the model is quantized already, the recipe has nothing to calibrate, or the text is too short.
         RecipeError: the recipe does not fit the model.
         ModelError: the model or its tokenizer cannot be read.
     """
@@ -64,8 +64,8 @@ def calibrated(
     from lobit.tokenizer import Tokenizer
 
     check_float(source)
-    if all(rule.rounding != "gptq" for rule in recipe.rules):
-        raise InputError(f"recipe {recipe.name} needs no calibration text: leave --calibration out, or take gptq-w4")
+    if not recipe.is_calibrated:
+        raise InputError(f"recipe {recipe.name} has nothing that GPTQ could round on a text: leave --calibration out, or take 8da4w-g32")
     config = load_config(source)
     check(config, recipe)
     length = min(config.max_context, LENGTH) if given.length is None else given.length

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXT = 2048
 DEFAULT_CHUNK = 512
 KVCache = Literal["int8", "float"]
+ScaleRule = Literal["least_squares", "range"]
+"""Those that compute scales from weights (`recipe.WeightGrid`)."""
 Progress = Callable[[str, int, int], None]
 """(what, done, of how many)"""
 KEPT = "stages"
@@ -40,11 +42,12 @@ def choose_recipe(
     group_size: int | None = None,
     kv_cache: KVCache | None = None,
     mixed: Sequence[str] = (),
+    scale_rule: ScaleRule | None = None,
 ) -> Recipe:
     """A recipe of the catalogue with changes."""
     from lobit.quant_recipes.catalog import find_recipe
 
-    return find_recipe(name).with_changes(tuple(exclude), group_size, kv_cache, mixed)
+    return find_recipe(name).with_changes(tuple(exclude), group_size, kv_cache, mixed, scale_rule)
 
 
 def recipes(recipe: Recipe | None, model: str) -> list[Fate]:
@@ -66,7 +69,7 @@ def quantize(
         recipe: None: the folder was quantized before, and its integers are taken in as they are.
         out: a new folder.
         progress: of the layers.
-        calibration: for recipes with GPTQ, whose errors go to `calibration.json`.
+        calibration: a text to round on by GPTQ; each layer's error goes to `calibration.json`.
 
     Raises:
         BundleError: something is at `out`.
@@ -81,7 +84,7 @@ def quantize(
     source = resolve(model)
     with new_folder(out) as folder:
         if calibration is not None:
-            used = _asked(source, recipe)
+            used = _asked(source, recipe).calibrated()
             integer, found = calibrated(source, used, calibration, progress)
             (folder / CALIBRATION_FILE).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         else:
@@ -122,6 +125,7 @@ def export(
     out: Path,
     *,
     recipe: Recipe | None = None,
+    calibration: Calibration | None = None,
     context: int | None = None,
     chunk: int | None = None,
     portable: bool = False,
@@ -139,6 +143,7 @@ def export(
         target: name of the target.
         out: the bundle's folder; must not exist.
         recipe: for a float model.
+        calibration: a text to round a float model on by GPTQ.
         context: positions to hold; None: the model's own, at most `DEFAULT_CONTEXT`.
         chunk: the most tokens in one prefill call; None: the context, at most `DEFAULT_CHUNK`.
         portable: in standard operators alone, where the target has others too.
@@ -155,7 +160,7 @@ def export(
     from lobit.kept import Kept, key_of
     from lobit.place import check_place, new_folder
     from lobit.quant_recipes.apply import check
-    from lobit.quant_recipes.quantized import empty_model
+    from lobit.quant_recipes.quantized import check_float, empty_model
     from lobit.runtime.manifest import MOST_THREADS, Tokens
 
     source = resolve(model)
@@ -166,6 +171,9 @@ def export(
     if not 0 <= threads <= MOST_THREADS:
         raise InputError(f"{threads} threads: give 0, for one per core, or up to {MOST_THREADS}")
     asked = _asked(source, recipe)
+    if calibration is not None:
+        check_float(source)
+        asked = asked.calibrated()
     check(config, asked)
     tokenizer = _tokenizer(source, config)
     tokens = Tokens(None, [], None, {})
@@ -175,13 +183,13 @@ def export(
     check_target(target, spec, config)
     request = bundle.Request(source, out.name, target, tokens, spec, command)
     with new_folder(out, resume=True) as folder:
-        settings = {"request": replace(request, command=()), "versions": bundle.versions(target)}
+        settings = {"request": replace(request, command=()), "versions": bundle.versions(target), "calibration": calibration}
         kept = Kept(folder / KEPT, key_of(source, **settings))
         module = find_target(target)
         needs = module.needs(empty_model(config, asked), spec)
         stages = Stages(expected_seconds(bundle.parameter_count(config), needs, module.COSTS), progress)
         with stages.stage("quantize") as count:
-            integer, used = _kept_checkpoint(source, recipe, kept, count)
+            integer, used = _kept_checkpoint(source, recipe if calibration is None else asked, calibration, kept, count)
         manifest = bundle.write_bundle(integer, used, request, folder, kept, stages)
         kept.remove()
     return manifest
@@ -263,14 +271,23 @@ def _asked(source: Path, recipe: Recipe | None) -> Recipe:
     raise InputError(f"{source} is a float model: say with --recipe how to quantize it (`lobit recipes` lists them)")
 
 
-def _kept_checkpoint(source: Path, recipe: Recipe | None, kept: Kept, count: Count) -> tuple[Transformer, Recipe]:
+def _kept_checkpoint(
+    source: Path, recipe: Recipe | None, calibration: Calibration | None, kept: Kept, count: Count
+) -> tuple[Transformer, Recipe]:
     """The converted model, from an earlier run or from now on for a later one; a checkpoint is not kept twice."""
     from lobit.quant_recipes.quantized import is_checkpoint, save_checkpoint
+    from lobit.verbs.calibrate import calibrated
+
+    def advance(_: str, done: int, total: int) -> None:
+        count(done, total)
 
     finished = kept.has("checkpoint")
     if finished:
         return converted(finished, None)
-    model, used = converted(source, recipe, lambda _, done, total: count(done, total))
+    if calibration is not None and recipe is not None:
+        model, used = calibrated(source, recipe, calibration, advance)[0], recipe
+    else:
+        model, used = converted(source, recipe, advance)
     if not is_checkpoint(source):
         with kept.making("checkpoint") as folder:
             folder.mkdir()

@@ -1,17 +1,30 @@
 """Scales, integers and rounding, as small properties."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lobit.quant_recipes.fake_quant import fake_quantize_weight
-from lobit.quant_recipes.grid import choose_scale, dequantize, fake_quantize_tokens, quantize, round_scale, token_range
+from lobit.quant_recipes.grid import (
+    SHARES,
+    choose_scale,
+    dequantize,
+    fake_quantize_tokens,
+    least_squares_scale,
+    quantize,
+    range_scale,
+    round_scale,
+    rounded,
+    token_range,
+)
 from lobit.quant_recipes.integer import quantize_linear
 from lobit.quant_recipes.packing import pack_int4, unpack_int4
 from lobit.quant_recipes.recipe import WeightGrid
 
-GRIDS = [WeightGrid(4, 32), WeightGrid(4, None), WeightGrid(8, None), WeightGrid(8, 64)]
+GRIDS = [WeightGrid(4, 32), WeightGrid(4, 32, "range"), WeightGrid(4, None), WeightGrid(8, None), WeightGrid(8, 64)]
 floats = st.floats(-1e4, 1e4, width=32)
 seeds = st.integers(0, 2**31)
 
@@ -52,7 +65,8 @@ def test_every_weight_lies_within_half_a_step_or_at_the_edge(grid: WeightGrid, s
     error = (dequantize(integers, scale) - weight).abs().reshape(5, scale.shape[1], -1) / scale[:, :, None]
     inside = (integers > grid.q_min) & (integers < grid.q_max)
     assert error.reshape(5, -1)[inside].max() <= 0.5 + 1e-4
-    assert error.max() <= 1 + 2.0**-7
+    if grid.scale_rule == "range":
+        assert error.max() <= 1 + 2.0**-7
 
 
 @given(seed=seeds)
@@ -63,10 +77,37 @@ def test_integers_survive_being_dequantized_and_quantized_again(seed: int) -> No
     assert torch.equal(quantize(dequantize(integers, scale), scale, grid), integers)
 
 
+@pytest.mark.parametrize("size", [None, 32])
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+@given(seed=seeds, weighted=st.booleans())
+@settings(deadline=None, max_examples=30)
+def test_no_range_rounds_a_group_with_a_smaller_error_than_the_searched_one(bits: Any, size: int | None, seed: int, weighted: bool) -> None:
+    weight, grid = weight_of(seed), WeightGrid(bits, size)
+    importance = torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(seed)) if weighted else None
+
+    def errors(scale: torch.Tensor) -> torch.Tensor:
+        squares = (rounded(weight, scale, grid) - weight).square() * (1 if importance is None else importance)
+        return squares.reshape(len(weight), scale.shape[1], -1).sum(2)
+
+    least = errors(least_squares_scale(weight, grid, importance))
+    largest = weight.reshape(len(weight), least.shape[1], -1).abs().amax(2)
+    for share in SHARES:
+        assert (least <= errors(range_scale(largest * share, grid)) * (1 + 1e-5)).all()
+
+
+def test_an_input_that_is_always_zero_has_no_say_in_a_scale() -> None:
+    weight = torch.full((1, 32), 0.1)
+    weight[0, 7] = 9.0
+    importance = torch.ones(32)
+    importance[7] = 0.0
+    scale = least_squares_scale(weight, WeightGrid(4, 32), importance)
+    assert scale.item() == pytest.approx(SHARES[0] * 9.0 / 7.5, rel=2.0**-8)
+
+
 def test_equation_4_by_hand() -> None:
     weight = torch.zeros(1, 32)
     weight[0, :4] = torch.tensor([-1.5, 0.75, 0.1, -0.3])
-    integers, scale = quantize_linear(weight, WeightGrid(4, 32))
+    integers, scale = quantize_linear(weight, WeightGrid(4, 32, "range"))
     assert scale.item() == torch.tensor(1.5 / 7.5).to(torch.bfloat16).float().item()
     assert integers[0, :4].tolist() == [-7, 4, 0, -1]
 
