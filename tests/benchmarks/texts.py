@@ -77,7 +77,9 @@ def conversations(folder: Path) -> Iterator[str]:
             item = json.loads(line)
             question = re.sub(r"^(Question|Goal): |\n?Answer:$", "", item["query"]).strip()
             answer = item["choices"][item["gold"]].strip()
-            yield tokenizer.render_chat([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], add_generation_prompt=False)
+            yield tokenizer.render_chat(
+                [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], add_generation_prompt=False
+            )
 
 
 def main() -> None:

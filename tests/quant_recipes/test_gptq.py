@@ -18,23 +18,27 @@ from torch import Tensor, nn
 from lobit.checkpoint import load_config, load_model
 from lobit.errors import InputError, RecipeError
 from lobit.model import CausalAttention, Transformer, rotary_tables, weight_of
-from lobit.quant_recipes import gptq
+from lobit.quant_recipes import calibration, gptq
 from lobit.quant_recipes.apply import convert, layers_of
+from lobit.quant_recipes.calibration import calibrate, sequences_of
 from lobit.quant_recipes.catalog import find_recipe
 from lobit.quant_recipes.fake_quant import FakeQuantizedAttention
-from lobit.quant_recipes.gptq import calibrate, relative_error, round_with_hessian, sequences_of
-from lobit.quant_recipes.grid import choose_scale, dequantize, round_scale
+from lobit.quant_recipes.gptq import calibrated_scale, catch_up, importance_of, relative_error, round_with_hessian
+from lobit.quant_recipes.grid import dequantize, least_squares_scale, quantize, round_scale
 from lobit.quant_recipes.integer import quantize_linear
 from lobit.quant_recipes.quantized import integer_layers
 from lobit.quant_recipes.recipe import Recipe, WeightGrid
 from lobit.tokenizer import Tokenizer
-from lobit.verbs.calibrate import Calibration, calibrated
+from lobit.verbs.calibrate import SAMPLES, Calibration, calibrated
 from tests.small_models import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 HALVED = 0.5
 """Of the error of rounding to nearest: what GPTQ leaves on average is about 0.3 of it on inputs as correlated as here."""
+GREEDY = 1.25
+"""Of the error of rounding to nearest, at most: each column is rounded without regard to those after it, and one in a hundred layers as
+small as here comes out worse."""
 SPREAD = 0.15
 """Of a KL: what another choice of sequences changes on stories260k is at most about a twentieth."""
 bits = st.sampled_from([3, 4, 6, 8])
@@ -56,13 +60,14 @@ def one_by_one(weight: Tensor, hessian: Tensor, grid: WeightGrid, act_order: boo
     """GPTQ as it is derived: after each column its error is spread over all others, and it is struck out of the inverse Hessian."""
     left, inner = weight.double(), weight.shape[1]
     inverse = (hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(inner)).inverse()
-    size, scales, integers = grid.group_size or inner, choose_scale(weight, grid), torch.zeros_like(weight)
+    importance = importance_of(hessian)
+    size, scales, integers = grid.group_size or inner, calibrated_scale(weight, grid, importance), torch.zeros_like(weight)
     order = sorted(range(inner), key=lambda i: -float(hessian[i, i])) if act_order else range(inner)
     for column in order:
         group = column // size
         if not act_order and column % size == 0:
-            largest = left[:, column : column + size].abs().amax(1).float()
-            scales[:, group] = round_scale(largest / ((grid.q_max - grid.q_min) / 2))
+            part = slice(column, column + size)
+            scales[:, group] = calibrated_scale(left[:, part].float(), grid, importance[part])[:, 0]
         rounded = (left[:, column] / scales[:, group]).round().clamp(grid.q_min, grid.q_max)
         integers[:, column] = rounded
         error = (left[:, column] - rounded * scales[:, group]) / inverse[column, column]
@@ -79,26 +84,29 @@ def test_inputs_that_have_nothing_in_common_are_rounded_to_nearest_bit_for_bit(s
     weight, grid = layer(seed, 9, 48, 1)[0], WeightGrid(bits, group_size)
     for hessian in (torch.eye(48), torch.diag(torch.rand(48)), torch.zeros(48, 48)):
         integers, scales, _ = round_with_hessian(weight, hessian, grid, act_order=act_order)
-        nearest = quantize_linear(weight, grid)
-        assert torch.equal(integers, nearest[0]) and torch.equal(scales, nearest[1])
+        expected = least_squares_scale(weight, grid, importance_of(hessian))
+        assert torch.equal(scales, expected) and torch.equal(integers, quantize(weight, expected, grid))
+        if hessian.diagonal().unique().numel() == 1:
+            assert torch.equal(integers, quantize_linear(weight, grid)[0])
 
 
 @pytest.mark.parametrize("block", [1, 10, 32, 128])
 @pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("rule", ["least_squares", "range"])
 @pytest.mark.parametrize(("bits", "group_size"), [(3, 16), (4, 4), (4, 48), (6, None), (8, 96)])
-def test_the_integers_are_those_of_the_derivation(bits, group_size, act_order, block):
-    grid, (weight, hessian) = WeightGrid(bits, group_size), layer(7, 12, 96, 30)
+def test_the_integers_are_those_of_the_derivation(bits, group_size, rule, act_order, block):
+    grid, (weight, hessian) = WeightGrid(bits, group_size, rule), layer(7, 12, 96, 30)
     integers, scales, _ = round_with_hessian(weight, hessian, grid, act_order=act_order, block=block)
     expected = one_by_one(weight, hessian, grid, act_order)
     assert torch.equal(integers, expected[0]) and torch.equal(scales, expected[1])
 
 
-sizes = st.sampled_from([1, 4, 8, 16, 43])
+sizes = st.sampled_from([4, 8, 16, 43])
 
 
 @given(seed=seeds, bits=bits, size=sizes, groups=st.integers(1, 40), out=st.integers(8, 40), act_order=st.booleans())
 @settings(deadline=None, max_examples=100)
-def test_no_layer_is_worse_than_rounded_to_nearest(seed, bits, size, groups, out, act_order):
+def test_no_layer_is_much_worse_than_rounded_to_nearest(seed, bits, size, groups, out, act_order):
     inner = size * groups
     assume(16 <= inner <= 258)
     weight, hessian = layer(seed, out, inner, 1 + seed % inner)
@@ -108,7 +116,7 @@ def test_no_layer_is_worse_than_rounded_to_nearest(seed, bits, size, groups, out
     assert grid.q_min <= integers.min() and integers.max() <= grid.q_max
     assert torch.equal(round_scale(scales), scales)
     assert error == relative_error(weight, integers, scales, hessian)
-    assert error <= relative_error(weight, *quantize_linear(weight, grid), hessian)
+    assert error <= GREEDY * relative_error(weight, *quantize_linear(weight, grid), hessian)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -152,6 +160,22 @@ def test_more_damping_is_taken_where_less_is_not_enough():
     strong = round_with_hessian(weight, flat, grid, damping=gptq.STRONGER[0])
     none = round_with_hessian(weight, flat, grid, damping=0.0)
     assert torch.equal(none[0], strong[0]) and torch.equal(none[1], strong[1])
+
+
+@given(seed=seeds)
+@settings(deadline=None, max_examples=30)
+def test_a_weight_that_catches_up_is_the_least_squares_one(seed):
+    generator = torch.Generator().manual_seed(seed)
+    exact, weight = torch.randn(200, 24, generator=generator), torch.randn(6, 24, generator=generator)
+    lossy = exact + 0.3 * torch.randn(200, 24, generator=generator)
+    move = catch_up(lossy.T @ lossy, (exact - lossy).T @ lossy, damping=0.0)
+    solved = torch.linalg.lstsq(lossy.double(), (exact @ weight.T).double()).solution.T
+    torch.testing.assert_close((weight + weight @ move).double(), solved, rtol=1e-3, atol=1e-3)
+
+
+def test_nothing_was_lost_and_nothing_is_caught_up_with():
+    _, hessian = layer(8, 4, 32, 8)
+    assert torch.equal(catch_up(hessian, torch.zeros(32, 32)), torch.zeros(32, 32))
 
 
 def test_a_matrix_that_is_no_hessian_is_refused():
@@ -238,7 +262,7 @@ def test_a_trained_model_stays_closer_on_text_it_was_not_calibrated_on(stories, 
 def test_products_in_bfloat16_do_no_harm(stories, texts, monkeypatch):
     reference, recipe, found = load_model(stories), find_recipe("gptq-w4").with_changes(EXCLUDED, group_size=32), []
     for kind in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(gptq, "PRODUCT", kind)
+        monkeypatch.setattr(calibration, "PRODUCT", kind)
         model = load_model(stories)
         integers = calibrate(model, recipe, texts[0]).integers
         found.append(divergence(convert(model, recipe, calibrated=integers), reference, texts[1]))
@@ -249,15 +273,15 @@ def test_products_in_bfloat16_do_no_harm(stories, texts, monkeypatch):
 def hessians(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """What each layer was rounded with, in order, computed in float32 throughout."""
     seen: list[Tensor] = []
-    rounding = gptq.round_with_hessian
+    rounding = calibration.round_with_hessian
 
     def watched(weight: Tensor, hessian: Tensor, *arguments: Any, **options: Any) -> Any:
         seen.append(hessian)
         return rounding(weight, hessian, *arguments, **options)
 
-    monkeypatch.setattr(gptq, "round_with_hessian", watched)
-    monkeypatch.setattr(gptq, "PRODUCT", torch.float32)
-    monkeypatch.setattr(gptq, "_quick_sums", torch.no_grad)
+    monkeypatch.setattr(calibration, "round_with_hessian", watched)
+    monkeypatch.setattr(calibration, "PRODUCT", torch.float32)
+    monkeypatch.setattr(calibration, "_quick_sums", torch.no_grad)
     return seen
 
 
@@ -286,9 +310,9 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_is_rounded_on_what_the_rounded_model_gives_it(family, small_models, hessians, monkeypatch):
-    walks, walk = [], gptq._Walk
-    monkeypatch.setattr(gptq, "_Walk", lambda *arguments: walks.append(walk(*arguments)) or walks[-1])
-    monkeypatch.setattr(gptq, "TOGETHER", 100)
+    walks, walk = [], calibration._Walk
+    monkeypatch.setattr(calibration, "_Walk", lambda *arguments: walks.append(walk(*arguments)) or walks[-1])
+    monkeypatch.setattr(calibration, "TOGETHER", 100)
     model = load_model(small_models(family)[0])
     sequences = torch.randint(model.config.vocab_size, (5, 48), generator=torch.Generator().manual_seed(0))
     before = sums_of_squares(model, sequences)
@@ -301,7 +325,10 @@ def test_every_layer_is_rounded_on_what_the_rounded_model_gives_it(family, small
     assert all(close(hessian, after[name]) for name, hessian in zip(names, hessians, strict=True) if name in after)
     with torch.no_grad():
         stream = model.hidden(sequences, rotary_tables(model.config, torch.arange(48)), CausalAttention(model.config))
-    assert close(torch.cat(walks[0].streams), stream)
+        exact = load_model(small_models(family)[0])
+        floats = exact.hidden(sequences, rotary_tables(model.config, torch.arange(48)), CausalAttention(model.config))
+    assert close(torch.cat(walks[0].rounded.streams), stream)
+    assert close(torch.cat(walks[0].exact.streams), floats)
 
 
 def test_the_cache_of_the_recipe_is_calibrated_with(small_models, hessians):
@@ -320,20 +347,20 @@ def test_layers_without_gptq_keep_their_floats(stories, texts):
     assert len(found.integers) == 4 * 6
 
 
-def test_one_hessian_is_in_memory_at_a_time(stories, texts, monkeypatch):
+def test_the_sums_of_one_layer_are_in_memory_at_a_time(stories, texts, monkeypatch):
     alive: list[Any] = []
-    summing = gptq._hessian
+    summing = calibration._moments
 
-    def watched(inputs: Any) -> Tensor:
+    def watched(inputs: Any, exact: Any) -> tuple[Tensor, Tensor]:
         assert not any(reference() is not None for reference in alive)
-        total = summing(inputs)
-        alive.append(weakref.ref(total))
-        return total
+        sums = summing(inputs, exact)
+        alive.extend(map(weakref.ref, sums))
+        return sums
 
-    monkeypatch.setattr(gptq, "_hessian", watched)
+    monkeypatch.setattr(calibration, "_moments", watched)
     model = load_model(stories)
     calibrate(model, find_recipe("gptq-w8"), texts[0][:4])
-    assert len(alive) == 4 * len(model.blocks)
+    assert len(alive) == 2 * 4 * len(model.blocks)
 
 
 def test_calibration_leaves_the_model_and_torch_as_they_were(stories, texts):
@@ -360,20 +387,20 @@ def test_the_verb_converts_what_it_calibrated(stories, shared):
     model, result = calibrated(stories, recipe, Calibration(text[:20_000], samples=4, length=64))
     names = [name for name, *_ in integer_layers(model)]
     assert names == [row["name"] for row in result.pop("layers")] and len(names) == 5 * 7
-    assert result == {"sequences": 4, "asked": 4, "length": 64, "act_order": False, "seed": 0}
+    assert result == {"sequences": 4, "asked": 4, "length": 64, "act_order": True, "seed": 0}
 
 
 def test_the_verb_says_how_much_text_there_was(stories, shared):
     text = shared("text/tinystories_sample.txt").read_text(encoding="utf-8")[:6_000]
     _, result = calibrated(stories, find_recipe("gptq-w8"), Calibration(text))
-    assert result["asked"] == 512 and result["length"] == load_config(stories).max_context == 512
+    assert result["asked"] == SAMPLES and result["length"] == load_config(stories).max_context == 512
     assert 1 <= result["sequences"] <= 10
 
 
 @pytest.mark.parametrize(
     ("recipe", "options", "message"),
     [
-        ("8da8w", {}, "needs no calibration text"),
+        ("fp16", {}, "nothing that GPTQ could round"),
         ("gptq-w4", {}, "do not divide"),
         ("gptq-w8", {"length": 513}, "513 tokens is longer than the model's context of 512"),
         ("gptq-w8", {}, "has 1 tokens, one sequence takes 511"),

@@ -72,7 +72,7 @@ def test_gradients_of_computed_scales_go_straight_through(name: str) -> None:
     weight, gradient = random(6, 64).requires_grad_(), random(6, 64, seed=1)
     quantizer = quantizer_for(weight, GRIDS[name])
     assert list(quantizer.parameters()) == []
-    quantizer(weight).backward(gradient)
+    quantizer(weight, *quantizer.learned()).backward(gradient)
     assert torch.equal(weight.grad, gradient)
 
 
