@@ -8,7 +8,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test check bench ablation ternary venv clean
+.PHONY: help demo test check bench ablation rounding ternary venv clean
 
 help:
 	@echo 'make demo    the shipped model through everything, to $(OUT)/report.html'
@@ -16,6 +16,7 @@ help:
 	@echo 'make check   lint, types, layout'
 	@echo 'make bench   beside export_llm and llama.cpp, to bench-out/peers.md; ARGS='\''--rounds 1'\'' is a quick look; hours the first time'
 	@echo 'make ablation  what every recipe costs and wins back, to tests/benchmarks/ablation/; about an hour'
+	@echo 'make rounding  what rounding costs a real chat model, method by method, to tests/benchmarks/rounding/; about half an hour'
 	@echo 'make clean   removes $(VENV), $(OUT), build outputs and caches'
 
 demo: $(OUT)/report.html
@@ -41,6 +42,14 @@ bench: $(INSTALLED)
 # What every recipe costs and wins back; what is finished stays in bench-out.
 ablation: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/ablation.py $(ARGS)
+
+# A real chat model, texts, and the table; ARGS='--trained CHECKPOINT' adds a trained model's row.
+CHAT := bench-out/SmolLM2-135M-Instruct
+rounding: $(INSTALLED)
+	mkdir -p bench-out
+	test -d $(CHAT) || $(BIN)/lobit fetch smollm2 -o $(CHAT)
+	test -d bench-out/texts || $(BIN)/python tests/benchmarks/texts.py $(CHAT) bench-out/texts
+	$(BIN)/python tests/benchmarks/rounding.py --model $(CHAT) $(ARGS)
 
 # The ternary model that ships, trained from the float one: some twenty minutes of one core.
 ternary: $(INSTALLED)

@@ -1,0 +1,234 @@
+"""What rounding after training costs a real chat model, method by method: `make rounding`.
+
+    python tests/benchmarks/rounding.py [--model SmolLM2-135M-Instruct] [--trained CHECKPOINT] [--tokens 4096] [--only PATTERN]
+
+Mean KL from the float model on held-out articles of Wikipedia, in windows of 512 tokens, and the perplexity; calibrated on other
+articles. Beside lobit's methods llama.cpp's Q4_0, plain (`gguf`) and with importance (its own code, of the package `xllamacpp`), on the
+same weights. The table goes to `tests/benchmarks/rounding/table.md`, with what each figure was before there was a search for scales.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf.quants import dequantize, quantize
+from torch import Tensor, nn
+
+from lobit.checkpoint import load_config, load_model
+from lobit.model import CausalAttention, Transformer, weight_of
+from lobit.quant_recipes.apply import convert, layers_of
+from lobit.quant_recipes.calibration import calibrate, sequences_of
+from lobit.quant_recipes.catalog import LINEARS, find_recipe
+from lobit.quant_recipes.fake_quant import attention_for
+from lobit.quant_recipes.quantized import load_checkpoint
+from lobit.quant_recipes.recipe import ENDS, Recipe, Rule, WeightGrid
+from lobit.tokenizer import Tokenizer
+from lobit.verbs.calibrate import LENGTH, SAMPLES
+
+OUT = Path(__file__).parent / "rounding"
+Q4_0 = gguf.GGMLQuantizationType.Q4_0
+INT4, INT8 = WeightGrid(4, 32), WeightGrid(8, None)
+EQUATION_4 = replace(INT4, scale_rule="range")
+Changed = tuple[Transformer, Recipe | None]
+"""A model with its weights rounded, and the recipe that its cache is rounded by."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Tokens to measure on [n, length], and to calibrate on."""
+
+    held_out: Tensor
+    calibration: Tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    what: str
+    make: Callable[[Path, Texts], Changed]
+    before: float | None = None
+    """The KL that was measured on 2026-11-29, before scales were searched, where the method was there."""
+
+
+def only(match: tuple[str, ...], grid: WeightGrid) -> Recipe:
+    """Weights alone, of some layers alone."""
+    return Recipe("part", "", (Rule(match, grid),))
+
+
+def rounded(recipe: Recipe) -> Callable[[Path, Texts], Changed]:
+    """After training, without a text."""
+    return lambda folder, texts: (convert(load_model(folder), recipe), recipe)
+
+
+def calibrated(recipe: Recipe, *, act_order: bool = True) -> Callable[[Path, Texts], Changed]:
+    """After training, on the calibration text."""
+    used = recipe.calibrated()
+
+    def make(folder: Path, texts: Texts) -> Changed:
+        model = load_model(folder)
+        found = calibrate(model, used, texts.calibration, act_order=act_order)
+        return convert(model, used, calibrated=found.integers), used
+
+    return make
+
+
+def by_ggml(names: str, importance: bool = False) -> Callable[[Path, Texts], Changed]:
+    """llama.cpp's Q4_0 of the layers whose names match."""
+
+    def make(folder: Path, texts: Texts) -> Changed:
+        model = load_model(folder)
+        squares = mean_squares(model, texts.calibration) if importance else {}
+        for name, module in layers_of(model):
+            if fnmatch(name, names) and not (name == "head" and model.config.tied):
+                weight = weight_of(module).detach().float()
+                blocks = with_importance(weight, squares[name]) if importance else quantize(weight.numpy(), Q4_0)
+                weight_of(module).data = torch.tensor(dequantize(blocks, Q4_0))
+        return model, None
+
+    return make
+
+
+def with_importance(weight: Tensor, squares: Tensor) -> np.ndarray:
+    """Q4_0 blocks, uint8 [out, bytes], by llama.cpp's `ggml_quantize_chunk` with an importance for each input [in]."""
+    spec = importlib.util.find_spec("xllamacpp")
+    if spec is None or spec.origin is None:
+        raise SystemExit("llama.cpp's own Q4_0 needs the package xllamacpp: pip install -c constraints.txt 'lobit[dev]'")
+    library = ctypes.CDLL(str(next(Path(spec.origin).parent.glob("*.so"))))
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    (out, inner), floats = weight.shape, ctypes.POINTER(ctypes.c_float)
+    values, factors = weight.contiguous().numpy(), squares.float().contiguous().numpy()
+    blocks = np.empty((out, inner // 32 * 18), np.uint8)
+    sizes = [ctypes.c_int64(size) for size in (0, out, inner)]
+    pointers = values.ctypes.data_as(floats), blocks.ctypes.data_as(ctypes.c_void_p)
+    written = library.ggml_quantize_chunk(int(Q4_0), *pointers, *sizes, factors.ctypes.data_as(floats))
+    assert written == blocks.size, (written, blocks.size)
+    return blocks
+
+
+@torch.inference_mode()
+def mean_squares(model: Transformer, sequences: Tensor) -> dict[str, Tensor]:
+    """The mean square of every input of every layer in the blocks: what llama.cpp calls an importance matrix."""
+    sums: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            sums[name] = sums.get(name, torch.zeros(())) + inputs[0].flatten(0, -2).square().mean(0)
+
+        return add
+
+    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in layers_of(model) if name.startswith("layers.")]
+    for sequence in sequences:
+        model(sequence[None])
+    for hook in hooks:
+        hook.remove()
+    return sums
+
+
+ROWS = (
+    Row("layers INT4 in groups of 32, weights alone: eq. 4", rounded(only(LINEARS, EQUATION_4)), 0.445),
+    Row("the same: llama.cpp's Q4_0", by_ggml("layers.*"), 0.318),
+    Row("the same: searched scales", rounded(only(LINEARS, INT4)), 0.367),
+    Row("the same: Q4_0 with importance", by_ggml("layers.*", importance=True)),
+    Row("the same: calibrated, in order", calibrated(only(LINEARS, INT4), act_order=False), 0.208),
+    Row("the same: calibrated", calibrated(only(LINEARS, INT4)), 0.176),
+    Row("embedding and head INT4, alone: eq. 4", rounded(only(ENDS, EQUATION_4)), 0.150),
+    Row("the same: llama.cpp's Q4_0", by_ggml("embedding"), 0.109),
+    Row("the same: searched scales", rounded(only(ENDS, INT4))),
+    Row("the same: INT8 per row", rounded(only(ENDS, INT8)), 0.000),
+    Row("`8da8w`", rounded(find_recipe("8da8w")), 0.019),
+    Row("`8da8w`, calibrated", calibrated(find_recipe("8da8w"))),
+    Row("`8da4w-g32` by eq. 4", rounded(find_recipe("8da4w-g32").with_changes(scale_rule="range")), 0.557),
+    Row("`8da4w-g32`", rounded(find_recipe("8da4w-g32"))),
+    Row("`8da4w-g32`, calibrated", calibrated(find_recipe("8da4w-g32"))),
+    Row("`8da4w-g32-e8`", rounded(find_recipe("8da4w-g32-e8"))),
+    Row("`8da4w-g32-e8`, calibrated", calibrated(find_recipe("8da4w-g32-e8"))),
+    Row("`w4-channel`", rounded(find_recipe("w4-channel"))),
+    Row("`w4-channel`, calibrated", calibrated(find_recipe("w4-channel"))),
+)
+
+
+@torch.inference_mode()
+def log_probabilities(model: Transformer, sequences: Tensor, recipe: Recipe | None = None) -> Iterator[Tensor]:
+    """Of each sequence [length, V]."""
+    attend = attention_for(recipe, CausalAttention(model.config))
+    for sequence in sequences:
+        yield model(sequence[None], None, attend)[0].log_softmax(-1)
+
+
+def measure(changed: Changed, sequences: Tensor, reference: list[Tensor]) -> dict[str, float]:
+    """Mean KL from the reference with its standard error, and perplexity."""
+    divergences, surprises = [], []
+    for sequence, expected, found in zip(sequences, reference, log_probabilities(changed[0], sequences, changed[1]), strict=True):
+        divergences.append((expected.exp() * (expected - found)).sum(-1))
+        surprises.append(-found[:-1].gather(1, sequence[1:, None])[:, 0])
+    kl = torch.cat(divergences)
+    return {"kl": float(kl.mean()), "se": float(kl.std() / len(kl) ** 0.5), "perplexity": math.exp(float(torch.cat(surprises).mean()))}
+
+
+def table(results: list[dict[str, float | str | None]], about: str) -> str:
+    """The rows in Markdown."""
+    lines = [about, "", "| what | before | KL | of Q4_0's | perplexity | minutes |", "|---|--:|--:|--:|--:|--:|"]
+    plain = next((float(row["kl"] or 0) for row in results if row["what"] == ROWS[1].what), None)
+    for row in results:
+        before = "" if row["before"] is None else f"{row['before']:.3f}"
+        share = f"{float(row['kl'] or 0) / plain:.2f}" if plain and str(row["part"]).startswith("layers") else ""
+        figures = f"{row['kl']:.4f} ± {row['se']:.4f} | {share} | {row['perplexity']:.2f} | {row['minutes']:.1f}"
+        lines.append(f"| {row['what']} | {before} | {figures} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("bench-out/SmolLM2-135M-Instruct"))
+    parser.add_argument("--texts", type=Path, default=Path("bench-out/texts"), help="what texts.py wrote")
+    parser.add_argument("--trained", type=Path, help="a checkpoint of `lobit train`, for a row of its own")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--only", default="*", help="rows whose text matches")
+    parser.add_argument("--out", type=Path, default=OUT)
+    arguments = parser.parse_args()
+    tokenizer = Tokenizer.from_folder(arguments.model, load_config(arguments.model).vocab_size)
+    told = {name: (arguments.texts / name).read_text(encoding="utf-8") for name in ("wiki-train.txt", "wiki-held-out.txt")}
+    held_out = torch.tensor(tokenizer.encode(told["wiki-held-out.txt"], bos=False)[: arguments.tokens]).reshape(-1, 512)
+    calibration = sequences_of(tokenizer.encode(told["wiki-train.txt"], bos=False), arguments.samples, LENGTH, bos=tokenizer.bos)
+    texts = Texts(held_out, calibration)
+    floats = load_model(arguments.model)
+    reference = list(log_probabilities(floats, held_out))
+    rows = [*ROWS]
+    if arguments.trained:
+        rows.append(Row("`8da4w-g32`, trained", lambda *_: load_checkpoint(arguments.trained)))
+    found = measure((floats, None), held_out, reference)
+    results: list[dict[str, float | str | None]] = []
+    part = ""
+    for row in rows:
+        part = part if row.what.startswith("the same") else row.what
+        if not fnmatch(row.what, arguments.only):
+            continue
+        start = time.perf_counter()
+        changed = row.make(arguments.model, texts)
+        minutes = (time.perf_counter() - start) / 60
+        results.append({"what": row.what, "part": part, "before": row.before, "minutes": minutes, **measure(changed, held_out, reference)})
+        print(json.dumps(results[-1]), flush=True)
+    read = f"{held_out.numel()} tokens of Wikipedia, float perplexity {found['perplexity']:.2f}"
+    about = f"{arguments.model.name}, {read}; calibrated on {len(calibration)} x {LENGTH} tokens of other articles"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "table.md").write_text(table(results, about), encoding="utf-8")
+    (arguments.out / "table.json").write_text(json.dumps({"about": about, "rows": results}, indent=1) + "\n", encoding="utf-8")
+    print(table(results, about))
+
+
+if __name__ == "__main__":
+    main()
