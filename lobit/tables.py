@@ -232,15 +232,16 @@ def merge(result: dict[str, Any]) -> Table:
 
 
 def sensitivity(result: dict[str, Any]) -> Group:
-    """The layers that a recipe harms most, and the options that give few of them a wider grid."""
+    """The layers that a recipe harms most, and the options that give few of them a finer grid."""
     columns = ("KL", "top-1", "perplexity", "checkpoint", "bits a weight")
     whole = _table("all layers quantized", "", *columns, right=columns)
     options = [f"--mixed '{entry}'" for entry in result["proposal"]["mixed"]]
-    for name, found in (("recipe", result["all"]), (f"{len(options)} layers wider", result["proposal"])):
+    within = f"{result['budget']['asked']} more, {len(options)} layers finer"
+    for name, found in (("recipe", result["all"]), (within, result["proposal"])):
         figures = f"{found['kl']:.2e}", f"{found['top1']:.1%}", f"{found['perplexity']:.3f}"
         whole.add_row(name, *figures, megabytes(found["bytes"]), f"{found['bits_per_weight']:.2f}")
     notes = ["layers that GPTQ rounds are rounded to nearest here\n"] if result["gptq_to_nearest"] else []
-    return Group(_sensitive(result), whole, *notes, "wider: " + (" \\\n       ".join(options) or "nothing"))
+    return Group(_sensitive(result), whole, *notes, "finer: " + (" \\\n       ".join(options) or "nothing that fits the budget"))
 
 
 def _sensitive(result: dict[str, Any]) -> Table:
