@@ -206,9 +206,11 @@ def bench(result: dict[str, Any]) -> Table:
 
 def speed(stats: dict[str, Any]) -> str:
     """One line on a generation."""
+    loaded = f"loaded in {stats['load_seconds']:.1f} s, " if "load_seconds" in stats else ""
     return (
-        f"prefill {stats['prompt_tokens']} tokens at {stats['prefill_tokens_per_second']:.0f} t/s, first token after "
+        f"{loaded}prefill {stats['prompt_tokens']} tokens at {stats['prefill_tokens_per_second']:.0f} t/s, first token after "
         f"{stats['first_token_seconds'] * 1e3:.1f} ms, decode {stats['decode_steps']} tokens at {stats['decode_tokens_per_second']:.1f} t/s"
+        f"{'' if stats['stopped'] else ', cut short'}"
     )
 
 
