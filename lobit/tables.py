@@ -225,11 +225,12 @@ def doctor(result: dict[str, Any]) -> Table:
 def merge(result: dict[str, Any]) -> Table:
     """Models and their weights, with losses where a text was given."""
     measured = f", loss in nats a token on {result['tokens']} tokens" if result["tokens"] else ""
-    table = _table(f"weights: {result['weights']}{measured}", "model", "weight", "loss", right=("weight", "loss"))
+    table = _table(f"weights: {result['weights']}{measured}", "model", "weight", *(["loss"] if measured else []), right=("weight", "loss"))
     for row in result["models"]:
-        table.add_row(row["model"], f"{row['weight']:.4f}", _loss(row["loss"]))
-    table.add_row("equal weights", "", _loss(result["uniform_loss"]))
-    table.add_row("merged, as written", "", _loss(result["loss"]))
+        table.add_row(row["model"], f"{row['weight']:.4f}", *([_loss(row["loss"])] if measured else []))
+    if measured:
+        table.add_row("equal weights", "", _loss(result["uniform_loss"]))
+        table.add_row("merged, as written", "", _loss(result["loss"]))
     return table
 
 
