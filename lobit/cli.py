@@ -6,6 +6,7 @@ Exit 0: done; 1: a gate failed; 2: a mistake or a missing part, in one message; 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from lobit.cli_options import (
     print_json,
     read_text,
 )
+from lobit.errors import InputError
 from lobit.memory import check_address_space
 from lobit.trouble import MISTAKE, one_message
 
@@ -73,35 +75,34 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command(epilog="Examples: lobit run bundle --prompt 'Once upon a time'  |  lobit run bundle   (a chat)")
+@app.command(epilog="Examples: lobit run bundle --prompt 'What is the capital of France?'  |  lobit run bundle   (a chat)")
 def run(
     bundle: BundleArgument,
-    prompt: Annotated[str | None, typer.Option("--prompt", help="Text to continue; without it: a chat.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 128,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="A question, or text to continue; without it: a chat.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, also where the model has a chat template.")] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="Default: 512 of an answer, 128 of text that is continued.")
+    ] = None,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the most probable token.")] = 0.0,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Generates text and prints tokens per second."""
+    """Text from a bundle, and tokens per second: an answer or a chat where the model has a chat template.
+
+    In a chat Ctrl-C stops an answer, /reset begins a new conversation, and the end of the input (Ctrl-D) ends it.
+    """
     from lobit import tables, verbs
 
     if prompt is None:
-        lines = _typed_lines() if sys.stdin.isatty() else sys.stdin
-        verbs.chat(
-            bundle,
-            lines,
-            _stream,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            threads=threads,
-            on_turn=lambda stats: typer.echo(tables.speed(stats), err=True),
-        )
+        if raw or as_json:
+            raise InputError("--raw and --json are for one text: give it with --prompt")
+        _chat(bundle, max_new_tokens, temperature, seed, threads)
         return
     result = verbs.run(
         bundle,
         prompt,
+        raw=raw,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
@@ -113,16 +114,48 @@ def run(
         print_json(result)
     else:
         typer.echo()
-        typer.echo(tables.speed(result["stats"]), err=True)
+        _aside(tables.speed(result["stats"]))
+
+
+def _chat(bundle: Path, max_new_tokens: int | None, temperature: float, seed: int, threads: int | None) -> None:
+    """A conversation with whoever types, or with the lines of stdin."""
+    from lobit import tables, verbs
+
+    typed = sys.stdin.isatty()
+    hint = ". Ctrl-C stops an answer, /reset begins anew, Ctrl-D ends" if typed else ""
+    verbs.chat(
+        bundle,
+        _typed_lines() if typed else sys.stdin,
+        _stream,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        threads=threads,
+        on_load=lambda seconds: _aside(f"{bundle.name}, loaded in {seconds:.1f} s{hint}"),
+        on_turn=lambda stats: _aside(tables.speed(stats)),
+        on_problem=(lambda error: _aside(str(error) or "stopped")) if typed else None,
+    )
 
 
 def _typed_lines() -> Iterator[str]:
-    """Lines typed at a prompt, until end of input."""
+    """Lines typed at a prompt, until the end of the input."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (lines can be edited, and come again)
     while True:
         try:
             yield input("> ")
         except EOFError:
+            typer.echo()
             return
+        except KeyboardInterrupt as error:
+            if error.args:  # another signal than Ctrl-C's
+                raise
+            typer.echo()
+
+
+def _aside(text: str) -> None:
+    """To stderr, dim where that is a terminal."""
+    typer.secho(text, err=True, dim=True)
 
 
 def _stream(text: str) -> None:

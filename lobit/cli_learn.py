@@ -94,12 +94,17 @@ def _training(recipe: Recipe, learning_rate: float | None, distillation: float |
     return training if distillation is None else replace(training, distillation=distillation)
 
 
-@app.command(epilog="Example: lobit sensitivity ./SmolLM2-135M --recipe 8da4w-g32 --text held-out.txt")
+@app.command(epilog="Example: lobit sensitivity ./SmolLM2-135M --recipe 8da4w-g32 --text held-out.txt --budget 5%")
 def sensitivity(
     model: ModelArgument,
     recipe: RecipeName,
     text: Annotated[Path, typer.Option("--text", metavar="FILE", help="To measure on, not to have trained on.")],
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Of the text, at most; spread over it.")] = 2048,
+    budget: Annotated[
+        str, typer.Option("--budget", metavar="SIZE", help="By how much the checkpoint may grow: a share, or bytes such as 4MB.")
+    ] = "5%",
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=1, help="Of the text, at most; spread over it; default: 2048, fewer for large models.")
+    ] = None,
     exclude: Except = None,
     group_size: GroupSize = None,
     mixed: Mixed = None,
@@ -107,14 +112,15 @@ def sensitivity(
 ) -> None:
     """How far each layer alone moves the model when it is quantized, and --mixed options for those that matter.
 
-    Layers that GPTQ rounds are rounded to nearest here.
+    The options are those that take most of the loss for the bytes they add, within --budget. Layers that GPTQ rounds are rounded to
+    nearest here.
     """
     from lobit import tables, verbs
     from lobit.progress import bar
 
     chosen = verbs.choose_recipe(recipe, exclude or (), group_size, mixed=mixed or ())
     with bar() as shown:
-        result = verbs.sensitivity(model, chosen, read_text(text), tokens=tokens, progress=shown.count)
+        result = verbs.sensitivity(model, chosen, read_text(text), budget=budget, tokens=tokens, progress=shown.count)
     print_json(result) if as_json else tables.show(tables.sensitivity(result))
 
 

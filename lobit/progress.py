@@ -1,4 +1,4 @@
-"""Progress on stderr, with the time left: a bar where there is a terminal, nothing where there is none."""
+"""Progress on stderr, with the time left: a bar where there is a terminal, a line now and then where there is none."""
 
 from __future__ import annotations
 
@@ -6,9 +6,25 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+QUIET = 10.0
+"""Seconds without a line: short work needs none."""
+BETWEEN = 30.0
+"""Seconds between two lines, at least: a log of some minutes is read at a glance."""
+SHARE = 0.05
+"""Of the work between two lines, at least: twenty lines tell of a night."""
+
+
+class Shown(Protocol):
+    """What counts is shown."""
+
+    def count(self, what: str, done: int, total: int) -> None:
+        """Shows that `done` of `total` are done; another total, or fewer done than before, is other work."""
 
 
 class Bar:
@@ -18,14 +34,60 @@ class Bar:
         self._bar, self._task = bar, bar.add_task("", total=None, visible=False)
 
     def count(self, what: str, done: int, total: int) -> None:
-        """Shows that `done` of `total` are done."""
+        """See `Shown`."""
         self._bar.update(self._task, description=what, completed=done, total=total, visible=done < total)
 
 
+class Lines:
+    """Plain lines, the first after `QUIET` seconds, each with the time since the beginning, the share, and the time left.
+
+    Args:
+        write: takes a line.
+        clock: seconds that only grow.
+    """
+
+    def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._write, self._clock = write, clock
+        self._start, self._due = clock(), clock() + QUIET
+        self._total = self._done = 0
+        self._first, self._told = (0.0, 0), 0.0
+
+    def count(self, what: str, done: int, total: int) -> None:
+        """See `Shown`."""
+        now, share = self._clock(), done / max(total, 1)
+        if total != self._total or done < self._done:
+            self._total, self._first, self._told = total, (now, done), -SHARE
+        self._done = done
+        if now < self._due or share < self._told + SHARE or done >= total:
+            return
+        self._due, self._told = now + BETWEEN, share
+        self._write(f"{_clock_time(now - self._start):>8}  {int(100 * share):3} %  {what}{self._left(now)}")
+
+    def _left(self, now: float) -> str:
+        """By the speed since the work was counted first; of a training that goes on, what was done before is not counted."""
+        begun, before = self._first
+        if self._done <= before:
+            return ""
+        return f", {_clock_time((now - begun) / (self._done - before) * (self._total - self._done))} left"
+
+
+def _clock_time(seconds: float) -> str:
+    """`0:01:05`."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _print(line: str) -> None:
+    with contextlib.suppress(OSError):  # the work is worth more than what tells of it
+        print(line, file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
-def bar() -> Iterator[Bar]:
-    """A bar for long work."""
+def bar() -> Iterator[Shown]:
+    """What shows the progress of long work."""
     console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        yield Lines(_print)
+        return
     columns = (
         TextColumn("{task.description:<24}"),
         BarColumn(),
@@ -34,7 +96,7 @@ def bar() -> Iterator[Bar]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         yield Bar(progress)
 
 

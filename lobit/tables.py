@@ -206,9 +206,11 @@ def bench(result: dict[str, Any]) -> Table:
 
 def speed(stats: dict[str, Any]) -> str:
     """One line on a generation."""
+    loaded = f"loaded in {stats['load_seconds']:.1f} s, " if "load_seconds" in stats else ""
     return (
-        f"prefill {stats['prompt_tokens']} tokens at {stats['prefill_tokens_per_second']:.0f} t/s, first token after "
+        f"{loaded}prefill {stats['prompt_tokens']} tokens at {stats['prefill_tokens_per_second']:.0f} t/s, first token after "
         f"{stats['first_token_seconds'] * 1e3:.1f} ms, decode {stats['decode_steps']} tokens at {stats['decode_tokens_per_second']:.1f} t/s"
+        f"{'' if stats['stopped'] else ', cut short'}"
     )
 
 
@@ -223,24 +225,26 @@ def doctor(result: dict[str, Any]) -> Table:
 def merge(result: dict[str, Any]) -> Table:
     """Models and their weights, with losses where a text was given."""
     measured = f", loss in nats a token on {result['tokens']} tokens" if result["tokens"] else ""
-    table = _table(f"weights: {result['weights']}{measured}", "model", "weight", "loss", right=("weight", "loss"))
+    table = _table(f"weights: {result['weights']}{measured}", "model", "weight", *(["loss"] if measured else []), right=("weight", "loss"))
     for row in result["models"]:
-        table.add_row(row["model"], f"{row['weight']:.4f}", _loss(row["loss"]))
-    table.add_row("equal weights", "", _loss(result["uniform_loss"]))
-    table.add_row("merged, as written", "", _loss(result["loss"]))
+        table.add_row(row["model"], f"{row['weight']:.4f}", *([_loss(row["loss"])] if measured else []))
+    if measured:
+        table.add_row("equal weights", "", _loss(result["uniform_loss"]))
+        table.add_row("merged, as written", "", _loss(result["loss"]))
     return table
 
 
 def sensitivity(result: dict[str, Any]) -> Group:
-    """The layers that a recipe harms most, and the options that give few of them a wider grid."""
+    """The layers that a recipe harms most, and the options that give few of them a finer grid."""
     columns = ("KL", "top-1", "perplexity", "checkpoint", "bits a weight")
     whole = _table("all layers quantized", "", *columns, right=columns)
     options = [f"--mixed '{entry}'" for entry in result["proposal"]["mixed"]]
-    for name, found in (("recipe", result["all"]), (f"{len(options)} layers wider", result["proposal"])):
+    within = f"{result['budget']['asked']} more, {len(options)} layers finer"
+    for name, found in (("recipe", result["all"]), (within, result["proposal"])):
         figures = f"{found['kl']:.2e}", f"{found['top1']:.1%}", f"{found['perplexity']:.3f}"
         whole.add_row(name, *figures, megabytes(found["bytes"]), f"{found['bits_per_weight']:.2f}")
     notes = ["layers that GPTQ rounds are rounded to nearest here\n"] if result["gptq_to_nearest"] else []
-    return Group(_sensitive(result), whole, *notes, "wider: " + (" \\\n       ".join(options) or "nothing"))
+    return Group(_sensitive(result), whole, *notes, "finer: " + (" \\\n       ".join(options) or "nothing that fits the budget"))
 
 
 def _sensitive(result: dict[str, Any]) -> Table:

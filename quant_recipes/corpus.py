@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lobit.errors import InputError
 
-MOST_HELD_OUT = 64
-"""Sequences."""
+MOST_HELD_OUT = 8192
+"""Tokens, and at least one sequence: half a minute of SmolLM2 and its float model on two cores. They tell the KL of its `8da4w-g32`
+with a standard error of 3 %, from sequence to sequence; half of that would take four times as many."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,17 @@ class Corpus:
         """A corpus of the first `count` sequences of the first order, or of all where there are fewer."""
         return Corpus(self.sequences[self._order(0)[:count]], self.seed)
 
+    @property
+    def _most_held_out(self) -> int:
+        return max(1, MOST_HELD_OUT // self.length)
+
+    def to_measure(self) -> Corpus:
+        """At most `MOST_HELD_OUT` tokens of it, in sequences spread over all."""
+        count = min(len(self), self._most_held_out)
+        return Corpus(self.sequences[[i * len(self) // count for i in range(count)]], self.seed)
+
     def split(self, share: float) -> tuple[Corpus, Corpus]:
-        """Without the last `share` of the sequences, at least one and at most `MOST_HELD_OUT`; and these.
+        """Without the last `share` of the sequences, at least one and at most `MOST_HELD_OUT` tokens; and these.
 
         Raises:
             InputError: there is but one sequence.
@@ -55,7 +65,7 @@ class Corpus:
                 f"the text gives {len(self)} sequence of {self.length} tokens, and some must be held out: "
                 "give more text, a shorter --length, or --held-out FILE"
             )
-        count = min(max(1, round(len(self) * share)), MOST_HELD_OUT)
+        count = min(max(1, round(len(self) * share)), self._most_held_out)
         return Corpus(self.sequences[:-count], self.seed), Corpus(self.sequences[-count:], self.seed)
 
 

@@ -10,12 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lobit.model import Transformer, capped
+from lobit.quant_recipes.apply import Progress
 from lobit.quant_recipes.corpus import Corpus
 from lobit.quant_recipes.recipe import Recipe
 from lobit.quant_recipes.trainee import normed
 
 AT_ONCE = 1 << 24
 """Logits."""
+TOGETHER = 4096
+"""Tokens that go through the layers at once: each call of a layer of integers makes its float weights anew."""
 LARGEST = 709.0
 """Nats: e to more is no float."""
 
@@ -31,6 +34,8 @@ class Figures:
     """KL(reference || model), nats a token."""
     top1: float | None = None
     """Share of tokens whose most probable successor is the reference's."""
+    reference_loss: float | None = None
+    """Of the reference on the same tokens."""
 
     @property
     def perplexity(self) -> float:
@@ -39,31 +44,45 @@ class Figures:
 
 
 @torch.inference_mode()
-def figures(model: Transformer, corpus: Corpus, recipe: Recipe | None = None, reference: Transformer | None = None) -> Figures:
-    """A model's loss, and how far it is from a reference.
+def figures(
+    model: Transformer,
+    corpus: Corpus,
+    recipe: Recipe | None = None,
+    reference: Transformer | None = None,
+    progress: Progress | None = None,
+) -> Figures:
+    """A model's loss, and how far it is from a reference, in one pass of each.
 
     Args:
         model: float, prepared or converted.
         corpus: the text.
         recipe: of the model, for its key-value cache.
         reference: the float model, or None.
+        progress: called with the sequences that are done.
     """
     device = next(model.norm.parameters()).device
-    loss = kl = same = 0.0
-    few = max(1, AT_ONCE // (corpus.length * model.config.vocab_size))
-    for sequences in corpus.sequences.long().split(few):
-        tokens, targets = sequences[:, :-1].to(device), sequences[:, 1:].to(device).flatten()
-        scores = _scores(model, tokens, recipe)
-        loss += F.cross_entropy(scores, targets, reduction="sum").item()
-        if reference is not None:
-            others = _scores(reference, tokens)
-            kl += F.kl_div(scores.log_softmax(1), others.log_softmax(1), reduction="sum", log_target=True).item()
-            same += (scores.argmax(1) == others.argmax(1)).sum().item()
+    loss = others_loss = kl = same = 0.0
+    done, few = 0, max(1, AT_ONCE // model.config.vocab_size)
+    for sequences in corpus.sequences.long().split(max(1, TOGETHER // corpus.length)):
+        tokens, targets = sequences[:, :-1].to(device), sequences[:, 1:].to(device).flatten().split(few)
+        streams = [normed(model, tokens, recipe), *([normed(reference, tokens)] if reference else [])]
+        for wanted, x, *other in zip(targets, *(stream.flatten(0, 1).split(few) for stream in streams), strict=True):
+            told = _log_probabilities(model, x)
+            loss += F.nll_loss(told, wanted, reduction="sum").item()
+            if reference is not None:
+                expected = _log_probabilities(reference, *other)
+                others_loss += F.nll_loss(expected, wanted, reduction="sum").item()
+                same += (told.argmax(1) == expected.argmax(1)).sum().item()
+                kl += F.kl_div(told, expected, reduction="sum", log_target=True).item()
+        done += len(sequences)
+        if progress:
+            progress("measuring", done, len(corpus))
     count = len(corpus) * corpus.length
-    return Figures(count, loss / count, kl / count if reference else None, same / count if reference else None)
+    if reference is None:
+        return Figures(count, loss / count)
+    return Figures(count, loss / count, kl / count, same / count, others_loss / count)
 
 
-def _scores(model: Transformer, tokens: Tensor, recipe: Recipe | None = None) -> Tensor:
-    """Logits [B·T, V], float32."""
-    scores = model.head(normed(model, tokens, recipe))
-    return capped(scores, model.config.logits_softcap).float().flatten(0, 1)
+def _log_probabilities(model: Transformer, x: Tensor) -> Tensor:
+    """Of the next tokens [N, V], float32, from what the head reads, x [N, D]."""
+    return capped(model.head(x), model.config.logits_softcap).float().log_softmax(1)

@@ -5,7 +5,6 @@ A request comes as JSON on stdin, the answer goes as JSON to stdout; everything 
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -18,7 +17,7 @@ import numpy as np
 from lobit.errors import LobitError
 from lobit.memory import peak_rss_bytes
 from lobit.runtime.bundle import open_bundle
-from lobit.runtime.engine import ENGINES, Engine, open_engine
+from lobit.runtime.engine import Engine, import_runtime, open_engine
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Answer:
     first_token_ns: list[int] | None
     """Of prompts: until the first new token is chosen."""
     load_seconds: float
-    """To open the engine, its Python modules already imported (`_import_runtime`) and the files in the system's cache."""
+    """To open the engine, its Python modules already imported (`import_runtime`) and the files in the system's cache."""
     base_rss_bytes: int
     """The process's peak before the engine was opened: Python and the runtime's modules."""
     peak_rss_bytes: int
@@ -72,7 +71,7 @@ def measure(request: Request) -> Answer:
         MissingPartError: the runtime is not installed.
     """
     bundle = open_bundle(request.bundle, hashes=False)
-    _import_runtime(bundle.manifest.target)
+    import_runtime(bundle)
     base = peak_rss_bytes()
     start = perf_counter()
     engine = open_engine(bundle, request.threads)
@@ -85,13 +84,6 @@ def measure(request: Request) -> Answer:
         base_rss_bytes=base,
         peak_rss_bytes=peak_rss_bytes(),
     )
-
-
-def _import_runtime(target: str) -> None:
-    """Imports what an engine needs, by its module's `import_runtime()` where it has one, so that it does not count as loading."""
-    if target in ENGINES:
-        module = importlib.import_module(ENGINES[target])
-        getattr(module, "import_runtime", lambda: None)()
 
 
 def _sample(engine: Engine, work: Workload) -> tuple[int, int]:

@@ -130,6 +130,16 @@ def open_engine(bundle: Bundle, threads: int | None = None) -> Engine:
     return cast(Engine, target_module(bundle).open_engine(bundle, threads or default_threads(bundle)))
 
 
+def import_runtime(bundle: Bundle) -> None:
+    """Imports the Python modules that a target's engine needs, so that this does not count as loading.
+
+    Raises:
+        BundleError: the target is unknown to this version.
+        MissingPartError: the runtime is not installed.
+    """
+    getattr(target_module(bundle), "import_runtime", lambda: None)()
+
+
 def default_threads(bundle: Bundle) -> int:
     """Of the runtime: what the bundle says, or one per core."""
     return bundle.manifest.threads or usable_cores()

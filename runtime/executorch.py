@@ -47,7 +47,7 @@ def import_runtime() -> Any:
 
 
 def open_engine(bundle: Bundle, threads: int) -> SteppingEngine:
-    """Loads the program of a bundle.
+    """Loads the program of a bundle, and packs its weights: XNNPACK would do that in the first call, which would seem slow.
 
     Args:
         bundle: for target xnnpack.
@@ -63,10 +63,6 @@ def open_engine(bundle: Bundle, threads: int) -> SteppingEngine:
     manifest = bundle.manifest
     with quiet_native():
         native._unsafe_reset_threadpool(threads)
-        try:
-            module = native._load_for_executorch(str(bundle.path("program")))
-        except RuntimeError as error:
-            raise BundleError(f"ExecuTorch cannot load {bundle.path('program')} ({error}): export it again") from None
 
     def step(tokens: list[int], position: int) -> Logits:
         inputs = (torch.tensor([tokens], dtype=torch.int64), torch.tensor([position], dtype=torch.int64))
@@ -74,6 +70,12 @@ def open_engine(bundle: Bundle, threads: int) -> SteppingEngine:
             (logits,) = module.forward(inputs)
         return logits.reshape(-1).numpy().copy()  # type: ignore[no-any-return]
 
+    try:
+        with quiet_native():
+            module = native._load_for_executorch(str(bundle.path("program")))
+        step([0], 0)  # what it leaves in the cache is overwritten by the first token that is read
+    except RuntimeError as error:
+        raise BundleError(f"ExecuTorch cannot load {bundle.path('program')} ({error}): export it again") from None
     return SteppingEngine(step, manifest.context, manifest.chunk, manifest.model.vocab_size)
 
 

@@ -220,10 +220,15 @@ class Chat:
         self.stats = GenerationStats()
         self._read: list[int] = []
 
+    def reset(self) -> None:
+        """Begins a new conversation, after the same system message."""
+        self.messages = [message for message in self.messages if message["role"] == "system"]
+        self._forget()
+
     def say(self, text: str, *, max_new_tokens: int, sampling: Sampling = GREEDY) -> Iterator[str]:
         """One turn of the user's; the pieces of the answer as they become final.
 
-        A turn that fails or is interrupted inside the engine leaves the conversation as it was.
+        A turn that fails leaves the conversation as it was; of one that is interrupted the answer is in it as far as it came.
 
         Raises:
             InputError: the conversation is longer than the context, or the template refuses it.
@@ -258,7 +263,9 @@ class Chat:
         except GeneratorExit:
             self._keep(turn, pieces, tokens + generation.tokens)
             raise
-        except BaseException:  # the engine may have been stopped between two of its states
+        except BaseException as error:  # the engine may have been stopped between two of its states
+            if pieces and isinstance(error, KeyboardInterrupt):
+                self._keep(turn, pieces, [])
             self._forget()
             raise
         self._keep(turn, pieces, tokens + generation.tokens)

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from lobit.quant_recipes.corpus import Corpus
     from lobit.quant_recipes.recipe import Recipe
     from lobit.quant_recipes.schedule import Training
-    from lobit.quant_recipes.train import Run, Trainer
+    from lobit.quant_recipes.train import Row, Run, Trainer
 
 HELD_OUT = 0.05
 """Share of the text that is only for the figures, where no file is given for them."""
 RECORD_FILE = "training.json"
+RECENT = 20
+"""Steps whose losses and seconds are averaged where progress is told."""
 STEPS = "training"
 """In an unfinished folder: the newest checkpoint."""
 
@@ -35,6 +37,7 @@ class Texts:
 
     training: Sequence[str]
     held_out: str | None = None
+    """None: the last `HELD_OUT` of the text; of either at most `corpus.MOST_HELD_OUT` tokens."""
     length: int | None = None
     """Tokens of a sequence; None: the model's context, at most 512."""
     seed: int = 0
@@ -69,7 +72,7 @@ def train(
         from_scratch: from new weights, of the model only the config and the tokenizer.
         recompute: activations inside of blocks are computed again for the backward pass, and not kept.
         command: for the record.
-        progress: of the steps.
+        progress: of the steps, with the loss, then of measuring.
 
     Returns:
         What is in `training.json`: `steps`, `tokens`, `seconds`, the held-out `loss`, `perplexity` and, where there is a float model,
@@ -104,9 +107,16 @@ def train(
         trainer = _trainer(student, recipe, teacher, training, corpus, run, folder / STEPS, recompute)
         for row in trainer.train():
             if progress and run.rank == 0:
-                speed = run.batch * corpus.length / row.seconds
-                progress(f"loss {row.loss:.3f} {speed:7,.0f} t/s", row.step, trainer.steps)
-        return _finish(trainer, source, recipe, held_out, folder, settings | {"command": " ".join(command)})
+                progress(_recent(trainer.rows), row.step, trainer.steps)
+        return _finish(trainer, source, recipe, held_out, folder, settings | {"command": " ".join(command)}, progress)
+
+
+def _recent(rows: Sequence[Row]) -> str:
+    """The step, and loss and speed of the last `RECENT` steps."""
+    last = rows[-RECENT:]
+    tokens = last[-1].tokens - (rows[-RECENT - 1].tokens if len(rows) > RECENT else 0)
+    loss, speed = sum(row.loss for row in last) / len(last), tokens / sum(row.seconds for row in last)
+    return f"step {last[-1].step}, loss {loss:.3f}, {speed:,.0f} t/s"
 
 
 def _check(source: Path, recipe: Recipe, training: Training, from_scratch: bool) -> None:
@@ -133,7 +143,7 @@ def _corpora(source: Path, config: Config, texts: Texts) -> tuple[Corpus, Corpus
         return pack([tokenizer.encode(document) for document in documents], length, texts.seed, tokenizer.bos)
 
     corpus = packed(texts.training)
-    return corpus.split(HELD_OUT) if texts.held_out is None else (corpus, packed([texts.held_out]))
+    return corpus.split(HELD_OUT) if texts.held_out is None else (corpus, packed([texts.held_out]).to_measure())
 
 
 @contextlib.contextmanager
@@ -188,6 +198,7 @@ def _finish(
     held_out: Corpus,
     folder: Path,
     settings: dict[str, Any],
+    progress: Progress | None,
 ) -> dict[str, Any]:
     """Writes the checkpoint, the curves and the record, in the first process."""
     from lobit.checkpoint import load_model
@@ -200,7 +211,7 @@ def _finish(
     shipped = _ship(trained, recipe, source, folder)
     device = trainer.run.device
     reference = None if settings["from_scratch"] else load_model(source).to(device)
-    found = figures(shipped.to(device), held_out, recipe, reference)
+    found = figures(shipped.to(device), held_out, recipe, reference, progress)
     record = {
         "steps": trainer.steps,
         "tokens": trainer.rows[-1].tokens,
@@ -210,7 +221,7 @@ def _finish(
         "perplexity": found.perplexity,
         "kl": found.kl,
         "top1": found.top1,
-        "reference_loss": figures(reference, held_out).loss if reference else None,
+        "reference_loss": found.reference_loss,
         "settings": settings,
         "versions": {"torch": metadata.version("torch")},
     }

@@ -62,10 +62,10 @@ def doctor(target: str | None = None) -> dict[str, Any]:
     Raises:
         TargetError: there is no such target.
     """
-    import os
     from importlib import metadata
 
     from lobit.errors import TargetError
+    from lobit.runtime.host import usable_cores
 
     if target is not None and target not in PARTS:
         raise TargetError(f"there is no target {target!r}: choose one of {', '.join(name for name in PARTS if name != 'lobit')}")
@@ -78,7 +78,7 @@ def doctor(target: str | None = None) -> dict[str, Any]:
             except metadata.PackageNotFoundError:
                 found = None
             rows.append({"for": name, "part": package, "found": found, "way_out": f"pip install 'lobit{extra}'"})
-    rows.append({"for": "lobit", "part": "processor cores", "found": str(os.cpu_count() or 1), "way_out": ""})
+    rows.append({"for": "lobit", "part": "processor cores", "found": str(usable_cores()), "way_out": ""})
     return {"parts": rows, "passed": all(row["found"] for row in rows)}
 
 

@@ -5,6 +5,8 @@ Imports are inside the functions: what a verb does not need is not loaded.
 
 from __future__ import annotations
 
+import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +23,26 @@ LONGEST_SEQUENCE = 512
 """Tokens."""
 FEWEST_TOKENS = 16
 """Fewer say nothing."""
+MOST_TOKENS = 2048
+"""Of a small model."""
+WORK = 150e9
+"""Weights times tokens: SmolLM2's 135 million and 1024 tokens, whose 211 passes take some minutes on two cores."""
+BUDGET = "5%"
+"""What few layers may take: of SmolLM2's INT4 checkpoint 4 MB, a dozen of its 211 layers."""
+_BUDGET = re.compile(r"(\d{1,12}(?:\.\d{1,6})?) ?(%|[kMG]?B)", re.ASCII)
+_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def sensitivity(model: str, recipe: Recipe, text: str, *, tokens: int = 2048, progress: Progress | None = None) -> dict[str, Any]:
-    """Measures how far each layer alone moves the model when it is quantized, and proposes wider grids for few layers.
+def sensitivity(
+    model: str,
+    recipe: Recipe,
+    text: str,
+    *,
+    budget: str = BUDGET,
+    tokens: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measures how far each layer alone moves the model when it is quantized, and proposes finer grids for few layers.
 
     Layers that GPTQ rounds are rounded to nearest here (`gptq_to_nearest`).
 
@@ -32,37 +50,42 @@ def sensitivity(model: str, recipe: Recipe, text: str, *, tokens: int = 2048, pr
         model: a float model.
         recipe: what is quantized.
         text: not one that the model learned by heart.
-        tokens: of the text, at most, spread over it.
+        budget: by how much the proposal's checkpoint may be larger than the recipe's: `5%` of it, or `4MB` (B, kB, MB, GB; 1 kB is
+            1000 B).
+        tokens: of the text, at most, spread over it; None: `default_tokens`.
         progress: of the layers, then of the two recipes.
 
     Returns:
         `rows`, the most sensitive first, each with its `layers` (a shared head with its embedding), `grid`, `parameters`, `kl` (of
-        the float model from it, nats a token), the checkpoint's `bytes_saved` against floating point, and the `bytes_wider` that the
-        `wider` grid would add. `all` and `proposal` are measured with every layer quantized, and the recipe's key-value cache: `kl`,
-        `top1` (share of tokens with the same most probable successor), `perplexity`, `bytes` and `bits_per_weight` of the checkpoint;
-        `proposal` has the entries `mixed` besides, for `choose_recipe` before any others.
+        the float model from it, nats a token), the checkpoint's `bytes_saved` against floating point, and finer grids, `wider`: each
+        with the `bytes` that it would add, and the `kl` that is expected to stay. `budget` as it was `asked`, and in `bytes`. `all`
+        and `proposal` are measured with every layer quantized, and the recipe's key-value cache: `kl`, `top1` (share of tokens with
+        the same most probable successor), `perplexity`, `bytes` and `bits_per_weight` of the checkpoint; `proposal` has the entries
+        `mixed` besides, for `choose_recipe` before any others.
 
     Raises:
-        InputError: the model is a quantized checkpoint, or the text is too short.
+        InputError: the model is a quantized checkpoint, the text is too short, or the budget is none.
         RecipeError: the recipe does not fit the model, or quantizes nothing.
     """
     from lobit.checkpoint import load_config, load_model, resolve
     from lobit.quant_recipes import sensitivity as layers
     from lobit.quant_recipes.apply import check
     from lobit.quant_recipes.quantized import check_float
+    from lobit.quant_recipes.sizes import checkpoint_bytes
 
     source = resolve(model)
     check_float(source)
     config = load_config(source)
     check(config, recipe)
-    corpus = _corpus(source, config, text, tokens)
+    most = budget_bytes(budget, checkpoint_bytes(config, recipe))
+    corpus = _corpus(source, config, text, default_tokens(config) if tokens is None else tokens)
     floats = load_model(source)
     rows = layers.sensitivity(floats, recipe, corpus, progress)
-    mixed = layers.proposal(rows)
+    mixed = layers.proposal(rows, most)
     whole = _measured(floats, recipe, corpus)
     if progress:
         progress("all layers", 1, 2)
-    proposed = _measured(floats, recipe.with_changes(mixed=mixed), corpus)
+    proposed = _measured(floats, recipe.with_changes(mixed=mixed), corpus) if mixed else whole
     if progress:
         progress("all layers", 2, 2)
     return {
@@ -72,6 +95,7 @@ def sensitivity(model: str, recipe: Recipe, text: str, *, tokens: int = 2048, pr
         "tokens": len(corpus) * corpus.length,
         "gptq_to_nearest": any(rule.rounding == "gptq" for rule in recipe.rules),
         "rows": [_row(row) for row in rows],
+        "budget": {"asked": budget, "bytes": most},
         "all": whole,
         "proposal": {"mixed": mixed, **proposed},
     }
@@ -83,10 +107,33 @@ def _row(row: Row) -> dict[str, Any]:
         "grid": str(row.rule.weights),
         "parameters": row.parameters,
         "bytes_saved": row.bytes_saved,
-        "wider": row.wider,
-        "bytes_wider": row.bytes_wider,
+        "wider": [asdict(wider) for wider in row.wider],
         "kl": row.kl,
     }
+
+
+def budget_bytes(budget: str, size: int) -> int:
+    """How many bytes a budget is.
+
+    Args:
+        budget: `5%` of `size`, or `4MB`.
+        size: of the recipe's checkpoint, in bytes.
+
+    Raises:
+        InputError: it is neither.
+    """
+    match = _BUDGET.fullmatch(budget)
+    if match is None:
+        raise InputError(f"budget {budget!r} is neither a share of the checkpoint nor bytes: give one such as 5% or 4MB (B, kB, MB, GB)")
+    return int(float(match[1]) * (size / 100 if match[2] == "%" else _UNITS[match[2]]))
+
+
+def default_tokens(config: Config) -> int:
+    """2048 of a small model, fewer of a large one, and at least one sequence."""
+    from lobit.quant_recipes.apply import skeleton
+
+    weights = sum(weight.numel() for weight in skeleton(config).parameters())
+    return max(LONGEST_SEQUENCE, min(MOST_TOKENS, int(WORK / weights)))
 
 
 def _measured(model: Transformer, recipe: Recipe, corpus: Corpus) -> dict[str, Any]:

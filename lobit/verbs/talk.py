@@ -10,8 +10,15 @@ from lobit.errors import BundleError, InputError
 
 if TYPE_CHECKING:
     from lobit.runtime.bundle import Bundle
+    from lobit.runtime.engine import Engine
     from lobit.runtime.generate import GenerationStats
     from lobit.tokenizer import Tokenizer
+
+ANSWER = 512
+"""Tokens: models end their answers themselves, mostly before that."""
+CONTINUATION = 128
+"""Tokens: a text may go on for ever."""
+RESET = "/reset"
 
 
 def bundle_tokenizer(bundle: Bundle) -> Tokenizer:
@@ -39,50 +46,70 @@ def run(
     bundle: Path,
     prompt: str,
     *,
-    max_new_tokens: int = 128,
+    raw: bool = False,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     threads: int | None = None,
     on_text: Callable[[str], None] | None = None,
     echo: bool = False,
 ) -> dict[str, Any]:
-    """Continues a prompt.
+    """Answers a prompt, where the model has a chat template; continues it where there is none.
 
     Args:
         bundle: the bundle's folder.
         prompt: the text.
-        max_new_tokens: at most.
+        raw: continue it all the same, as it is.
+        max_new_tokens: at most; None: `ANSWER` or `CONTINUATION`.
         temperature: 0: the most probable token each time.
         seed: of the sampling.
         threads: of the runtime.
         on_text: called with each piece of text as it becomes final.
-        echo: begin with the prompt, once it is known that it can be continued.
+        echo: what is continued begins with the prompt, once it is known that it can be.
 
     Returns:
-        `{"prompt", "text", "tokens", "stats"}`.
+        `{"prompt", "chat", "text", "tokens", "stats"}`; `chat`: the prompt was a turn of a conversation.
+
+    Raises:
+        InputError: the prompt does not fit the context, or the template refuses it.
     """
     from lobit.runtime.bundle import open_bundle
-    from lobit.runtime.engine import open_engine
     from lobit.runtime.generate import generate, text_pieces
 
     opened = open_bundle(bundle)
-    tokenizer, engine = bundle_tokenizer(opened), open_engine(opened, threads)
+    tokenizer = bundle_tokenizer(opened)
+    chats = tokenizer.chat_template is not None and not raw
+    turn = [{"role": "user", "content": prompt}]
+    tokens = tokenizer.encode(tokenizer.render_chat(turn), bos=False) if chats else tokenizer.encode(prompt)
+    engine, seconds = _loaded(opened, threads)
     generation = generate(
         engine,
-        tokenizer.encode(prompt),
-        max_new_tokens=max_new_tokens,
+        tokens,
+        max_new_tokens=max_new_tokens or (ANSWER if chats else CONTINUATION),
         temperature=temperature,
         seed=seed,
         stop=tokenizer.stop,
     )
-    if echo and on_text:
+    if echo and on_text and not chats:
         on_text(prompt)
     pieces = []
     for piece in text_pieces(generation, tokenizer.stream()):
         pieces.append(piece)
         if on_text:
             on_text(piece)
-    return {"prompt": prompt, "text": "".join(pieces), "tokens": generation.tokens, "stats": _speed(generation.stats)}
+    stats = {"load_seconds": seconds, **_speed(generation.stats)}
+    return {"prompt": prompt, "chat": chats, "text": "".join(pieces), "tokens": generation.tokens, "stats": stats}
+
+
+def _loaded(bundle: Bundle, threads: int | None) -> tuple[Engine, float]:
+    """The engine, and the seconds that it took to load, its Python modules imported before."""
+    from time import perf_counter
+
+    from lobit.runtime.engine import import_runtime, open_engine
+
+    import_runtime(bundle)
+    start = perf_counter()
+    return open_engine(bundle, threads), perf_counter() - start
 
 
 def _speed(stats: GenerationStats) -> dict[str, Any]:
@@ -98,40 +125,56 @@ def chat(
     lines: Iterable[str],
     on_text: Callable[[str], None],
     *,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     threads: int | None = None,
+    on_load: Callable[[float], None] | None = None,
     on_turn: Callable[[dict[str, Any]], None] | None = None,
+    on_problem: Callable[[BaseException], None] | None = None,
 ) -> None:
-    """A conversation: a line is a turn of the user's; the answer comes in pieces.
+    """A conversation: a line is a turn of the user's, or `/reset`, which begins a new one; the answer comes in pieces.
 
     Args:
         bundle: the bundle's folder; its tokenizer must have a chat template.
         lines: the user's turns.
         on_text: called with each piece of an answer, and with a line break after it.
-        max_new_tokens: of an answer, at most.
+        max_new_tokens: of an answer, at most; None: `ANSWER`.
         temperature: 0: the most probable token each time.
         seed: of the sampling.
         threads: of the runtime.
+        on_load: called with the seconds that loading took, before the first line is asked for.
         on_turn: called with the counts and speed of each turn.
+        on_problem: called with what ends a turn before its answer is whole, Ctrl-C or a conversation that is too long; the next line
+            is asked for. None: it is raised.
 
     Raises:
         InputError: the model has no chat template.
     """
     from lobit.runtime.bundle import open_bundle
-    from lobit.runtime.engine import open_engine
     from lobit.runtime.generate import Chat, Sampling
 
     opened = open_bundle(bundle)
     tokenizer = bundle_tokenizer(opened)
     if tokenizer.chat_template is None:
         raise InputError(f"{bundle} has no chat template, its model continues text: give one with --prompt")
-    conversation = Chat(open_engine(opened, threads), tokenizer)
-    for line in lines:
-        if line.strip():
-            for piece in conversation.say(line.strip(), max_new_tokens=max_new_tokens, sampling=Sampling(temperature, seed=seed)):
-                on_text(piece)
+    engine, seconds = _loaded(opened, threads)
+    conversation, sampling = Chat(engine, tokenizer), Sampling(temperature, seed=seed)
+    if on_load:
+        on_load(seconds)
+    for line in map(str.strip, lines):
+        if line == RESET:
+            conversation.reset()
+        elif line:
+            try:
+                for piece in conversation.say(line, max_new_tokens=max_new_tokens or ANSWER, sampling=sampling):
+                    on_text(piece)
+            except (KeyboardInterrupt, InputError) as error:
+                if on_problem is None or (isinstance(error, KeyboardInterrupt) and error.args):  # SIGTERM's has its number
+                    raise
+                on_text("\n")
+                on_problem(error)
+                continue
             on_text("\n")
             if on_turn:
                 on_turn(_speed(conversation.stats))

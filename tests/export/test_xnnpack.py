@@ -186,6 +186,21 @@ def test_nothing_of_a_conversation_is_left_after_a_reset(recipe: str, bundles: B
     assert np.array_equal(walk(used, tokens, calls), expected)
 
 
+def test_weights_are_packed_when_an_engine_is_opened(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """XNNPACK does it in the first call, whose speed would be told as the prompt's."""
+    calls: list[Any] = []
+
+    class Module:
+        def forward(self, inputs: Any) -> Any:
+            calls.append([tensor.tolist() for tensor in inputs])
+            return (torch.zeros(1, 512),)
+
+    monkeypatch.setattr(import_runtime(), "_load_for_executorch", lambda path: Module())
+    engine = open_engine(open_bundle(bundles("stories260k", "fp")))
+    assert calls == [[[[0]], [0]]]
+    assert engine.position == 0
+
+
 def test_a_refused_call_changes_nothing(bundles: Bundles, text: Any) -> None:
     bundle = open_bundle(bundles("mobilellm_p1", "8da4w-g32"))
     tokens, engine = text(bundle), open_engine(bundle, THREADS)

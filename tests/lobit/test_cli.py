@@ -143,6 +143,16 @@ def test_the_way_out_for_layers_that_do_not_divide_works(bundles: Bundles, model
     assert answer.json["passed"]
 
 
+def test_a_merge_tells_losses_where_a_text_was_given(sample: Path, tmp_path: Path, lobit: Lobit) -> None:
+    weights = ["merge", "demo", "demo", "--weights", "1,3"]
+    plain = lobit(*weights, "-o", tmp_path / "plain")
+    assert plain.code == DONE
+    assert re.findall(r"demo +(0\.\d+)", plain.out) == ["0.2500", "0.7500"]
+    assert "loss" not in plain.out
+    measured = lobit(*weights, "--text", sample, "--tokens", 64, "-o", tmp_path / "measured")
+    assert re.search(r"merged, as written +\d+\.\d{4}", measured.out)
+
+
 def test_run_tells_the_story(bundles: Bundles, shared: Callable[[str], Path], lobit: Lobit) -> None:
     told = re.search(r'Greedy from "([^"]+)": "([^"]+)"', shared("README.md").read_text(encoding="utf-8"))
     assert told is not None
@@ -150,7 +160,8 @@ def test_run_tells_the_story(bundles: Bundles, shared: Callable[[str], Path], lo
     answer = lobit("run", bundles("stories260k", "fp"), "--prompt", prompt)
     assert answer.code == DONE
     assert answer.out.startswith(prompt + story)
-    assert re.fullmatch(r"prefill 5 tokens at .* t/s, first token after .* ms, decode \d+ tokens at .* t/s\n", answer.err)
+    speed = r"prefill 5 tokens at .* t/s, first token after .* ms, decode \d+ tokens at .* t/s"
+    assert re.fullmatch(rf"loaded in .* s, {speed}, cut short\n", answer.err)
 
 
 def test_a_checkpoint_exports_to_the_same_program_as_its_float_model(bundles: Bundles, models: Any, tmp_path: Path, lobit: Lobit) -> None:

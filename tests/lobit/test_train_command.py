@@ -85,6 +85,17 @@ def test_a_training_writes_a_checkpoint_its_curves_and_a_record(train: Lobit, st
     assert answer.json["reference_loss"] == pytest.approx(figures(load_model(stories), held_out).loss)
 
 
+def test_progress_tells_step_loss_and_speed_and_then_measures(stories: Path, text: Path, tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    begin(stories, text, tmp_path / "out", progress=lambda *count: told.append(count))
+    *steps, (what, done, total) = told
+    assert [count[1:] for count in steps] == [(step, 4) for step in range(1, 5)]
+    assert all(re.fullmatch(rf"step {step}, loss \d+\.\d{{3}}, [\d,]+ t/s", count[0]) for step, count in enumerate(steps, 1))
+    mean = sum(losses(tmp_path / "out")) / 4
+    assert f"loss {mean:.3f}" in steps[-1][0], "of the last steps together"
+    assert what == "measuring" and done == total
+
+
 def test_fp_trains_a_float_model_that_others_read(train: Lobit, stories: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     out = tmp_path / "float"

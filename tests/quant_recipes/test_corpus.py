@@ -85,14 +85,21 @@ def test_a_split_gives_all_sequences_to_one_side(count: int, share: float) -> No
     whole = corpus(count, seed=5)
     trained, held_out = whole.split(min(share, 1 - 1 / count))
     assert numbers(trained) + numbers(held_out) == list(range(count))
-    assert 1 <= len(held_out) <= MOST_HELD_OUT
+    assert 1 <= len(held_out) <= MOST_HELD_OUT / whole.length
     assert len(trained) >= 1
     assert trained.seed == held_out.seed == 5
 
 
-@pytest.mark.parametrize(("count", "held_out"), [(2, 1), (20, 1), (100, 5), (10_000, MOST_HELD_OUT)])
+@pytest.mark.parametrize(("count", "held_out"), [(2, 1), (20, 1), (100, 5), (100_000, MOST_HELD_OUT // 2)])
 def test_the_last_share_is_held_out(count: int, held_out: int) -> None:
     assert numbers(corpus(count).split(0.05)[1]) == list(range(count - held_out, count))
+
+
+def test_what_is_measured_is_bounded_and_spread_over_all() -> None:
+    assert numbers(corpus(9).to_measure()) == list(range(9))
+    measured = numbers(corpus(MOST_HELD_OUT).to_measure())
+    assert measured == list(range(0, MOST_HELD_OUT, 2))
+    assert len(Corpus(torch.zeros(3, 2 * MOST_HELD_OUT)).to_measure()) == 1
 
 
 def test_one_sequence_is_not_enough_to_hold_some_out() -> None:

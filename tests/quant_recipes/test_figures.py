@@ -49,13 +49,25 @@ def test_figures_are_torchs(at_once: int, softcap: float | None, monkeypatch: py
     assert found.kl == pytest.approx((others.exp() * (others - scores)).sum(1).mean().item(), rel=1e-3)
     assert found.top1 == pytest.approx((scores.argmax(1) == others.argmax(1)).float().mean().item())
     assert found.kl > 0
+    assert found.reference_loss == pytest.approx(F.nll_loss(others, targets).item(), rel=1e-5)
+
+
+def test_each_model_reads_the_text_once_and_progress_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures_module, "TOGETHER", 24)
+    models, reads, told = (new_weights(CONFIG, 0), new_weights(CONFIG, 1)), [0, 0], []
+    for i, model in enumerate(models):
+        model.embedding.register_forward_hook(lambda layer, given, out, i=i: reads.__setitem__(i, reads[i] + given[0].numel()))
+    figures(models[0], CORPUS, None, models[1], lambda *count: told.append(count))
+    assert reads == [7 * 12, 7 * 12]
+    assert told == [("measuring", done, 7) for done in (2, 4, 6, 7)]
 
 
 def test_a_model_is_no_distance_from_itself() -> None:
     found = figures(new_weights(CONFIG, 0), CORPUS, None, new_weights(CONFIG, 0))
     assert (found.kl, found.top1) == (pytest.approx(0, abs=1e-6), 1.0)
     alone = figures(new_weights(CONFIG, 0), CORPUS)
-    assert (alone.kl, alone.top1, alone.loss) == (None, None, found.loss)
+    assert (alone.kl, alone.top1, alone.reference_loss) == (None, None, None)
+    assert alone.loss == found.loss == found.reference_loss
 
 
 def test_a_loss_beyond_all_numbers_has_a_perplexity() -> None:

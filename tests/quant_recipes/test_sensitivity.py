@@ -1,4 +1,4 @@
-"""The sensitivity of single layers, and the wider grids that are proposed for few of them."""
+"""The sensitivity of single layers, and the finer grids that are proposed for few of them."""
 
 import json
 from collections.abc import Callable
@@ -25,9 +25,10 @@ from lobit.quant_recipes.corpus import Corpus
 from lobit.quant_recipes.figures import figures
 from lobit.quant_recipes.integer import quantize_linear
 from lobit.quant_recipes.recipe import Recipe, Rule, WeightGrid
-from lobit.quant_recipes.sensitivity import Row, measured, proposal, sensitivity
+from lobit.quant_recipes.sensitivity import Row, Wider, measured, proposal, sensitivity
 from lobit.quant_recipes.sizes import checkpoint_bytes
 from lobit.verbs.make import choose_recipe, quantize
+from lobit.verbs.sensitivity import budget_bytes, default_tokens
 from lobit.verbs.sensitivity import sensitivity as sensitivity_verb
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,7 +60,7 @@ def text(shared: Callable[[str], Path]) -> str:
 @pytest.fixture(scope="module")
 def found(stories: Path, text: str) -> dict[str, Any]:
     """The verb on stories260k under w4-channel."""
-    return sensitivity_verb(str(stories), choose_recipe("w4-channel"), text, tokens=256)
+    return sensitivity_verb(str(stories), choose_recipe("w4-channel"), text, budget="12%", tokens=256)
 
 
 def repeated(model: Transformer) -> Transformer:
@@ -125,8 +126,9 @@ def test_bytes_are_those_that_a_checkpoint_saves_and_would_add(name: str, models
     size = checkpoint_bytes(model.config, recipe)
     for row in sensitivity(model, recipe, corpus_of(model, 1, 8)):
         assert checkpoint_bytes(model.config, recipe.with_changes(exclude=row.layers)) - size == row.bytes_saved
-        wider = recipe.with_changes(mixed=tuple(f"{layer}={row.wider}" for layer in row.layers))
-        assert checkpoint_bytes(model.config, wider) - size == row.bytes_wider
+        for wider in row.wider:
+            changed = recipe.with_changes(mixed=tuple(f"{layer}={wider.grid}" for layer in row.layers))
+            assert checkpoint_bytes(model.config, changed) - size == wider.bytes
 
 
 @pytest.mark.parametrize("name", ["w4-channel", "bitnet"])
@@ -155,7 +157,8 @@ def test_gptq_is_rounded_to_nearest_and_the_result_says_so(models: Callable[[str
 def test_the_proposal_is_better_than_the_recipe_and_can_be_had_by_its_options(found: dict[str, Any], stories: Path, text: str) -> None:
     proposed, whole = found["proposal"], found["all"]
     assert 0 < proposed["kl"] < 0.75 * whole["kl"]
-    assert whole["bits_per_weight"] < proposed["bits_per_weight"] < 8
+    assert found["budget"] == {"asked": "12%", "bytes": int(0.12 * whole["bytes"])}
+    assert 0.9 * found["budget"]["bytes"] < proposed["bytes"] - whole["bytes"] <= found["budget"]["bytes"]
     again = sensitivity_verb(str(stories), choose_recipe("w4-channel", mixed=proposed["mixed"]), text, tokens=256)["all"]
     assert again == {key: value for key, value in proposed.items() if key != "mixed"}
 
@@ -168,20 +171,89 @@ def test_the_result_is_json_and_its_rows_are_in_order(found: dict[str, Any]) -> 
     assert not found["gptq_to_nearest"]
 
 
-KLS = st.lists(st.tuples(st.floats(0, 10), st.integers(-100, 10_000)), min_size=1, max_size=30)
+@st.composite
+def made_rows(draw: st.DrawFn) -> list[Row]:
+    """Layers with up to two finer grids, of any bytes, each of which leaves any share of the KL."""
+    rows, grids = [], ("int4:32", "int8")
+    for i in range(draw(st.integers(1, 20))):
+        kl, count = draw(st.floats(0, 10)), draw(st.integers(0, 2))
+        wider = tuple(Wider(grids[j], draw(st.integers(-100, 10_000)), kl * draw(st.floats(0, 1))) for j in range(count))
+        rows.append(Row((f"layers.{i}.mlp.up",), Rule((), WeightGrid(4, None)), 1, 1, kl, wider))
+    return rows
 
 
-@given(KLS, st.sampled_from([4, 8]))
-def test_a_proposal_leaves_half_of_the_sum_and_takes_the_dearest_bytes_first(values: list[tuple[float, int]], bits: Any) -> None:
-    rule = Rule((), WeightGrid(bits, None))
-    rows = [Row((f"layers.{i}.mlp.up",), rule, 1, 1, wider, kl) for i, (kl, wider) in enumerate(values)]
-    mixed, total = proposal(rows), sum(row.kl for row in rows)
-    assert {entry.rpartition("=")[2] for entry in mixed} <= {"int8" if bits == 4 else "float"}
-    chosen = [rows[int(entry.split(".")[1])] for entry in mixed]
-    assert sum(row.kl for row in chosen) >= total / 2 - 1e-6
-    assert not chosen or sum(row.kl for row in chosen[:-1]) < total / 2 + 1e-6
-    gains = [row.kl / max(row.bytes_wider, 1) for row in rows]
-    assert [row.kl / max(row.bytes_wider, 1) for row in chosen] == sorted(gains, reverse=True)[: len(chosen)]
+def of_proposal(rows: list[Row], budget: int) -> tuple[int, float]:
+    """The bytes that a proposal adds, and the sum of KL that it leaves."""
+    chosen = dict(entry.split("=") for entry in proposal(rows, budget))
+    assert len(chosen) == len(proposal(rows, budget)), "a layer is named once"
+    finer = [next((wider for wider in row.wider if wider.grid == chosen.get(row.layers[0])), None) for row in rows]
+    assert sum(wider is not None for wider in finer) == len(chosen)
+    left = (wider.kl if wider else row.kl for row, wider in zip(rows, finer, strict=True))
+    return sum(wider.bytes for wider in finer if wider), sum(left)
+
+
+ROUNDING = 1e-9
+"""Of sums of at most 20 figures of at most 10, in double precision: far less."""
+
+
+@given(made_rows(), st.integers(0, 50_000), st.integers(0, 50_000))
+def test_every_budget_is_kept_and_a_larger_one_leaves_no_more(rows: list[Row], budget: int, more: int) -> None:
+    added, left = of_proposal(rows, budget)
+    assert added <= budget
+    assert left <= sum(row.kl for row in rows) + ROUNDING
+    assert of_proposal(rows, budget + more)[1] <= left + ROUNDING
+
+
+@given(made_rows())
+def test_a_budget_for_all_takes_the_finest_grid_of_every_layer(rows: list[Row]) -> None:
+    best = sum(min([row.kl, *(wider.kl for wider in row.wider)]) for row in rows)
+    assert of_proposal(rows, 20 * 10_000)[1] == pytest.approx(best, abs=ROUNDING)
+
+
+def test_the_dearest_bytes_are_taken_first_and_what_does_not_fit_is_left_out() -> None:
+    grid = Rule((), WeightGrid(4, None))
+    rows = [
+        Row(("layers.0.mlp.up",), grid, 1, 1, 1.0, (Wider("int4:32", 10, 0.4), Wider("int8", 50, 0.0))),
+        Row(("embedding", "head"), grid, 1, 1, 5.0, (Wider("int8", 100, 0.0),)),
+        Row(("layers.1.mlp.up",), grid, 1, 1, 0.1, (Wider("int8", 8, 0.0),)),
+    ]
+    assert proposal(rows, 9) == ["layers.1.mlp.up=int8"]
+    assert proposal(rows, 18) == ["layers.0.mlp.up=int4:32", "layers.1.mlp.up=int8"]
+    assert proposal(rows, 99) == ["layers.0.mlp.up=int8", "layers.1.mlp.up=int8"]
+    assert proposal(rows, 110) == ["layers.0.mlp.up=int4:32", "embedding=int8", "head=int8"]
+
+
+@pytest.mark.parametrize(("name", "finer"), [("w4-channel", ["int4:32", "int8"]), ("8da8w", ["float"]), ("bitnet", ["int8"])])
+def test_finer_grids_are_expected_to_leave_less(name: str, finer: list[str], models: Callable[[str], Path]) -> None:
+    model = load_model(models("qwen3"))
+    for row in sensitivity(model, find_recipe(name), corpus_of(model, 1, 8)):
+        assert [wider.grid for wider in row.wider] == finer
+        left = [wider.kl for wider in row.wider]
+        assert left == sorted(left, reverse=True)
+        assert row.wider[-1].kl <= 0.02 * row.kl, "8 bits have a sixteenth of the step of 4, and a 256th of its square"
+
+
+def test_a_budget_is_a_share_or_bytes() -> None:
+    told = {"5%": 50, "0%": 0, "12.5 %": 125, "7B": 7, "4MB": 4_000_000, "0.5kB": 500, "1 GB": 10**9}
+    assert {text: budget_bytes(text, 1000) for text in told} == told
+
+
+@pytest.mark.parametrize("budget", ["", "5", "-5%", "5 percent", "4mb", "4MiB", "nan%", "1e3kB", "\u0665%", "%", "9" * 13 + "%", "5%\n"])
+def test_what_is_no_budget_is_refused_before_any_work(budget: str, stories: Path) -> None:
+    with pytest.raises(InputError, match="is neither a share of the checkpoint nor bytes: give one such as 5% or 4MB"):
+        sensitivity_verb(str(stories), choose_recipe("8da8w"), "", budget=budget)
+
+
+def test_a_budget_of_nothing_proposes_nothing(stories: Path, text: str) -> None:
+    result = sensitivity_verb(str(stories), choose_recipe("8da8w"), text, budget="0%", tokens=16)
+    assert result["proposal"] == {"mixed": [], **result["all"]}
+    assert "nothing that fits the budget" in printed(result)
+
+
+@pytest.mark.parametrize(("width", "tokens"), [(576, 2048), (10_000, 512)])
+def test_a_larger_model_reads_fewer_tokens(width: int, tokens: int, models: Callable[[str], Path]) -> None:
+    config = load_model(models("llama")).config
+    assert default_tokens(replace(config, hidden_size=width, intermediate_size=4 * width)) == tokens
 
 
 def printed(result: dict[str, Any]) -> str:
@@ -195,7 +267,7 @@ def test_the_table_has_bars_and_options_that_can_be_copied(found: dict[str, Any]
     lines = printed(found).splitlines()
     bars = [line.count("█") for line in lines if "int4 per channel" in line]
     assert bars[0] == tables.BAR and bars == sorted(bars, reverse=True) and bars[-1] < tables.BAR / 4
-    options = " ".join(line.strip().removeprefix("wider: ").removesuffix(" \\") for line in lines if "--mixed" in line)
+    options = " ".join(line.strip().removeprefix("finer: ").removesuffix(" \\") for line in lines if "--mixed" in line)
     assert options == " ".join(f"--mixed '{entry}'" for entry in found["proposal"]["mixed"])
 
 

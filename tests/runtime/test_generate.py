@@ -238,22 +238,49 @@ def test_an_answer_at_its_limit_is_read_on_in_the_next_turn(tokenizer: Tokenizer
     assert chat.stats.prompt_tokens == len(rendered) - read
 
 
-@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
-def test_a_turn_that_fails_leaves_the_conversation_as_it_was(tokenizer: Tokenizer, failure: type[BaseException]) -> None:
-    engine = ScriptedEngine(tokenizer, ["one", "two"])
-    chat = Chat(engine, tokenizer)
-    list(chat.say("a", max_new_tokens=9))
-    before = list(chat.messages)
+def failing(chat: Chat, failure: type[BaseException], after: int) -> None:
+    """The engine fails in a step, that many steps from now."""
+    engine: Any = chat.engine
+    working, steps = engine.step, iter(range(after))
 
     def fail(tokens: list[int], position: int) -> Logits:
-        raise failure
+        if next(steps, None) is None:
+            engine.step = working
+            raise failure
+        return working(tokens, position)
 
-    engine.step, working = fail, engine.step
+    engine.step = fail
+
+
+@pytest.mark.parametrize(("failure", "after"), [(RuntimeError, 0), (RuntimeError, 2), (KeyboardInterrupt, 0)])
+def test_a_turn_that_fails_leaves_the_conversation_as_it_was(tokenizer: Tokenizer, failure: type[BaseException], after: int) -> None:
+    chat = Chat(ScriptedEngine(tokenizer, ["one", "two three four", "two"]), tokenizer)
+    list(chat.say("a", max_new_tokens=9))
+    before = list(chat.messages)
+    failing(chat, failure, after)
     with pytest.raises(failure):
         list(chat.say("b", max_new_tokens=9))
     assert chat.messages == before
-    engine.step = working
-    assert "".join(chat.say("b", max_new_tokens=9)) == "two"
+    assert "".join(chat.say("b", max_new_tokens=9)) in ("two", "two three four")
+
+
+def test_an_answer_that_is_interrupted_stays_as_far_as_it_came_and_all_is_read_again(tokenizer: Tokenizer) -> None:
+    chat, pieces = Chat(ScriptedEngine(tokenizer, ["one two three four", "yes"]), tokenizer), list[str]()
+    failing(chat, KeyboardInterrupt, after=3)
+    with pytest.raises(KeyboardInterrupt):
+        pieces += chat.say("count", max_new_tokens=50)
+    assert chat.messages == [{"role": "user", "content": "count"}, {"role": "assistant", "content": "one two three"}]
+    assert chat.engine.position == 0
+    assert "".join(chat.say("go on?", max_new_tokens=50)) == "yes"
+    assert chat.stats.prompt_tokens == len(tokenizer.encode(tokenizer.render_chat(chat.messages[:3]), bos=False))
+
+
+def test_a_reset_keeps_the_system_message_alone(tokenizer: Tokenizer) -> None:
+    chat = Chat(ScriptedEngine(tokenizer, ["one", "two"]), tokenizer, system="Be brief.")
+    list(chat.say("a", max_new_tokens=9))
+    chat.reset()
+    assert chat.messages == [{"role": "system", "content": "Be brief."}]
+    assert "".join(chat.say("b", max_new_tokens=9)) == "one", "the engine's first answer: it knows of no other"
 
 
 def test_a_conversation_longer_than_the_context_is_refused_and_unchanged(tokenizer: Tokenizer) -> None:
