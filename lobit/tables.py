@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lobit.quant_recipes.entropy import Entropies
     from lobit.quant_recipes.recipe import Recipe
     from lobit.runtime.manifest import Manifest
+    from lobit.verbs.fetch import Fetchable
 
 WIDTH_WITHOUT_TERMINAL = 160
 MOST_LAYERS = 40
@@ -56,6 +57,15 @@ def recipes(found: Sequence[Recipe]) -> Table:
     table = _table("", "recipe", "what", "source")
     for recipe in found:
         table.add_row(recipe.name, recipe.summary, recipe.source)
+    return table
+
+
+def fetchable(found: Sequence[Fetchable]) -> Table:
+    """The models that can be fetched."""
+    sizes = ("download", "folder")
+    table = _table("", "model", "what", *sizes, "licence", "from PyPI", right=sizes)
+    for model in found:
+        table.add_row(model.name, model.what, megabytes(model.wheel.bytes), megabytes(model.folder_bytes), model.licence, model.source)
     return table
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import pytest
 
@@ -30,11 +30,31 @@ def shared() -> Callable[[str], Path]:
     def find(path: str) -> Path:
         found = SHARED / path
         if not found.exists():
-            give_up = pytest.fail if os.environ.get("LOBIT_REQUIRE_SHARED") else pytest.skip
-            give_up(f"{path} is not in {SHARED}: set LOBIT_SHARED to the folder that has it")
+            _give_up(f"{path} is not in {SHARED}: set LOBIT_SHARED to the folder that has it")
         return found
 
     return find
+
+
+def _give_up(why: str) -> NoReturn:
+    (pytest.fail if os.environ.get("LOBIT_REQUIRE_SHARED") else pytest.skip)(why)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct, a real chat model, as a Hugging Face folder: fetched once a session, or LOBIT_SMOLLM2. For slow tests.
+
+    Where it cannot be downloaded the test is skipped, or fails where LOBIT_REQUIRE_SHARED is set. Tests must not change it.
+    """
+    from lobit import verbs
+    from lobit.errors import MissingPartError
+
+    if there := os.environ.get("LOBIT_SMOLLM2"):
+        return Path(there)
+    try:
+        return verbs.fetch("smollm2", tmp_path_factory.mktemp("fetched") / "SmolLM2-135M-Instruct")
+    except MissingPartError as error:
+        _give_up(f"{error}; or set LOBIT_SMOLLM2 to the model's folder")
 
 
 @pytest.fixture(scope="session")

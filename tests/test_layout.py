@@ -23,6 +23,7 @@ PARTS = {
     "lobit.fields": "model",
     "lobit.layout": "model",
     "lobit.checkpoint": "model",
+    "lobit.gguf_folder": "model",
     "lobit.prequantized": "model",
     "lobit.cli": "cli",
     "lobit.cli_learn": "cli",

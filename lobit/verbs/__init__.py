@@ -1,5 +1,6 @@
 """Every verb of the command line as a function with the same name and parameters. The command only parses and prints."""
 
+from lobit.verbs.fetch import fetch
 from lobit.verbs.learn import Texts, train
 from lobit.verbs.make import choose_recipe, export, plan, quantize, recipes
 from lobit.verbs.measure import bench, demo, doctor, report
@@ -16,6 +17,7 @@ __all__ = [
     "demo",
     "doctor",
     "export",
+    "fetch",
     "merge",
     "parity",
     "plan",

@@ -15,8 +15,9 @@ PARTS = {
     "lobit": ("torch", "safetensors", "tokenizers", "huggingface_hub"),
     "xnnpack": ("executorch", "torchao"),
     "onnx": ("onnx", "onnxruntime"),
+    "fetch": ("gguf",),
 }
-"""Packages that the core and each target need."""
+"""Packages that the core, each target, and `lobit fetch` need."""
 
 
 def bench(

@@ -12,6 +12,7 @@ import pytest
 
 from lobit import cli
 
+MISTAKE = 2
 NATIVE = re.compile(r"^\[\w+\.(cpp|h):\d+\] .*\n", re.MULTILINE)
 """What ExecuTorch's runtime says through Python's own stream: only here, where pytest has put that elsewhere than descriptor 2."""
 
@@ -27,6 +28,17 @@ class Answer:
     @property
     def json(self) -> Any:
         return json.loads(self.out)
+
+    def assert_one_message(self, *parts: str) -> None:
+        """A mistake is one message on stderr, which has all the parts; stdout is empty."""
+        assert self.code == MISTAKE, self.err
+        assert self.out == ""
+        assert "Traceback" not in self.err
+        begins = [line for line in self.err.splitlines() if line.startswith("lobit: ")]
+        assert len(begins) == 1
+        message = self.err[self.err.index(begins[0]) :]
+        for part in parts:
+            assert part in message
 
 
 Lobit = Callable[..., Answer]

