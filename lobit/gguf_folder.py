@@ -77,9 +77,10 @@ def write_folder(path: Path, folder: Path, progress: Progress | None = None) -> 
     _check_architecture(fields, path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     values = _config_values(fields, tied=gguf_name("head.weight") not in tensors)
-    _check_fields(fields, read_config(values), path)
+    config = read_config(values)
+    _check_fields(fields, config, path)
     tokenizer = build_tokenizer(*(fields[f"tokenizer.ggml.{name}"] for name in LISTS))
-    save_model(_model(tensors, read_config(values), path, progress), values, folder)
+    save_model(_model(tensors, config, path, progress), values, folder)
     _write_json(folder / "generation_config.json", {name: value for name, value in values.items() if name.endswith("_token_id")})
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     _write_json(folder / "tokenizer_config.json", _tokenizer_values(fields))
@@ -143,8 +144,9 @@ def _check_fields(fields: Mapping[str, Any], config: Config, path: Path) -> None
         family, _, field = name.partition(".")
         if family != FAMILY or field in CONFIG.values():
             continue
-        needed = IMPLIED[field](config) if field in IMPLIED else "not known"
-        problems += [] if value == needed else [f"{shown_name(name)} is {shown(value)}: {needed}"]
+        needed = IMPLIED[field](config) if field in IMPLIED else None
+        if needed is None or value != needed:
+            problems.append(f"{shown_name(name)} is {shown(value)}: " + ("this is not known" if needed is None else f"{needed} is needed"))
     problems += _tokenizer_problems(fields, config.vocab_size)
     if problems:
         raise ModelError(listed(problems, f"{path.name} says what cannot be taken over, take the model's own folder:"))
@@ -155,11 +157,11 @@ def _tokenizer_problems(fields: Mapping[str, Any], vocabulary: int) -> list[str]
     values = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
     needed = {**TOKENIZER, **{name: False for name in UNUSED if name in values}}
     wrong = {name: known for name, known in needed.items() if values.get(name) != known}
-    problems = [f"the tokenizer's {name} is {shown(values.get(name))}: {known}" for name, known in wrong.items()]
+    problems = [f"the tokenizer's {name} is {shown(values.get(name))}: {shown(known)} alone is read" for name, known in wrong.items()]
     problems += [f"the tokenizer's {name} are missing" for name in LISTS if name not in values]
     for name in (f"{theirs}_token_id" for theirs in NAMED.values()):
         if not 0 <= values.get(name, 0) < vocabulary:
-            problems.append(f"the tokenizer's {name} is {values[name]}: below {vocabulary}")
+            problems.append(f"the tokenizer's {name} is {values[name]}: a token below {vocabulary} is needed")
     return problems
 
 
@@ -167,14 +169,8 @@ def _model(tensors: Mapping[str, ReaderTensor], config: Config, path: Path, prog
     """The model with the file's weights, bfloat16."""
     with torch.device("meta"):
         model = Transformer(config)
-    shapes = {ours: list(tensor.shape) for ours, tensor in model.state_dict().items()}
     names = {gguf_name(ours): ours for ours in layout(model)}
-    problems = [f"{name} is missing" for name in names if name not in tensors]
-    problems += [f"{shown_name(name)} is not used" for name in tensors if name not in names]
-    for name, ours in names.items():
-        found = tensors[name].shape.tolist()[::-1] if name in tensors else shapes[ours]
-        problems += [] if found == shapes[ours] else [f"{name} has shape {shown(found)}: {shapes[ours]} is needed"]
-    if problems:
+    if problems := _tensor_problems(tensors, {name: list(model.state_dict()[ours].shape) for name, ours in names.items()}):
         raise ModelError(listed(problems, f"{path.name} does not fit a {FAMILY} model, take the model's own folder:"))
     state = {}
     for done, (name, ours) in enumerate(names.items(), 1):
@@ -185,6 +181,15 @@ def _model(tensors: Mapping[str, ReaderTensor], config: Config, path: Path, prog
         state["head.weight"] = state["embedding.weight"]
     model.load_state_dict(state, assign=True)
     return model
+
+
+def _tensor_problems(tensors: Mapping[str, ReaderTensor], shapes: Mapping[str, list[int]]) -> list[str]:
+    """Every tensor that is missing, misshapen or left over."""
+    found = {name: tensor.shape.tolist()[::-1] for name, tensor in tensors.items()}
+    problems = [f"{name} is missing" for name in shapes if name not in found]
+    problems += [f"{shown_name(name)} is not used" for name in found if name not in shapes]
+    wrong = [name for name in shapes if name in found and found[name] != shapes[name]]
+    return problems + [f"{name} has shape {shown(found[name])}: {shapes[name]} is needed" for name in wrong]
 
 
 def _floats(tensor: ReaderTensor) -> Tensor:

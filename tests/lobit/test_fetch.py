@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from lobit.errors import ModelError
 from lobit.verbs.fetch import MODELS, Fetchable, Pinned, _watched
 from tests.gguf_files import write_gguf
 
@@ -111,15 +112,17 @@ def test_modules_of_the_users_folder_are_not_run(tiny: Fetchable, tmp_path: Path
     assert answer.code == 0, answer.err
 
 
-def test_a_download_ends_with_the_command_that_waits_for_it(tmp_path: Path) -> None:
-    program = "import os, sys, time; open('1.whl', 'wb').write(bytes(7)); open('pid', 'w').write(str(os.getpid())); time.sleep(600)"
+def interrupt(what: str, done: int, total: int) -> None:
+    if done:
+        raise KeyboardInterrupt
 
-    def on_bytes(count: int) -> None:
-        if count == 7 and (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text():
-            raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        _watched([sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r}); {program}"], tmp_path / "said", on_bytes)
+@pytest.mark.parametrize(("size", "error"), [(8, KeyboardInterrupt), (7, KeyboardInterrupt), (6, ModelError)])
+def test_a_download_ends_with_what_waits_for_it_and_has_no_more_bytes(size: int, error: type[BaseException], tmp_path: Path) -> None:
+    begin = f"import os, time; os.chdir({str(tmp_path)!r}); open('pid', 'w').write(str(os.getpid()))"
+    command = [sys.executable, "-c", f"{begin}; file = open('1.whl', 'wb', 0); file.write(bytes(7)); time.sleep(600)"]
+    with pytest.raises(error):
+        _watched(command, tmp_path / "said", Pinned("1.whl", size, ""), interrupt)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 

@@ -62,7 +62,7 @@ def test_a_chat_reads_as_with_transformers(messages: list[dict[str, str]], smoll
 
 def test_it_knows_capitals_and_stops(model: Transformer, tokenizer: Tokenizer) -> None:
     chat = Chat(ReferenceEngine(model, context=256), tokenizer)
-    answers = ["".join(chat.say(text, max_new_tokens=40)) for text in ("What is the capital of France?", "And of Italy?")]
+    answers = ["".join(chat.say(text, max_new_tokens=40)) for text in ("Name the capital of France.", "And of Italy?")]
     assert "Paris" in answers[0] and "Rome" in answers[1]
     assert chat.stats.stopped, "at the end of its turn, not at the limit"
     assert not any("<|" in answer for answer in answers)
