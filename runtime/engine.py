@@ -131,13 +131,13 @@ def open_engine(bundle: Bundle, threads: int | None = None) -> Engine:
 
 
 def import_runtime(bundle: Bundle) -> None:
-    """Imports the Python modules that a target's engine needs, so that this does not count as loading.
+    """Imports the Python modules that an engine needs, so that this does not count as loading; `open_engine` refuses unknown targets.
 
     Raises:
-        BundleError: the target is unknown to this version.
         MissingPartError: the runtime is not installed.
     """
-    getattr(target_module(bundle), "import_runtime", lambda: None)()
+    if bundle.manifest.target in ENGINES:
+        getattr(target_module(bundle), "import_runtime", lambda: None)()
 
 
 def default_threads(bundle: Bundle) -> int:
