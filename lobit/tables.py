@@ -180,7 +180,7 @@ def _verdict(result: dict[str, Any]) -> str:
 
 
 def parity(result: dict[str, Any]) -> Table:
-    """Stages, phases and limits."""
+    """Stages, phases, limits, and what is to be done."""
     read = f"{result['positions']} positions, reference perplexity {result['reference_perplexity']:.3f}"
     title = f"parity {result['bundle']['name']}: {_verdict(result)} ({read})"
     columns = ("KL mean", "KL p99", "KL of this step", "top-1", "perplexity")
@@ -190,10 +190,13 @@ def parity(result: dict[str, Any]) -> Table:
     for name, row in rows:
         figures = [f"{row[key]:.2e}" for key in ("kl_mean", "kl_p99", "kl_step")]
         table.add_row(name, *figures, f"{row['top1_agreement']:.2%}", f"{row['perplexity']:.3f}")
-    artifact = result["stages"][-1]
     for metric, limit in result["limits"].items():
-        kept = "kept" if artifact[metric] <= limit["limit"] else "EXCEEDED"
-        table.add_row(f"limit on {metric}", f"{limit['limit']:g}", "", "", kept)
+        measured = result["stages"][-1][metric]
+        verdict = "kept" if measured <= limit["limit"] else "EXCEEDED"
+        table.add_row(f"{metric}, limit", f"{measured:.2e}", f"{limit['limit']:.2e}", "", verdict)
+    notes = [limit["reason"] for limit in result["limits"].values()]
+    notes += [f"{warning['what']}. What helps, in this order: {warning['advice']}" for warning in result["warnings"]]
+    table.caption, table.caption_justify, table.caption_style = "\n".join(notes), "left", ""
     return table
 
 
