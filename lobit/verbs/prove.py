@@ -71,7 +71,8 @@ def parity(
     from lobit.quant_recipes.recipe import Recipe
     from lobit.runtime import parity as comparison
     from lobit.runtime.bundle import open_bundle
-    from lobit.runtime.engine import open_engine
+    from lobit.runtime.engine import default_threads, open_engine
+    from lobit.runtime.parts import check_parts
     from lobit.runtime.reference import ReferenceEngine, moved, twin
     from lobit.verbs.talk import bundle_tokenizer
 
@@ -92,6 +93,10 @@ def parity(
     chosen = _stages(stages, manifest)
     rounded = ReferenceEngine(model, recipe, manifest.context)
     exact = _in_arithmetic(rounded, manifest)
+    if progress:
+        progress("parts", 0, 1)
+    text_begins = [*([] if manifest.tokens.bos is None else [manifest.tokens.bos]), *ids]
+    parts = check_parts(exact.model, opened, text_begins, threads or default_threads(opened))
     engines: dict[str, Any] = {"fake_quant": rounded} if "fake_quant" in chosen else {}
     if "graph" in chosen:
         graph, spec = find_target(manifest.target).graph, Spec(recipe, manifest.context, manifest.chunk)
@@ -108,7 +113,8 @@ def parity(
         progress=progress,
     )
     described = {"name": manifest.name, "target": manifest.target, "recipe": recipe.name}
-    return {**result, "bundle": described, "model": reference, "entropy": None}
+    passed = result["passed"] and parts["passed"]
+    return {**result, "parts": parts, "passed": passed, "bundle": described, "model": reference, "entropy": None}
 
 
 def _stages(asked: Sequence[str] | None, manifest: Manifest) -> Sequence[str]:
