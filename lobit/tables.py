@@ -199,7 +199,8 @@ def parity(result: dict[str, Any]) -> Table:
         verdict = "kept" if measured <= limit["limit"] else "EXCEEDED"
         table.add_row(f"{metric}, limit", f"{measured:.2e}", f"{limit['limit']:.2e}", "", verdict)
     right, count = len(parts["all"]) - len(parts["faults"]), len(parts["all"])
-    notes = [f"{right} of {count} parts are the reference's, given the same inputs; {parts['worst'][0]} is at {parts['nearest']:.0%} of its limit"]
+    nearest = f"{parts['worst'][0]} is at {parts['nearest']:.0%} of its limit"
+    notes = [f"{right} of {count} parts are the reference's, given the same inputs; {nearest}"]
     notes += [limit["reason"] for limit in result["limits"].values()]
     notes += [f"{warning['what']}. What helps, in this order: {warning['advice']}" for warning in result["warnings"]]
     table.caption, table.caption_justify, table.caption_style = "\n".join(notes), "left", ""

@@ -97,11 +97,14 @@ class _Opened:
         self.plan, self.longest, self.width, self.layers = plan, longest, width, layers
         self.instructions = [instruction.instr_args for instruction in plan.chains[0].instructions]
         self.handed = self._handed()
-        first = self.handed["k_values" if "k_values" in self.handed else "k_integers"]
-        self.encoded = [n for n, call in enumerate(self.instructions) if getattr(call, "args", None) and call.args[-1] == first]
-        if len(self.encoded) != layers:
-            raise self._foreign()
-        self.left = [self._leaves(n) for n in self.encoded]
+        kept = {index for name, index in self.handed.items() if name in (*FLOAT_KEPT, *INT8_KEPT)}
+        streams = {index for name, index in self.handed.items() if name[0] == "x"}
+        self.encoded: list[int] = []
+        self.left: list[int] = []
+        """Of each layer the first instructions that keep its entries, and that leave its attention by reading the stream."""
+        for _ in range(layers):
+            self.encoded.append(self._next(self.left[-1] if self.left else 0, kept))
+            self.left.append(self._next(self.encoded[-1], streams))
         self.names: list[str] = []
         self._own: dict[str, int] = {}
         self._lists: dict[tuple[int, ...], int] = {}
@@ -128,14 +131,12 @@ class _Opened:
     def _foreign(self) -> BundleError:
         return BundleError("the program's parts are not those that lobit links: export it again")
 
-    def _leaves(self, encoded: int) -> int:
-        """The instruction after which a layer's attention is left: the first that reads the stream."""
-        streams = {self.handed[name] for name in ("x0", "x1") if name in self.handed}
-        found = (n for n in range(encoded, len(self.instructions)) if streams & set(getattr(self.instructions[n], "args", None) or ()))
-        place = next(found, None)
-        if place is None:
-            raise self._foreign()
-        return place
+    def _next(self, start: int, values: set[int]) -> int:
+        """The first instruction from `start` on that has one of the values."""
+        for n in range(start, len(self.instructions)):
+            if values & set(getattr(self.instructions[n], "args", None) or ()):
+                return n
+        raise self._foreign()
 
     def _rewrite(self) -> None:
         names = {index: name for name, index in self.handed.items()}

@@ -99,12 +99,14 @@ def _steps(engine: Engine, plan: Walk, progress: Callable[[int], None]) -> Itera
     engine.reset()
     start = 0
     for length in plan.prefill:
-        yield engine.prefill(plan.tokens[start : start + length])
+        row = engine.prefill(plan.tokens[start : start + length])
         start += length
         progress(length)
+        yield row
     for token in plan.tokens[start:]:
-        yield engine.decode(token)
+        row = engine.decode(token)
         progress(1)
+        yield row
 
 
 def log_softmax(logits: Logits) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -95,15 +96,16 @@ def moved(model: Transformer) -> Transformer:
     takes an entry over a boundary, by a whole step; what follows differs by more, and the entries that fall over another boundary are
     more and more. So how far apart two right implementations end is the model's own, and only measuring tells it.
     """
-    changed, generator = twin(model), torch.Generator().manual_seed(0)
-
-    def move(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(x * (1 + MOVED * torch.empty(x.shape).uniform_(-1, 1, generator=generator)) for x in inputs)
-
-    for name, module in changed.named_modules():
+    changed = twin(model)
+    for number, (name, module) in enumerate(changed.named_modules()):
         if name == "head" or name.rpartition(".")[2] in LINEARS:
-            module.register_forward_pre_hook(move)
+            module.register_forward_pre_hook(functools.partial(_move, number))
     return changed
+
+
+def _move(seed: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)  # the same on every call
+    return tuple(x * (1 + MOVED * torch.empty(x.shape).uniform_(-1, 1, generator=generator)) for x in inputs)
 
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
