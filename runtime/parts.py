@@ -36,8 +36,13 @@ FLOORS = 4.0
 BETTER_ALLOWANCE = 2e-5
 """Error of the better tokens that is granted besides, for other sums and approximations of exp: 1e-6 at most was measured, on both
 targets, for the demo and a model of 135 million parameters; there the scale of one group of 32 weights, taken from another row, is 1e-4."""
+FLIPPED_FLOORS, FLIPPED_ALLOWANCE = 2.0, 0.1
+"""Share of tokens that are off by more than the better ones may: times its floor, and granted besides, with two standard errors of a share
+among so many tokens. A wrong scale whose effect the next rounding mostly swallows shows here: half of the tokens are off then."""
 ALLOWANCE = 0.02
 """Root of the mean square of all tokens' errors that is granted besides, for flips where the reference has none: 3e-3 measured."""
+FIGURES = ("error", "better", "flipped")
+"""Of each part, with a limit each."""
 WORST = 4
 """Parts that are named."""
 
@@ -77,9 +82,10 @@ def compare(model: Transformer, calls: Sequence[Sequence[int]], seen: Sequence[S
     """Compares what a program's parts handed on with what the reference gives for the same inputs.
 
     Returns:
-        `{"tokens", "passed", "nearest", "faults", "worst", "all"}`: the errors of each part in `all`, relative to the norm of a token's
-        output: `error` the root of its mean square, `better` what a quarter of the tokens keep; of a cache `flips`, integers that differ,
-        of `entries`. `nearest`: the largest share that an error is of its limit. `faults`: parts over one, the worst first.
+        `{"tokens", "passed", "nearest", "faults", "worst", "all"}`. In `all` the errors of each part, relative to the norm of a token's
+        output, each with its `…_limit`: `error` the root of its mean square, `better` what a quarter of the tokens keep, `flipped` the
+        share of tokens over the limit of that; of a cache `flips`, integers that differ, of `entries`. `nearest`: the largest share that
+        a figure is of its limit. `faults`: parts over one, the worst first.
     """
     rows = _Check(model, calls, seen).rows()
     ordered = sorted(rows, key=_share, reverse=True)
@@ -95,7 +101,7 @@ def compare(model: Transformer, calls: Sequence[Sequence[int]], seen: Sequence[S
 
 def _share(row: Mapping[str, Any]) -> float:
     """How much of its limit a part's error is."""
-    return float(max(row["error"] / row["error_limit"], row["better"] / row["better_limit"]))
+    return float(max(row[figure] / row[f"{figure}_limit"] for figure in FIGURES))
 
 
 def _relative(found: Tensor, expected: Tensor, size: Tensor | None = None) -> Tensor:
@@ -111,12 +117,16 @@ LOST = 1e6
 
 def _row(name: str, errors: Tensor, floors: Tensor | None = None, **counts: int) -> dict[str, Any]:
     floors = torch.zeros(1) if floors is None else floors
+    better_limit = FLOORS * float(floors.quantile(BETTER)) + BETTER_ALLOWANCE
+    flipped, chaos = (float((one > better_limit).float().mean()) for one in (errors, floors))
     return {
         "name": name,
         "error": float(errors.square().mean().sqrt()),
         "error_limit": FLOORS * float(floors.square().mean().sqrt()) + ALLOWANCE,
         "better": float(errors.quantile(BETTER)),
-        "better_limit": FLOORS * float(floors.quantile(BETTER)) + BETTER_ALLOWANCE,
+        "better_limit": better_limit,
+        "flipped": flipped,
+        "flipped_limit": FLIPPED_FLOORS * chaos + FLIPPED_ALLOWANCE + len(errors) ** -0.5,
         **counts,
     }
 
