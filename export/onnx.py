@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
+from lobit.export.onnx_arithmetic import arithmetic as arithmetic
 from lobit.export.onnx_fused import in_place, inner_ropes, slots_name
 from lobit.export.onnx_graph import emit
 from lobit.export.onnx_weights import SMALLEST_BLOCK, Form, form_of, rounds_inputs
@@ -40,7 +41,7 @@ COSTS = Costs(
     seconds_per_part=0.1,
 )
 graph = None
-"""There is none before the file (`Target.graph`)."""
+"""There is none before the file (`Target.graph`): what it computes is `arithmetic`."""
 WORKSPACE = 40
 """Bytes for each token and feed-forward element of a chunk."""
 PACKED = 1.1

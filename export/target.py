@@ -94,10 +94,17 @@ class Target(Protocol):
     COSTS: Costs
     graph: Callable[[Transformer, Spec], Graph] | None
     """The converted model's program before it is lowered, run by PyTorch; takes the model's layers over. None: what the target writes
-    is that graph itself."""
+    is that graph itself, and `arithmetic` what it computes."""
 
     def versions(self) -> dict[str, str]:
         """Of the packages that the target is lowered with."""
+
+    def arithmetic(self, model: Transformer, spec: Spec) -> Recipe | None:
+        """Changes the converted model, in place, to round its inputs as the target's products do.
+
+        Returns:
+            The recipe, with the key-value cache that the target has; None: the target computes as the recipe says, nothing is changed.
+        """
 
     def check(self, spec: Spec, config: Config) -> list[str]:
         """Every reason why the target cannot hold the model, before anything slow."""

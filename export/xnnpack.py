@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,14 @@ WORKSPACE = 16
 def versions() -> dict[str, str]:
     """Of ExecuTorch, whose release a program is tied to."""
     return {"executorch": metadata.version("executorch")}
+
+
+def arithmetic(model: Transformer, spec: Spec) -> Recipe | None:
+    """See `Target.arithmetic`: XNNPACK's INT8 inputs have a zero point, also where the recipe has none."""
+    found = [module for module in model.modules() if isinstance(module, IntegerLinear) and module.rule.activation_rule == "absmax"]
+    for module in found:
+        module.rule = replace(module.rule, activation_rule="range")
+    return spec.recipe if found else None
 
 
 def check(spec: Spec, config: Config) -> list[str]:

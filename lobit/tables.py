@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 WIDTH_WITHOUT_TERMINAL = 160
 MOST_LAYERS = 40
 """That a table of single layers has."""
+MOST_FAULTS = 3
+"""Parts that a title has."""
 BAR = 24
 """Characters."""
 
@@ -190,9 +192,11 @@ def _verdict(result: dict[str, Any]) -> str:
 
 
 def parity(result: dict[str, Any]) -> Table:
-    """Stages, phases and limits."""
+    """Stages, phases, limits, and what is to be done."""
     read = f"{result['positions']} positions, reference perplexity {result['reference_perplexity']:.3f}"
-    title = f"parity {result['bundle']['name']}: {_verdict(result)} ({read})"
+    parts = result["parts"]
+    fault = f", AT FAULT: {', '.join(parts['faults'][:MOST_FAULTS])}" if parts["faults"] else ""
+    title = f"parity {result['bundle']['name']}: {_verdict(result)}{fault} ({read})"
     columns = ("KL mean", "KL p99", "KL of this step", "top-1", "perplexity")
     table = _table(title, "against the float model", *columns, right=columns)
     rows = [(row["name"], row) for row in result["stages"]]
@@ -200,10 +204,16 @@ def parity(result: dict[str, Any]) -> Table:
     for name, row in rows:
         figures = [f"{row[key]:.2e}" for key in ("kl_mean", "kl_p99", "kl_step")]
         table.add_row(name, *figures, f"{row['top1_agreement']:.2%}", f"{row['perplexity']:.3f}")
-    artifact = result["stages"][-1]
     for metric, limit in result["limits"].items():
-        kept = "kept" if artifact[metric] <= limit["limit"] else "EXCEEDED"
-        table.add_row(f"limit on {metric}", f"{limit['limit']:g}", "", "", kept)
+        measured = result["stages"][-1][metric]
+        verdict = "kept" if measured <= limit["limit"] else "EXCEEDED"
+        table.add_row(f"{metric}, limit", f"{measured:.2e}", f"{limit['limit']:.2e}", "", verdict)
+    right, count = len(parts["all"]) - len(parts["faults"]), len(parts["all"])
+    nearest = f"{parts['worst'][0]} is at {parts['nearest']:.0%} of its limit"
+    notes = [f"{right} of {count} parts are the reference's, given the same inputs; {nearest}"]
+    notes += [limit["reason"] for limit in result["limits"].values()]
+    notes += [f"{warning['what']}. What helps, in this order: {warning['advice']}" for warning in result["warnings"]]
+    table.caption, table.caption_justify, table.caption_style = "\n".join(notes), "left", ""
     return table
 
 

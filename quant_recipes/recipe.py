@@ -186,6 +186,10 @@ class Recipe:
         """Whether layers are rounded on a calibration text."""
         return any(rule.rounding == "gptq" for rule in self.rules)
 
+    def to_nearest(self) -> Recipe:
+        """The recipe without a calibration text: every layer rounded to nearest."""
+        return replace(self, rules=tuple(replace(rule, rounding="nearest") for rule in self.rules))
+
     def calibrated(self) -> Recipe:
         """The recipe with GPTQ for every product of integers whose scales are computed from the weight.
 

@@ -250,7 +250,7 @@ def measured(model: Transformer, recipe: Recipe, corpus: Corpus) -> Figures:
     Raises:
         RecipeError: the recipe does not fit the model, or a weight is not finite.
     """
-    nearest = replace(recipe, rules=tuple(replace(rule, rounding="nearest") for rule in recipe.rules))
+    nearest = recipe.to_nearest()
     # new parameters over the same memory: nothing but integers is allocated
     shared: dict[int, object] = {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in model.parameters()}
     return figures(convert(copy.deepcopy(model, shared), nearest), corpus, recipe, model)

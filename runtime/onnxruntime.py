@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,23 +70,36 @@ def stepper(path: Path, slots: list[int], threads: int, provider: str = "CPUExec
         MissingPartError: the execution provider is not installed.
         BundleError: the runtime refuses the graph.
     """
+    try:
+        session = session_of(path, slots, threads, provider)
+        kind = InPlace if POSITIONS in (port.name for port in session.get_inputs()) else Growing
+        return kind(import_runtime(), session, slots)
+    except ValueError as error:  # ports that are not those of a bundle
+        raise _unloadable(path, error) from None
+
+
+def session_of(graph: Path | bytes, slots: list[int], threads: int, provider: str, settings: Mapping[str, str] | None = None) -> Any:
+    """A session of a graph, given its file or itself; else as `stepper`."""
     runtime = import_runtime()
+    name = graph if isinstance(graph, Path) else "the graph"
     installed = runtime.get_available_providers()
     if provider not in installed:
         found = ", ".join(installed)
-        raise MissingPartError(f"{path} is for {provider}, this onnxruntime has {found}: install one that has it, or export again")
+        raise MissingPartError(f"{name} is for {provider}, this onnxruntime has {found}: install one that has it, or export again")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
-    for name, value in FLOAT_INPUTS.items():
-        options.add_session_config_entry(name, value)
+    for key, value in {**FLOAT_INPUTS, **(settings or {})}.items():
+        options.add_session_config_entry(key, value)
     try:
         with _attention_for(slots):
-            session = runtime.InferenceSession(str(path), options, providers=[provider])
-        kind = InPlace if POSITIONS in (port.name for port in session.get_inputs()) else Growing
-        return kind(runtime, session, slots)
-    except Exception as error:  # a class of its own for each of its codes; and ports that are not those of a bundle
-        raise BundleError(f"ONNX Runtime cannot load {path} ({error}): export it again") from None
+            return runtime.InferenceSession(str(graph) if isinstance(graph, Path) else graph, options, providers=[provider])
+    except Exception as error:  # a class of its own for each of its codes
+        raise _unloadable(name, error) from None
+
+
+def _unloadable(name: Path | str, error: Exception) -> BundleError:
+    return BundleError(f"ONNX Runtime cannot load {name} ({error}): export it again")
 
 
 @contextlib.contextmanager
@@ -195,7 +208,8 @@ class GraphFile:
             raise MissingPartError(f"reading a graph needs onnx ({error}): pip install 'lobit[onnx]'") from None
         self.path, self.data = path, data
         try:
-            self.graph = onnx.load(path, load_external_data=False).graph
+            self.model = onnx.load(path, load_external_data=False)
+            self.graph = self.model.graph
         except Exception as error:  # protobuf raises several kinds, all of them mean a damaged file
             raise self._damaged(f"{type(error).__name__}: {error}") from None
         self.initializers = {tensor.name: tensor for tensor in self.graph.initializer}

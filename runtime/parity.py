@@ -6,73 +6,53 @@ same tokens and are compared at the same positions: after every prefill chunk, a
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lobit.errors import InputError
+from lobit.errors import BundleError, InputError
 from lobit.runtime.engine import Engine, Logits
+from lobit.runtime.verdict import judged, warnings
 
 Progress = Callable[[str, int, int], None]
 """(what, done, of how many)"""
 PREFILL_LENGTHS = (16, 1, 7, 64, 2, 33, 3, 128, 5, 20)
 """Tokens per prefill call, in turn: short and long, odd and even; longer than a program's chunk where the chunk is short."""
-COST = {"float": 1, "fake_quant": 2, "graph": 60}
-"""Time that a token takes in a stage, relative, for the estimate of the time left; 1 where a stage is not listed."""
+COST = {"float": 1, "fake_quant": 2, "target": 2, "floor": 2, "graph": 2, "artifact": 3}
+"""Time that a token takes in a stage, relative, for the estimate of the time left; a graph that is walked takes `WALKED_GRAPH`."""
+WALKED_GRAPH = 60
 SHORTEST_TEXT = 16
 """Tokens below which the figures say nothing."""
+COMPARED = 64
+"""Positions that are compared at once: distributions over a large vocabulary, in double precision, are 25 MB each."""
+LARGEST_EXPONENT = 700.0
+"""Of a perplexity, which stays a number."""
 
 
-@dataclass(frozen=True)
-class Limit:
-    """A bound that a recipe's artifact must keep."""
-
-    metric: str
-    """`kl_mean`: artifact against float; `kl_conversion`: artifact against the fake-quantized model."""
-    limit: float
-    """Nats a token."""
-    reason: str
-
-
-FLOAT_CONVERSION = Limit("kl_conversion", 1e-6, "nothing is rounded: only the order of float32 sums may differ")
-CONVERSION = Limit(
-    "kl_conversion",
-    0.01,
-    "the artifact holds the same integers as the fake-quantized model; what is left is activations and cache entries that fall on "
-    "the other side of a rounding boundary, about 1e-3 where it was measured",
-)
-LIMITS: dict[str, tuple[Limit, ...]] = {
-    "fp": (replace(FLOAT_CONVERSION, metric="kl_mean"), FLOAT_CONVERSION),
-    "fp16": (
-        Limit("kl_mean", 1e-4, "weights of 11 significant bits cost 5e-7 on the smallest trained model; a hundred times that is a fault"),
-        FLOAT_CONVERSION,
-    ),
-    "8da8w": (
-        Limit("kl_mean", 0.05, "INT8 weights and activations cost about 1e-3 on the smallest trained models; ten times that is a fault"),
-        CONVERSION,
-    ),
-    "8da4w-g32": (
-        Limit(
-            "kl_mean",
-            0.75,
-            "four bits without training cost up to 0.3 on a model of width 64 and less on wider ones; a broken one loses over 1",
-        ),
-        CONVERSION,
-    ),
-}
-"""By recipe name; a recipe without an entry has `DEFAULT_LIMITS`."""
-DEFAULT_LIMITS = (Limit("kl_mean", 1.0, "a model that differs by more than a nat a token tells other stories"), CONVERSION)
+Rows = Callable[[Sequence[int]], Logits]
+"""Logits [n, V] at positions [n] of a sequence that was read; walked engines are asked for theirs in order."""
 
 
 class Scorer(Protocol):
-    """A model that gives the logits after every token of a sequence at once."""
+    """A model that reads a sequence at once."""
 
-    def score(self, tokens: list[int]) -> Logits:
-        """Logits [T, V] of tokens [T] from position 0."""
+    def read(self, tokens: list[int]) -> Rows:
+        """The logits at any position of tokens [T] from position 0."""
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What the artifact should compute, twice: their distance is chaos alone."""
+
+    exact: Scorer
+    """The model as it was converted, in the target's arithmetic; may be one of the stages."""
+    moved: Scorer
+    """The same, its sums in another order (`reference.moved`)."""
 
 
 @dataclass(frozen=True)
@@ -112,16 +92,21 @@ def plan_walks(tokens: Sequence[int], context: int, bos: int | None) -> list[Wal
 
 def walk(engine: Engine, plan: Walk, progress: Callable[[int], None]) -> Logits:
     """An engine's logits [positions, V] along a walk."""
+    return np.stack(list(_steps(engine, plan, progress)))
+
+
+def _steps(engine: Engine, plan: Walk, progress: Callable[[int], None]) -> Iterator[Logits]:
     engine.reset()
-    rows, start = [], 0
+    start = 0
     for length in plan.prefill:
-        rows.append(engine.prefill(plan.tokens[start : start + length]))
+        row = engine.prefill(plan.tokens[start : start + length])
         start += length
         progress(length)
+        yield row
     for token in plan.tokens[start:]:
-        rows.append(engine.decode(token))
+        row = engine.decode(token)
         progress(1)
-    return np.stack(rows)
+        yield row
 
 
 def log_softmax(logits: Logits) -> NDArray[np.float64]:
@@ -139,7 +124,7 @@ class Comparison:
     kl_step: NDArray[np.float64]
     """KL(stage before ‖ stage) in nats."""
     kl_rounded: NDArray[np.float64]
-    """KL(fake-quantized ‖ stage) in nats; 0 where there is no such stage."""
+    """KL(what the artifact should compute ‖ stage) in nats."""
     agrees: NDArray[np.bool_]
     """Same most probable token as the reference."""
     surprise: NDArray[np.float64]
@@ -152,9 +137,9 @@ def kl_divergence(reference: NDArray[np.float64], other: NDArray[np.float64]) ->
     return np.maximum(divergences, 0.0)
 
 
-def _surprise(scores: NDArray[np.float64], plan: Walk) -> NDArray[np.float64]:
-    following = [plan.tokens[p + 1] if p + 1 < len(plan.tokens) else -1 for p in plan.positions]
-    return np.array([-scores[i, token] if token >= 0 else np.nan for i, token in enumerate(following)])
+def _perplexity(surprise: NDArray[np.float64]) -> float:
+    known = surprise[~np.isnan(surprise)]
+    return math.exp(min(float(known.mean()), LARGEST_EXPONENT)) if len(known) else 1.0
 
 
 def _summary(parts: Sequence[Comparison], keep: Callable[[int], NDArray[np.bool_]] | None = None) -> dict[str, float] | None:
@@ -163,15 +148,14 @@ def _summary(parts: Sequence[Comparison], keep: Callable[[int], NDArray[np.bool_
     def joined(name: str) -> NDArray[Any]:
         return np.concatenate([getattr(part, name)[slice(None) if keep is None else keep(i)] for i, part in enumerate(parts)])
 
-    kl, surprise = joined("kl"), joined("surprise")
+    kl = joined("kl")
     if not len(kl):
         return None
-    surprise = surprise[~np.isnan(surprise)]
     return {
         "kl_mean": float(kl.mean()),
         "kl_p99": float(np.quantile(kl, 0.99)),
         "top1_agreement": float(joined("agrees").mean()),
-        "perplexity": math.exp(float(surprise.mean())) if len(surprise) else float("nan"),
+        "perplexity": _perplexity(joined("surprise")),
         "kl_step": float(joined("kl_step").mean()),
         "kl_conversion": float(joined("kl_rounded").mean()),
         "positions": len(kl),
@@ -186,7 +170,7 @@ def parity(
     context: int,
     bos: int | None = None,
     window: int = 0,
-    recipe: str = "",
+    floor: Floor | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compares the stages with the reference and with each other.
@@ -198,7 +182,7 @@ def parity(
         context: positions that every engine can hold.
         bos: begins every sequence.
         window: the longest window of the model; 0 where there is none. Positions from it on are the phase `wrapped`.
-        recipe: name that chooses the limits.
+        floor: what the artifact should compute; None: what the reference does, to the last bits of a sum.
         progress: called with (stage, work done, work in all).
 
     Returns:
@@ -206,61 +190,123 @@ def parity(
 
     Raises:
         InputError: the text is too short.
+        BundleError: the artifact's logits are no numbers.
     """
     walks = plan_walks(tokens, context, bos)
-    compared: dict[str, list[Comparison]] = {name: [] for name in stages}
-    surprises = []
-    total, done = sum(len(plan.tokens) for plan in walks) * sum(COST.get(name, 1) for name in ("float", *stages)), 0
-
-    def advance(name: str) -> Callable[[int], None]:
-        def step(count: int) -> None:
-            nonlocal done
-            done += count * COST.get(name, 1)
-            if progress:
-                progress(name, done, total)
-
-        return step
-
+    run = _Run(reference, stages, floor, _Progress(stages, floor, sum(len(plan.tokens) for plan in walks), progress))
     for plan in walks:
-        base = log_softmax(reference.score(plan.tokens)[plan.positions])
-        advance("float")(len(plan.tokens))
-        surprises.append(_surprise(base, plan))
-        before, rounded = base, None
-        for name, stage in stages.items():
-            scores = log_softmax(_logits(stage, plan, advance(name)))
-            rounded = scores if name == "fake_quant" else rounded
-            compared[name].append(
-                Comparison(
-                    kl_divergence(base, scores),
-                    kl_divergence(before, scores),
-                    np.zeros(len(scores)) if rounded is None else kl_divergence(rounded, scores),
-                    base.argmax(axis=1) == scores.argmax(axis=1),
-                    _surprise(scores, plan),
-                )
-            )
-            before = scores
-    rows: list[dict[str, Any]] = [{"name": name, **(_summary(parts) or {})} for name, parts in compared.items()]
-    limits = LIMITS.get(recipe, DEFAULT_LIMITS)
-    all_surprises = np.concatenate(surprises)
+        run.compare(plan)
+    found = {name: [_joined(parts) for parts in walked] for name, walked in run.compared.items()}
+    rows: list[dict[str, Any]] = [{"name": name, **(_summary(parts) or {})} for name, parts in found.items()]
+    surprises, chaos = (np.concatenate(parts) for parts in (run.surprises, run.chaos))
+    limit, measured = judged(chaos)
     return {
         "kind": "parity",
         "tokens": sum(len(plan.tokens) for plan in walks),
-        "positions": len(all_surprises),
-        "reference_perplexity": math.exp(float(np.nanmean(all_surprises))),
+        "positions": len(surprises),
+        "reference_perplexity": _perplexity(surprises),
         "stages": rows,
-        "phases": _phases(walks, compared["artifact"], window),
-        "limits": {limit.metric: {"limit": limit.limit, "reason": limit.reason} for limit in limits},
-        "passed": all(rows[-1][limit.metric] <= limit.limit for limit in limits),
+        "phases": _phases(walks, found["artifact"], window),
+        "floor": measured,
+        "limits": {"kl_conversion": limit},
+        "warnings": warnings(rows[-1], _perplexity(surprises)),
+        "passed": rows[-1]["kl_conversion"] <= limit["limit"],
     }
 
 
-def _logits(stage: Scorer | Engine, plan: Walk, step: Callable[[int], None]) -> Logits:
-    """Logits of a stage at the walk's positions: at once where it can, by walking where it is an engine of a device."""
-    if hasattr(stage, "score"):
-        logits: Logits = stage.score(plan.tokens)[plan.positions]
-        step(len(plan.tokens))
-        return logits
-    return walk(stage, plan, step)
+class _Progress:
+    """Work that is done, of all, in the time of the float model's tokens."""
+
+    def __init__(self, stages: Mapping[str, Scorer | Engine], floor: Floor | None, tokens: int, told: Progress | None) -> None:
+        self.cost = {"float": 1, **{name: COST.get(name, 1) if hasattr(one, "read") else _walked(name) for name, one in stages.items()}}
+        if floor is not None:
+            self.cost["floor"] = COST["floor"]
+            self.cost |= {} if floor.exact in stages.values() else {"target": COST["target"]}
+        self.done, self.total, self.told = 0, tokens * sum(self.cost.values()), told
+
+    def of(self, name: str) -> Callable[[int], None]:
+        """What counts the tokens of a stage."""
+
+        def step(count: int) -> None:
+            self.done += count * self.cost[name]
+            if self.told:
+                self.told(name, self.done, self.total)
+
+        return step
+
+
+def _walked(name: str) -> int:
+    return WALKED_GRAPH if name == "graph" else COST.get(name, 1)
+
+
+class _Run:
+    """What is kept of every compared position, walk by walk."""
+
+    def __init__(self, reference: Scorer, stages: Mapping[str, Scorer | Engine], floor: Floor | None, progress: _Progress) -> None:
+        self.reference, self.stages, self.floor, self.progress = reference, stages, floor, progress
+        self.compared: dict[str, list[list[Comparison]]] = {name: [] for name in stages}
+        self.surprises: list[NDArray[np.float64]] = []
+        self.chaos: list[NDArray[np.float64]] = []
+
+    def compare(self, plan: Walk) -> None:
+        """Reads one sequence with every stage, and compares some positions after the other."""
+        readers = {"float": self._rows("float", self.reference, plan)}
+        readers |= {name: self._rows(name, stage, plan) for name, stage in self.stages.items()}
+        exact = "float"
+        if self.floor is not None:
+            shared = [name for name, stage in self.stages.items() if stage is self.floor.exact]
+            exact = shared[0] if shared else "target"
+            readers |= {} if shared else {exact: self._rows(exact, self.floor.exact, plan)}
+            readers["floor"] = self._rows("floor", self.floor.moved, plan)
+        for walked in self.compared.values():
+            walked.append([])
+        for start in range(0, len(plan.positions), COMPARED):
+            positions = plan.positions[start : start + COMPARED]
+            scores = {name: log_softmax(_finite(rows(positions), name)) for name, rows in readers.items()}
+            self._keep(plan, positions, scores, exact)
+
+    def _rows(self, name: str, stage: Scorer | Engine, plan: Walk) -> Rows:
+        """A stage's logits at the walk's positions: read at once where it can, by walking where it is an engine of a device."""
+        step = self.progress.of(name)
+        if hasattr(stage, "read"):
+            rows: Rows = stage.read(plan.tokens)
+            step(len(plan.tokens))
+            return rows
+        walked = _steps(stage, plan, step)
+        return lambda positions: np.stack(list(itertools.islice(walked, len(positions))))
+
+    def _keep(self, plan: Walk, positions: Sequence[int], scores: Mapping[str, NDArray[np.float64]], exact: str) -> None:
+        base = before = scores["float"]
+        following = [plan.tokens[position + 1] if position + 1 < len(plan.tokens) else -1 for position in positions]
+        for name, walked in self.compared.items():
+            own = scores[name]
+            kl = kl_divergence(base, own)
+            walked[-1].append(
+                Comparison(
+                    kl,
+                    kl if before is base else kl_divergence(before, own),
+                    kl if exact == "float" else kl_divergence(scores[exact], own),
+                    base.argmax(axis=1) == own.argmax(axis=1),
+                    _surprise(own, following),
+                )
+            )
+            before = own
+        self.surprises.append(_surprise(base, following))
+        self.chaos.append(kl_divergence(scores[exact], scores["floor"]) if self.floor else np.zeros(len(positions)))
+
+
+def _surprise(scores: NDArray[np.float64], following: Sequence[int]) -> NDArray[np.float64]:
+    return np.array([-scores[i, token] if token >= 0 else np.nan for i, token in enumerate(following)])
+
+
+def _finite(logits: Logits, name: str) -> Logits:
+    if not np.isfinite(logits).all():
+        raise BundleError(f"{np.size(logits) - np.isfinite(logits).sum()} logits of stage {name} are no numbers: export the model again")
+    return logits
+
+
+def _joined(parts: Sequence[Comparison]) -> Comparison:
+    return Comparison(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Comparison)))
 
 
 def _phases(walks: Sequence[Walk], parts: Sequence[Comparison], window: int) -> dict[str, dict[str, float] | None]:

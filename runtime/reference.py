@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -60,11 +62,54 @@ class ReferenceEngine(SteppingEngine):
         x = self.model.hidden(torch.tensor([tokens]), tables, attend)
         return self.model.logits(x[:, -1:]).reshape(-1).numpy()
 
-    @torch.inference_mode()
     def score(self, tokens: list[int]) -> Logits:
         """Logits [T, V] after every token of a sequence that begins at position 0; what was read before is not changed."""
-        attend = attention_for(self.recipe, CausalAttention(self.model.config))
-        return self.model(torch.tensor([tokens]), None, attend)[0].numpy()  # type: ignore[no-any-return]
+        return self.read(tokens)(range(len(tokens)))
+
+    @torch.inference_mode()
+    def read(self, tokens: list[int]) -> Callable[[Sequence[int]], Logits]:
+        """Reads a sequence as `score` does; what gives the logits [n, V] at any of its positions, made when they are asked for."""
+        config = self.model.config
+        attend = attention_for(self.recipe, CausalAttention(config))
+        stream = self.model.hidden(torch.tensor([tokens]), rotary_tables(config, torch.arange(len(tokens))), attend)
+
+        @torch.inference_mode()
+        def logits(positions: Sequence[int]) -> Logits:
+            return self.model.logits(stream[:, list(positions)])[0].numpy()
+
+        return logits
+
+
+def twin(model: Transformer) -> Transformer:
+    """A model of its own modules, whose tensors are those of `model`: its layers can be replaced without memory for others."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+MOVED = 1e-6
+"""Of an input: by about as much as this a sum of some hundred float32 products depends on their order (2^-24 for each, at random)."""
+
+
+def moved(model: Transformer) -> Transformer:
+    """A twin that computes in another order, as it were: the input of every product is moved by `MOVED`, at random, of itself.
+
+    Two right implementations of one arithmetic differ by no less. Where inputs are rounded to INT8 such a difference now and then
+    takes an entry over a boundary, by a whole step; what follows differs by more, and the entries that fall over another boundary are
+    more and more. So how far apart two right implementations end is the model's own, and only measuring tells it.
+    """
+    changed = twin(model)
+    for number, (name, module) in enumerate(changed.named_modules()):
+        if name == "head" or name.rpartition(".")[2] in LINEARS:
+            module.register_forward_pre_hook(functools.partial(_move, number))
+    return changed
+
+
+def _move(seed: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)  # the same on every call
+    return tuple(x * (1 + MOVED * torch.empty(x.shape).uniform_(-1, 1, generator=generator)) for x in inputs)
+
+
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+"""Products of a block, by the names that a model's modules have."""
 
 
 def stored_layers(model: Transformer) -> list[StoredLayer]:

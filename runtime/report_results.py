@@ -35,6 +35,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "stages": [{"name": str, **_METRICS, "kl_step?": float}],
         "phases": {"prefill?": _PHASE, "decode?": _PHASE, "wrapped?": _PHASE},
         "limits": {"*": {"limit": float, "reason": str}}, "passed": bool, "entropy?": {"nats_per_token": float, "what": str},
+        "parts?": {"tokens": int, "faults": [str], "worst": [str], "nearest": float, "all": [{"name": str}]},
+        "warnings?": [{"what": str, "advice": str}],
     },
     "bench": {
         "rows": [_ROW], "device": object, "versions": {"*": object}, "memory_bandwidth_gb_s?": float, "cpu?": {"*": object},

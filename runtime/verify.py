@@ -54,8 +54,17 @@ def verify(bundle: Bundle, checkpoint: Sequence[StoredLayer], fingerprint: str |
     Raises:
         BundleError: the program does not have the checkpoint's layers.
     """
+    rows = [_compare(part, values, scale) for part, values, scale in paired(bundle, checkpoint)]
+    return _summary(bundle, rows, fingerprint)
+
+
+def paired(bundle: Bundle, checkpoint: Sequence[StoredLayer]) -> Iterator[tuple[StoredLayer, NDArray[Any], NDArray[np.float32] | None]]:
+    """Each layer of a checkpoint, and the values and scales that a bundle's program has in its place.
+
+    Raises:
+        BundleError: the program does not have the checkpoint's layers.
+    """
     expected = list(checkpoint)
-    rows: list[dict[str, Any]] = []
     position = 0
     for stored in read_weights(bundle):
         taken = 0
@@ -69,13 +78,11 @@ def verify(bundle: Bundle, checkpoint: Sequence[StoredLayer], fingerprint: str |
                     "is it this bundle's checkpoint?"
                 )
             cut = slice(taken, taken + part.values.shape[0])
-            scale = None if stored.scale is None else stored.scale[cut]
-            rows.append(_compare(part, stored.values[cut], scale))
+            yield part, stored.values[cut], None if stored.scale is None else stored.scale[cut]
             taken += part.values.shape[0]
             position += 1
     if position < len(expected):
         raise BundleError(f"the program lacks {', '.join(layer.name for layer in expected[position:])}: export it again")
-    return _summary(bundle, rows, fingerprint)
 
 
 def _compare(part: StoredLayer, values: NDArray[Any], scale: NDArray[np.float32] | None) -> dict[str, Any]:

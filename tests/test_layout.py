@@ -51,6 +51,7 @@ ALLOWED = (
     ("runtime/manifest.py", {"core"}),
     ("runtime/onnx_ports.py", set()),
     ("runtime/reference.py", {"core", "model", "quant_recipes", "runtime", "manifest"}),
+    ("runtime/parts.py", {"core", "model", "quant_recipes", "runtime", "manifest"}),
     ("runtime/parity.py", {"core", "model", "quant_recipes", "runtime", "manifest"}),
     ("runtime/verify.py", {"core", "model", "quant_recipes", "runtime", "manifest"}),
     ("runtime/*", {"core", "runtime", "manifest"}),

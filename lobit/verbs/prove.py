@@ -11,10 +11,16 @@ from lobit.verbs.make import Progress, converted_like
 
 if TYPE_CHECKING:
     from lobit.export.target import Graph
+    from lobit.model import Transformer
+    from lobit.quant_recipes.recipe import Recipe
+    from lobit.runtime.bundle import Bundle
     from lobit.runtime.engine import Engine
     from lobit.runtime.manifest import Manifest
+    from lobit.runtime.reference import ReferenceEngine
 
 STAGES = ("fake_quant", "graph", "artifact")
+QUICK_GRAPH = 20_000_000
+"""Parameters up to which a graph that is walked in PyTorch, at 60 times the time of a token, is compared unasked."""
 
 
 def verify(bundle: Path, checkpoint: str) -> dict[str, Any]:
@@ -22,7 +28,9 @@ def verify(bundle: Path, checkpoint: str) -> dict[str, Any]:
 
     Args:
         bundle: the bundle's folder.
-        checkpoint: a checkpoint folder, or the float model that the bundle's own recipe is applied to again.
+        checkpoint: a checkpoint folder, or the float model that the bundle's own recipe is applied to again. A float model cannot
+            tell the integers of layers that were rounded on a calibration text: of those, and of the whole, the sha256 that the
+            export wrote down is compared.
     """
     from lobit.checkpoint import resolve
     from lobit.quant_recipes.quantized import fingerprint
@@ -32,7 +40,7 @@ def verify(bundle: Path, checkpoint: str) -> dict[str, Any]:
     from lobit.runtime.reference import stored_layers
 
     opened = open_bundle(bundle)
-    model, _ = converted_like(resolve(checkpoint), Recipe.from_json(opened.manifest.recipe))
+    model = _converted_like(resolve(checkpoint), Recipe.from_json(opened.manifest.recipe), opened)
     return verification.verify(opened, stored_layers(model), fingerprint(model))
 
 
@@ -55,7 +63,7 @@ def parity(
         text: what to read.
         tokens: of the text, at most.
         checkpoint: the quantized checkpoint; None: the bundle's recipe is applied to the reference again.
-        stages: which of `STAGES` to compare, `artifact` always is; None: all that the target has.
+        stages: which of `STAGES` to compare, `artifact` always is; None: all that the target has and that take no minutes.
         threads: of the artifact's runtime.
         progress: called with (stage, tokens done, tokens in all).
 
@@ -68,8 +76,9 @@ def parity(
     from lobit.quant_recipes.recipe import Recipe
     from lobit.runtime import parity as comparison
     from lobit.runtime.bundle import open_bundle
-    from lobit.runtime.engine import open_engine
-    from lobit.runtime.reference import ReferenceEngine
+    from lobit.runtime.engine import default_threads, open_engine
+    from lobit.runtime.parts import check_parts
+    from lobit.runtime.reference import ReferenceEngine, moved, twin
     from lobit.verbs.talk import bundle_tokenizer
 
     unknown = sorted(set(stages or ()) - set(STAGES))
@@ -77,25 +86,26 @@ def parity(
         raise InputError(f"there is no stage {', '.join(unknown)}: choose of {', '.join(STAGES)}")
     opened = open_bundle(bundle)
     manifest, source = opened.manifest, resolve(reference)
-    chosen = STAGES if stages is None else stages
-    graph = find_target(manifest.target).graph if "graph" in chosen else None
-    if stages and "graph" in stages and graph is None:
-        raise InputError(f"target {manifest.target} has no stage graph: what it writes is that graph, and its stage is artifact")
     ids = bundle_tokenizer(opened).encode(text, bos=False)[:tokens]
     comparison.plan_walks(ids, manifest.context, manifest.tokens.bos)  # a text that is too short is refused before any slow work
     config, recipe = load_config(source), Recipe.from_json(manifest.recipe)
-    model, _ = converted_like(resolve(checkpoint) if checkpoint else source, recipe)
+    model = _converted_like(resolve(checkpoint) if checkpoint else source, recipe, opened)
     if fingerprint(model) != manifest.checkpoint_sha256:
         raise InputError(
             f"{checkpoint or reference} does not hold the weights that bundle {bundle} was made from: give the model it was exported "
             "from, and with --checkpoint its quantized checkpoint where it was trained"
         )
-    engines: dict[str, Any] = {}
-    if "fake_quant" in chosen:
-        engines["fake_quant"] = ReferenceEngine(model, recipe, manifest.context)
-    if graph:
-        again, _ = converted_like(resolve(checkpoint) if checkpoint else source, recipe)
-        engines["graph"] = _graph_engine(graph(again, Spec(recipe, manifest.context, manifest.chunk)), manifest)
+    chosen = _stages(stages, manifest)
+    rounded = ReferenceEngine(model, recipe, manifest.context)
+    exact = _in_arithmetic(rounded, manifest)
+    if progress:
+        progress("parts", 0, 1)
+    text_begins = [*([] if manifest.tokens.bos is None else [manifest.tokens.bos]), *ids]
+    parts = check_parts(exact.model, opened, text_begins, threads or default_threads(opened))
+    engines: dict[str, Any] = {"fake_quant": rounded} if "fake_quant" in chosen else {}
+    if "graph" in chosen:
+        graph, spec = find_target(manifest.target).graph, Spec(recipe, manifest.context, manifest.chunk)
+        engines["graph"] = _graph_engine(graph(twin(model), spec), manifest) if graph else exact
     engines["artifact"] = open_engine(opened, threads)
     result = comparison.parity(
         ReferenceEngine(load_model(source, config), None, manifest.context),
@@ -104,11 +114,56 @@ def parity(
         context=manifest.context,
         bos=manifest.tokens.bos,
         window=manifest.model.largest_window if manifest.model.largest_window < manifest.context else 0,
-        recipe=recipe.name,
+        floor=comparison.Floor(exact, ReferenceEngine(moved(exact.model), exact.recipe, manifest.context)),
         progress=progress,
     )
     described = {"name": manifest.name, "target": manifest.target, "recipe": recipe.name}
-    return {**result, "bundle": described, "model": reference, "entropy": None}
+    passed = result["passed"] and parts["passed"]
+    return {**result, "parts": parts, "passed": passed, "bundle": described, "model": reference, "entropy": None}
+
+
+def _converted_like(source: Path, recipe: Recipe, bundle: Bundle) -> Transformer:
+    """A checkpoint as it is; a float model under the recipe, with the bundle's own integers where they were rounded on a text.
+
+    Whether those are the checkpoint's is for the fingerprint of the whole to tell.
+    """
+    import torch
+
+    from lobit.quant_recipes.quantized import is_checkpoint
+    from lobit.runtime.reference import stored_layers
+    from lobit.runtime.verify import paired
+
+    if is_checkpoint(source) or not recipe.is_calibrated:
+        return converted_like(source, recipe)[0]
+    model, _ = converted_like(source, recipe.to_nearest())
+    for part, values, scale in paired(bundle, stored_layers(model)):
+        rule = recipe.rule_for(part.name)
+        if rule and rule.rounding == "gptq" and part.scale is not None and scale is not None:
+            layer = model.get_submodule(part.name)
+            layer.integers = torch.tensor(values)
+            layer.scale = torch.tensor(scale.reshape(*part.scale.shape, -1)[:, :, 0])  # a runtime may hold a scale several times
+    return model
+
+
+def _stages(asked: Sequence[str] | None, manifest: Manifest) -> Sequence[str]:
+    """The stages to compare; by default without a graph that PyTorch runs operator by operator, where that takes minutes."""
+    from lobit.export.target import find_target
+
+    if asked is not None:
+        return asked
+    slow = find_target(manifest.target).graph is not None and manifest.model.parameters > QUICK_GRAPH
+    return [stage for stage in STAGES if not (slow and stage == "graph")]
+
+
+def _in_arithmetic(rounded: ReferenceEngine, manifest: Manifest) -> ReferenceEngine:
+    """The converted model, its inputs and its cache rounded as the target rounds them; the one given where that is the recipe's way."""
+    from lobit.export.target import Spec, find_target
+    from lobit.runtime.reference import ReferenceEngine, twin
+
+    assert rounded.recipe is not None
+    model, portable = twin(rounded.model), not any(":" in name for name in manifest.delegation.delegated)
+    recipe = find_target(manifest.target).arithmetic(model, Spec(rounded.recipe, manifest.context, manifest.chunk, portable))
+    return rounded if recipe is None else ReferenceEngine(model, recipe, manifest.context)
 
 
 def _graph_engine(graph: Graph, manifest: Manifest) -> Engine:

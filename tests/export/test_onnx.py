@@ -15,6 +15,7 @@ from onnx.reference import ReferenceEvaluator
 
 from lobit import verbs
 from lobit.checkpoint import load_config, load_model
+from lobit.demo import held_out_text
 from lobit.errors import InputError
 from lobit.export import onnx as target
 from lobit.export.onnx import GENAI_FILE
@@ -32,7 +33,7 @@ from lobit.runtime.bundle import open_bundle
 from lobit.runtime.engine import SteppingEngine, default_threads, open_engine
 from lobit.runtime.onnx_ports import GRAPH_FILE
 from lobit.runtime.onnxruntime import stepper
-from lobit.runtime.parity import CONVERSION, kl_divergence, log_softmax
+from lobit.runtime.parity import kl_divergence, log_softmax
 from lobit.runtime.reference import ReferenceEngine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,6 +51,10 @@ CALLS = [1, 5, CHUNK]
 RECIPES = [name for name in CATALOG if not name.startswith("gptq")]
 ROUNDED_INPUTS = {"8da4w-g32", "8da8w", "bitnet", "trilm", "bonsai", "bilm"}
 """Recipes whose products have INT8 inputs in ONNX Runtime's operators: their own, or since two bits have fast products in no other way."""
+
+
+ROUNDED_KL = 0.01
+"""Nats a token between a recipe and a graph that rounds its inputs in blocks, of models of a few layers: 2e-3 measured."""
 
 
 def export(model: Path, recipe: Recipe, out: Path, **options: Any) -> Path:
@@ -84,7 +89,7 @@ def test_every_recipe_runs_as_it_was_quantized(model: str, name: str, portable: 
         assert (np.abs(found - expected).max(axis=1) / np.abs(expected).max(axis=1)).max() < FLOAT_RELATIVE
     else:
         divergence = kl_divergence(log_softmax(expected), log_softmax(found))
-        assert (np.median(divergence) < PORTABLE_KL) if portable else (divergence.mean() < CONVERSION.limit)
+        assert (np.median(divergence) < PORTABLE_KL) if portable else (divergence.mean() < ROUNDED_KL)
     levels = [next(one.i for one in node.attribute if one.name == "accuracy_level") for node in products(bundle)]
     assert set(levels) == (set() if portable or name in ("fp", "fp16") else {4} if name in ROUNDED_INPUTS else {0})
 
@@ -104,7 +109,7 @@ def test_every_grid_is_held_without_changing_a_value(mixed: str, portable: bool,
     assert verified["passed"], verified
     assert (verified["integers"] > 0) == (mixed != "float")
     expected, found = walked(reference(models("llama"), recipe)), walked(open_engine(open_bundle(bundle), THREADS))
-    assert kl_divergence(log_softmax(expected), log_softmax(found)).mean() < CONVERSION.limit
+    assert kl_divergence(log_softmax(expected), log_softmax(found)).mean() < ROUNDED_KL
 
 
 def test_integers_of_other_widths_say_how_they_are_held(models: Any, tmp_path: Path) -> None:
@@ -238,7 +243,7 @@ def test_parity_passes_at_prefill_decode_and_after_windows_have_wrapped(
     assert result["passed"], result["stages"]
     assert [phase for phase, found in result["phases"].items() if found] == ["prefill", "decode", *(["wrapped"] if model == "demo" else [])]
     artifact = result["stages"][-1]
-    assert artifact["kl_conversion"] < (1e-6 if name.startswith("fp") else CONVERSION.limit)
+    assert not name.startswith("fp") or artifact["kl_conversion"] < 1e-6
 
 
 def test_a_bundle_says_how_many_threads_run_it(models: Any, tmp_path: Path) -> None:
@@ -258,10 +263,13 @@ def test_a_bundle_says_how_many_threads_run_it(models: Any, tmp_path: Path) -> N
             export(models("llama"), find_recipe("fp"), tmp_path / "wrong", threads=wrong)
 
 
-def test_a_graph_before_the_file_is_no_stage_of_this_target(models: Any, tmp_path: Path) -> None:
-    bundle = export(models("llama"), find_recipe("fp"), tmp_path / "bundle")
-    with pytest.raises(InputError, match="target onnx has no stage graph"):
-        verbs.parity(bundle, str(models("llama")), "Once", stages=["graph"])
+def test_the_stage_graph_computes_what_the_graph_does(models: Any, tmp_path: Path) -> None:
+    """In PyTorch with inputs rounded in blocks, where the recipe rounds them by tokens."""
+    bundle = export(models("demo"), find_recipe("8da4w-g32"), tmp_path / "bundle")
+    result = verbs.parity(bundle, str(models("demo")), held_out_text(2), tokens=120, stages=["fake_quant", "graph"], threads=THREADS)
+    rows = result["stages"]
+    assert [row["name"] for row in rows] == ["fake_quant", "graph", "artifact"]
+    assert rows[2]["kl_step"] == rows[2]["kl_conversion"] < rows[1]["kl_step"]
 
 
 @pytest.mark.parametrize("portable", [False, True])
@@ -382,5 +390,5 @@ def test_mixed_precision_runs_as_it_was_quantized(mixed: list[str], portable: bo
     assert verbs.verify(bundle, str(models("llama")))["passed"]
     expected, found = walked(reference(models("llama"), recipe)), walked(open_engine(open_bundle(bundle), THREADS))
     kl = kl_divergence(log_softmax(expected), log_softmax(found))
-    assert kl.mean() < CONVERSION.limit
+    assert kl.mean() < ROUNDED_KL
     assert not portable or kl[0] < PORTABLE_KL, "later an entry may fall to the other side of a boundary"

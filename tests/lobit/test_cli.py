@@ -16,7 +16,6 @@ import pytest
 from lobit.quant_recipes.catalog import CATALOG, find_recipe
 from lobit.runtime import parity as parity_module
 from lobit.runtime.executorch import import_runtime
-from lobit.runtime.parity import Limit
 
 Bundles = Any
 """The fixture of tests/conftest.py: `bundles(model, recipe, kv_cache)`."""
@@ -228,7 +227,8 @@ def test_parity_does_what_every_option_says(
     assert "fake_quant" in table.out
     assert "graph" not in table.out
     assert lobit(*command, "--checkpoint", models("llama")).code == MISTAKE
-    monkeypatch.setitem(parity_module.LIMITS, "fp", (Limit("kl_mean", -1.0, "nothing is that good"),))
+    nothing = {"limit": -1.0, "reason": "nothing is that good"}
+    monkeypatch.setattr(parity_module, "judged", lambda chaos: (nothing, {}))
     failed = lobit(*command, "--tokens", 64, "--stages", "artifact")
     assert failed.code == GATE_FAILED
     assert f"parity {bundles('stories260k', 'fp').name}: FAILED" in failed.out

@@ -182,6 +182,17 @@ def test_a_failing_parity_is_shown_as_failing(tmp_path: Path) -> None:
     assert "This is not what was trained" in words and "✕ fail" in words and "Mean KL 0.300, limit 0.05" in words
 
 
+def test_parts_at_fault_and_costly_quantization_are_told(tmp_path: Path) -> None:
+    values = results(kl=0.3)["parity"]
+    names = ["layers.0.qkv", "layers.3.attention"]
+    rows = [{"name": name} for name in names]
+    values["parts"] = {"tokens": 43, "passed": False, "nearest": 7.0, "faults": names[1:], "worst": names[::-1], "all": rows}
+    values["warnings"] = [{"what": "quantization costs much", "advice": "choose scales on a text"}]
+    words = made(tmp_path, {"parity": values}).words
+    assert "do not give what they should: layers.3.attention" in words
+    assert "quantization costs much. What helps, in this order: choose scales on a text" in words
+
+
 def test_weights_that_differ_fail_whatever_parity_says(tmp_path: Path) -> None:
     values = results()
     values["verify"] |= {"differing_integers": 3, "passed": False}

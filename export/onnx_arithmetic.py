@@ -1,0 +1,52 @@
+"""What ONNX Runtime computes of a model, in plain PyTorch: inputs INT8 in blocks where its products round them so, a cache of floats."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lobit.export.onnx_weights import FAST_BLOCK, form_of, rounds_inputs
+from lobit.export.program import replace_layers
+from lobit.export.target import Spec
+from lobit.model import Transformer
+from lobit.quant_recipes.integer import IntegerLinear
+from lobit.quant_recipes.recipe import Recipe
+
+
+def round_blocks(x: Tensor, block: int) -> Tensor:
+    """x [..., n] with every `block` entries rounded to a grid of their own: s = max |x| / 127, no zero point.
+
+    So MatMulNBits rounds its inputs at accuracy level 4 (ONNX Runtime, `QuantizeARow_CompInt8`).
+    """
+    blocks = F.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    integers = (blocks * torch.where(scale > 0, 1 / scale, 0.0)).round_()
+    rounded: Tensor = integers.mul_(scale).flatten(-2)[..., : x.shape[-1]]
+    return rounded
+
+
+class BlockInputs(nn.Module):
+    """An integer linear layer whose inputs are INT8 in blocks; floats where there is no block."""
+
+    def __init__(self, linear: IntegerLinear, block: int | None) -> None:
+        super().__init__()
+        self.linear, self.block = linear, block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(round_blocks(x, self.block) if self.block else x, self.linear.weight, self.linear.bias)
+
+
+def arithmetic(model: Transformer, spec: Spec) -> Recipe:
+    """See `Target.arithmetic`."""
+    if not spec.portable:
+        replace_layers(model, IntegerLinear, _fused)
+    return replace(spec.recipe, kv_bits=None)
+
+
+def _fused(linear: IntegerLinear) -> nn.Module:
+    """As MatMulNBits multiplies: it has no product of INT8 inputs with blocks below `FAST_BLOCK`."""
+    block = form_of(linear.rule.weights, linear.integers.shape[1], rows=False, fused=True).block
+    return BlockInputs(linear, block if block and block >= FAST_BLOCK and rounds_inputs(linear.rule) else None)
