@@ -39,6 +39,9 @@ def train(
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="At its peak; default: the recipe's.")] = None,
     distillation: Distillation = None,
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="From new weights; the model gives its shape.")] = False,
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="CKPT", help="Begin at its integers, such as `quantize --calibration` finds them.")
+    ] = None,
     precision: Annotated[
         Literal["bf16", "float32"] | None, typer.Option("--precision", help="Of products; default: bf16 where the hardware has it.")
     ] = None,
@@ -74,6 +77,7 @@ def train(
             run=run,
             training=training,
             from_scratch=from_scratch,
+            start=start,
             recompute=recompute,
             command=["lobit", *sys.argv[1:]],
             progress=shown.count,

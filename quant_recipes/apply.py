@@ -17,6 +17,7 @@ from lobit.errors import MOST_LISTED, RecipeError, listed, shown_name
 from lobit.model import Config, Transformer, bias_of, weight_of
 from lobit.quant_recipes.fake_quant import FakeQuantizedEmbedding, FakeQuantizedLinear
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear, quantize_linear
+from lobit.quant_recipes.quantizers import Searched
 from lobit.quant_recipes.recipe import Recipe, Rule
 
 MOST_WORKERS = 8
@@ -163,6 +164,29 @@ def prepare(model: Transformer, recipe: Recipe) -> Transformer:
     if model.config.tied and isinstance(head, FakeQuantizedLinear) and isinstance(embedding, FakeQuantizedEmbedding):
         head.weight, head.quantizer = embedding.weight, embedding.quantizer
     return model
+
+
+@torch.no_grad()
+def begin_at(model: Transformer, start: Transformer) -> list[str]:
+    """Takes a prepared model to the integers of a converted one, in place; the names of the layers that begin there.
+
+    Layers whose grid is another, or whose scales are not searched, begin as `prepare` left them.
+
+    Raises:
+        RecipeError: no layer has the grid of the converted model.
+    """
+    begun = list[str]()
+    for (name, layer), (_, other) in zip(layers_of(model), layers_of(start), strict=True):
+        if (name == "head" and model.config.tied) or not isinstance(other, (IntegerLinear, IntegerEmbedding)):
+            continue
+        if isinstance(layer, (FakeQuantizedLinear, FakeQuantizedEmbedding)) and layer.rule.weights == other.rule.weights:
+            quantizer = layer.quantizer
+            if isinstance(quantizer, Searched):
+                layer.weight.copy_(quantizer.begin_at(layer.weight, other.integers, other.scale))
+                begun.append(name)
+    if not begun:
+        raise RecipeError("no layer of the checkpoint to begin at has the recipe's grid: quantize the model with this recipe")
+    return begun
 
 
 def convert(

@@ -27,6 +27,9 @@ from lobit.quant_recipes.grid import (
 )
 from lobit.quant_recipes.recipe import WeightGrid
 
+INSIDE = 0.49
+"""Steps from an integer that a weight may begin, to be rounded to it: less than a half, since scales are rounded."""
+
 
 class Quantizer(nn.Module):
     """Scales computed from the weight on every call; its gradient goes straight through [Spectra Table 1, backward pass]."""
@@ -71,6 +74,22 @@ class Searched(Quantizer):
     def learned(self) -> list[Tensor]:
         """The shares [out, groups], which no gradient reaches."""
         return [self.share]
+
+    def begin_at(self, weight: Tensor, integers: Tensor, scale: Tensor) -> Tensor:
+        """The weight nearest to a weight [out, in] that rounds to given integers, onto given scales from now on.
+
+        Args:
+            weight: float.
+            integers: [out, in].
+            scale: [out, groups].
+        """
+        codes, steps = grouped(integers, self.grid).float(), scale[:, :, None]
+        low = torch.where(codes > self.grid.q_min, codes - INSIDE, -torch.inf) * steps
+        high = torch.where(codes < self.grid.q_max, codes + INSIDE, torch.inf) * steps
+        begun = grouped(weight, self.grid).clamp(low, high)
+        largest = begun.abs().amax(dim=2).clamp(min=torch.finfo(torch.float32).tiny)
+        self.share.copy_(scale * ((self.grid.q_max - self.grid.q_min) / 2) / largest)
+        return begun.reshape(weight.shape)
 
     def scale(self, weight: Tensor, share: Tensor) -> Tensor:
         """Scales [out, groups] of a weight [out, in]."""

@@ -53,6 +53,7 @@ def train(
     run: Run,
     training: Training | None = None,
     from_scratch: bool = False,
+    start: str | None = None,
     recompute: bool = False,
     command: Sequence[str] = (),
     progress: Progress | None = None,
@@ -70,6 +71,8 @@ def train(
         run: how much.
         training: how; None: the recipe's own way.
         from_scratch: from new weights, of the model only the config and the tokenizer.
+        start: a checkpoint of the same model, such as `quantize` makes with a calibration text: layers of the recipe's grid begin at
+            its integers.
         recompute: activations inside of blocks are computed again for the backward pass, and not kept.
         command: for the record.
         progress: of the steps, with the loss, then of measuring.
@@ -85,13 +88,14 @@ def train(
     from lobit.checkpoint import load_config, load_model, resolve
     from lobit.kept import key_of
     from lobit.quant_recipes.apply import check
+    from lobit.quant_recipes.quantized import fingerprint
     from lobit.quant_recipes.schedule import training_of
     from lobit.quant_recipes.trainee import new_weights
 
     source = resolve(model)
     config = load_config(source)
     training = training or training_of(recipe, from_scratch)
-    _check(source, recipe, training, from_scratch)
+    _check(source, recipe, training, from_scratch, start)
     check(config, recipe)
     run = run.dealt()
     run.check()
@@ -101,10 +105,12 @@ def train(
     settings = {"model": model, "recipe": recipe.to_json(), "training": asdict(training), "run": asdict(run), "seed": texts.seed}
     settings["text"] = hashlib.sha256(corpus.sequences.numpy().tobytes()).hexdigest()
     settings["from_scratch"] = from_scratch
+    begun = _start(start, config) if start else None
+    settings["start"] = fingerprint(begun) if begun else None
     # Checkpoints more often make no other training; a model whose files are others does.
     same = settings | {"run": asdict(replace(run, minutes=0.0)), "files": key_of(source)}
     with _place(out, run, same) as folder:
-        trainer = _trainer(student, recipe, teacher, training, corpus, run, folder / STEPS, recompute)
+        trainer = _trainer(student, recipe, teacher, training, corpus, run, folder / STEPS, recompute, begun)
         for row in trainer.train():
             if progress and run.rank == 0:
                 progress(_recent(trainer.rows), row.step, trainer.steps)
@@ -119,12 +125,29 @@ def _recent(rows: Sequence[Row]) -> str:
     return f"step {last[-1].step}, loss {loss:.3f}, {speed:,.0f} t/s"
 
 
-def _check(source: Path, recipe: Recipe, training: Training, from_scratch: bool) -> None:
+def _start(checkpoint: str, config: Config) -> Transformer:
+    """The converted model to begin at.
+
+    Raises:
+        InputError: it is no checkpoint of a model of this shape.
+    """
+    from lobit.checkpoint import resolve
+    from lobit.quant_recipes.quantized import load_checkpoint
+
+    model, _ = load_checkpoint(resolve(checkpoint))
+    if replace(model.config, tied=config.tied) != config:
+        raise InputError(f"{checkpoint} is a checkpoint of another model: give one that was quantized from the model that is trained")
+    return model
+
+
+def _check(source: Path, recipe: Recipe, training: Training, from_scratch: bool, start: str | None) -> None:
     from lobit.quant_recipes.quantized import check_float
 
     check_float(source)
     if any(rule.rounding == "gptq" for rule in recipe.rules):
         raise InputError(f"recipe {recipe.name} rounds after training: use `lobit quantize --calibration FILE`")
+    if from_scratch and start:
+        raise InputError("new weights begin at no checkpoint: leave --from out, or --from-scratch")
     if from_scratch and training.distillation:
         raise InputError("new weights have no float model to learn from: leave --distillation out, or --from-scratch")
 
@@ -182,12 +205,15 @@ def _trainer(
     run: Run,
     folder: Path,
     recompute: bool,
+    start: Transformer | None,
 ) -> Trainer:
-    from lobit.quant_recipes.apply import prepare
+    from lobit.quant_recipes.apply import begin_at, prepare
     from lobit.quant_recipes.train import Trainer
     from lobit.quant_recipes.trainee import Trainee
 
     prepared = prepare(student.requires_grad_(True).train(), recipe)
+    if start is not None:
+        begin_at(prepared, start)
     return Trainer(Trainee(prepared, recipe, teacher, training.distillation, recompute), training, corpus, run, folder)
 
 
