@@ -58,3 +58,14 @@ def test_options_that_do_nothing_are_refused(options: tuple[str, ...], message: 
     options = (*options, str(text)) if options[-1] == "--calibration" else options
     answer = lobit("export", "demo", *options, "--target", "onnx", "-o", tmp_path / "bundle")
     assert answer.code == 2 and message in " ".join(answer.err.split())
+
+
+def test_training_begins_at_a_calibrated_checkpoint_of_the_same_model(text: Path, lobit: Any, stories: Path, tmp_path: Path) -> None:
+    begin = tmp_path / "begin"
+    calibrate = ("--calibration", text, "--samples", "4", "--length", "128")
+    assert lobit("quantize", "demo", "--recipe", "8da4w-g32", *calibrate, "-o", begin).code == 0
+    train = ("--recipe", "8da4w-g32", "--text", text, "--steps", "1", "--batch", "1", "--length", "64", "--from", begin)
+    made = lobit("train", "demo", *train, "-o", tmp_path / "trained", "--json")
+    assert made.code == 0 and made.json["settings"]["start"]
+    refused = lobit("train", stories, *train, "--except", "layers.*.mlp.down", "-o", tmp_path / "other")
+    assert refused.code == 2 and "another model" in refused.err
