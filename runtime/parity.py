@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -171,6 +171,7 @@ def parity(
     bos: int | None = None,
     window: int = 0,
     floor: Floor | None = None,
+    tried: Collection[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compares the stages with the reference and with each other.
@@ -183,6 +184,7 @@ def parity(
         bos: begins every sequence.
         window: the longest window of the model; 0 where there is none. Positions from it on are the phase `wrapped`.
         floor: what the artifact should compute; None: what the reference does, to the last bits of a sum.
+        tried: advice that the recipe follows already (`verdict.ADVICE`).
         progress: called with (stage, work done, work in all).
 
     Returns:
@@ -209,7 +211,7 @@ def parity(
         "phases": _phases(walks, found["artifact"], window),
         "floor": measured,
         "limits": {"kl_conversion": limit},
-        "warnings": warnings(rows[-1], _perplexity(surprises)),
+        "warnings": warnings(rows[-1], _perplexity(surprises), tried),
         "passed": rows[-1]["kl_conversion"] <= limit["limit"],
     }
 

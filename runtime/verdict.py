@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,12 @@ FLOAT_ORDER = 1e-6
 """Nats a token that the order of float32 sums costs where nothing is rounded (1e-12 measured): a recipe of floats has this alone."""
 COSTLY_KL, COSTLY_PERPLEXITY = 0.1, 1.1
 """Mean KL from the float model, and perplexity as a multiple of its, from which on advice is given: a chat shows such a loss."""
-ADVICE = (
-    "round on a text: quantize or export with --calibration FILE; give embedding and head INT8, as recipe 8da4w-g32-e8 does; "
-    "then train: lobit train MODEL --recipe RECIPE --text FILE"
-)
+ADVICE = {
+    "calibration": "round on a text: quantize or export with --calibration FILE",
+    "ends": "give embedding and head INT8, as recipe 8da4w-g32-e8 does",
+    "training": "train: lobit train MODEL --recipe RECIPE --text FILE",
+}
+"""What helps, the cheapest first."""
 
 
 def judged(chaos: NDArray[np.float64]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -39,16 +41,18 @@ def judged(chaos: NDArray[np.float64]) -> tuple[dict[str, Any], dict[str, Any]]:
     return {"limit": limit, "reason": reason}, {"kl_mean": mean, "kl_se": error, "kl_p99": float(np.quantile(chaos, 0.99))}
 
 
-def warnings(artifact: Mapping[str, Any], perplexity: float) -> list[dict[str, str]]:
+def warnings(artifact: Mapping[str, Any], perplexity: float, tried: Collection[str] = ()) -> list[dict[str, str]]:
     """What quantization costs more than it need, and what to do: no fault of the artifact, so no gate.
 
     Args:
         artifact: its row of figures.
         perplexity: of the float model.
+        tried: what of `ADVICE` the bundle's recipe has already.
     """
     found = []
     if artifact["kl_mean"] > COSTLY_KL:
         found.append(f"{artifact['kl_mean']:.3f} nats a token from the float model")
     if artifact["perplexity"] > COSTLY_PERPLEXITY * perplexity:
         found.append(f"perplexity {artifact['perplexity']:.3f} where the float model has {perplexity:.3f}")
-    return [{"what": f"quantization costs much: {', '.join(found)}", "advice": ADVICE}] if found else []
+    advice = "; then ".join(text for name, text in ADVICE.items() if name not in tried)
+    return [{"what": f"quantization costs much: {', '.join(found)}", "advice": advice}] if found else []

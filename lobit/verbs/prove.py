@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lobit.runtime.reference import ReferenceEngine
 
 STAGES = ("fake_quant", "graph", "artifact")
+ENDS = ("embedding", "head")
 QUICK_GRAPH = 20_000_000
 """Parameters up to which a graph that is walked in PyTorch, at 60 times the time of a token, is compared unasked."""
 
@@ -114,6 +115,7 @@ def parity(
         context=manifest.context,
         bos=manifest.tokens.bos,
         window=manifest.model.largest_window if manifest.model.largest_window < manifest.context else 0,
+        tried=_tried(recipe),
         floor=comparison.Floor(exact, ReferenceEngine(moved(exact.model), exact.recipe, manifest.context)),
         progress=progress,
     )
@@ -143,6 +145,12 @@ def _converted_like(source: Path, recipe: Recipe, bundle: Bundle) -> Transformer
             layer.integers = torch.tensor(values)
             layer.scale = torch.tensor(scale.reshape(*part.scale.shape, -1)[:, :, 0])  # a runtime may hold a scale several times
     return model
+
+
+def _tried(recipe: Recipe) -> list[str]:
+    """What of `verdict.ADVICE` a recipe has already."""
+    ends = [rule.weights.bits for name in ENDS if (rule := recipe.rule_for(name))]
+    return [*(["calibration"] if recipe.is_calibrated else []), *(["ends"] if min(ends, default=8) >= 8 else [])]
 
 
 def _stages(asked: Sequence[str] | None, manifest: Manifest) -> Sequence[str]:

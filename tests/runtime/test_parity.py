@@ -121,6 +121,8 @@ def test_a_costly_quantization_is_a_warning_with_advice_and_no_fault() -> None:
     for costly in ({**cheap, "kl_mean": COSTLY_KL * 2}, {**cheap, "perplexity": 12.0}):
         (warning,) = warnings(costly, 10.0)
         assert warning["advice"].index("--calibration") < warning["advice"].index("INT8") < warning["advice"].index("train")
+        (warning,) = warnings(costly, 10.0, ["calibration", "ends"])
+        assert warning["advice"].startswith("train")
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------------------
