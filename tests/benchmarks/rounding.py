@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -41,6 +42,8 @@ OUT = Path(__file__).parent / "rounding"
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
 INT4, INT8 = WeightGrid(4, 32), WeightGrid(8, None)
 EQUATION_4 = replace(INT4, scale_rule="range")
+PLAIN = "the same: llama.cpp's Q4_0"
+Result = dict[str, Any]
 Changed = tuple[Transformer, Recipe | None]
 """A model with its weights rounded, and the recipe that its cache is rounded by."""
 
@@ -139,13 +142,13 @@ def mean_squares(model: Transformer, sequences: Tensor) -> dict[str, Tensor]:
 
 ROWS = (
     Row("layers INT4 in groups of 32, weights alone: eq. 4", rounded(only(LINEARS, EQUATION_4)), 0.445),
-    Row("the same: llama.cpp's Q4_0", by_ggml("layers.*"), 0.318),
+    Row(PLAIN, by_ggml("layers.*"), 0.318),
     Row("the same: searched scales", rounded(only(LINEARS, INT4)), 0.367),
     Row("the same: Q4_0 with importance", by_ggml("layers.*", importance=True)),
     Row("the same: calibrated, in order", calibrated(only(LINEARS, INT4), act_order=False), 0.208),
     Row("the same: calibrated", calibrated(only(LINEARS, INT4)), 0.176),
     Row("embedding and head INT4, alone: eq. 4", rounded(only(ENDS, EQUATION_4)), 0.150),
-    Row("the same: llama.cpp's Q4_0", by_ggml("embedding"), 0.109),
+    Row(PLAIN, by_ggml("embedding"), 0.109),
     Row("the same: searched scales", rounded(only(ENDS, INT4))),
     Row("the same: INT8 per row", rounded(only(ENDS, INT8)), 0.000),
     Row("`8da8w`", rounded(find_recipe("8da8w")), 0.019),
@@ -178,18 +181,6 @@ def measure(changed: Changed, sequences: Tensor, reference: list[Tensor]) -> dic
     return {"kl": float(kl.mean()), "se": float(kl.std() / len(kl) ** 0.5), "perplexity": math.exp(float(torch.cat(surprises).mean()))}
 
 
-def table(results: list[dict[str, float | str | None]], about: str) -> str:
-    """The rows in Markdown."""
-    lines = [about, "", "| what | before | KL | of Q4_0's | perplexity | minutes |", "|---|--:|--:|--:|--:|--:|"]
-    plain = next((float(row["kl"] or 0) for row in results if row["what"] == ROWS[1].what), None)
-    for row in results:
-        before = "" if row["before"] is None else f"{row['before']:.3f}"
-        share = f"{float(row['kl'] or 0) / plain:.2f}" if plain and str(row["part"]).startswith("layers") else ""
-        figures = f"{row['kl']:.4f} ± {row['se']:.4f} | {share} | {row['perplexity']:.2f} | {row['minutes']:.1f}"
-        lines.append(f"| {row['what']} | {before} | {figures} |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("bench-out/SmolLM2-135M-Instruct"))
@@ -198,6 +189,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--only", default="*", help="rows whose text matches")
+    parser.add_argument("--again", action="store_true", help="measure rows that are in the table already, too")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     tokenizer = Tokenizer.from_folder(arguments.model, load_config(arguments.model).vocab_size)
@@ -211,23 +203,54 @@ def main() -> None:
     if arguments.trained:
         rows.append(Row("`8da4w-g32`, trained", lambda *_: load_checkpoint(arguments.trained)))
     found = measure((floats, None), held_out, reference)
-    results: list[dict[str, float | str | None]] = []
+    read = f"{held_out.numel()} tokens of Wikipedia, float perplexity {found['perplexity']:.2f}"
+    about = f"{arguments.model.name}, {read}; calibrated on {len(calibration)} x {LENGTH} tokens of other articles"
+    kept = Kept(arguments.out, about)
     part = ""
     for row in rows:
         part = part if row.what.startswith("the same") else row.what
-        if not fnmatch(row.what, arguments.only):
-            continue
-        start = time.perf_counter()
-        changed = row.make(arguments.model, texts)
-        minutes = (time.perf_counter() - start) / 60
-        results.append({"what": row.what, "part": part, "before": row.before, "minutes": minutes, **measure(changed, held_out, reference)})
-        print(json.dumps(results[-1]), flush=True)
-    read = f"{held_out.numel()} tokens of Wikipedia, float perplexity {found['perplexity']:.2f}"
-    about = f"{arguments.model.name}, {read}; calibrated on {len(calibration)} x {LENGTH} tokens of other articles"
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "table.md").write_text(table(results, about), encoding="utf-8")
-    (arguments.out / "table.json").write_text(json.dumps({"about": about, "rows": results}, indent=1) + "\n", encoding="utf-8")
-    print(table(results, about))
+        name = row.what if row.what == part else f"{part} | {row.what}"
+        if fnmatch(row.what, arguments.only) and (name not in kept.rows or arguments.again):
+            start = time.perf_counter()
+            changed = row.make(arguments.model, texts)
+            minutes = (time.perf_counter() - start) / 60
+            figures = measure(changed, held_out, reference)
+            kept.add(name, {"what": row.what, "part": part, "before": row.before, "minutes": minutes, **figures})
+    print(kept.table())
+
+
+class Kept:
+    """The rows that were measured, in a file: a run that is killed goes on, and one of a few rows leaves the others as they are.
+
+    Args:
+        folder: of `table.json` and `table.md`.
+        about: what was measured, and on what; rows of another are not kept.
+    """
+
+    def __init__(self, folder: Path, about: str) -> None:
+        self.folder, self.about = folder, about
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "table.json"
+        told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.rows: dict[str, Result] = told["rows"] if told.get("about") == about else {}
+
+    def add(self, name: str, result: Result) -> None:
+        """Keeps a row, and writes the table."""
+        print(json.dumps(result), flush=True)
+        self.rows[name] = result
+        (self.folder / "table.json").write_text(json.dumps({"about": self.about, "rows": self.rows}, indent=1) + "\n", encoding="utf-8")
+        (self.folder / "table.md").write_text(self.table(), encoding="utf-8")
+
+    def table(self) -> str:
+        """The rows in Markdown."""
+        lines = [self.about, "", "| what | before | KL | of Q4_0's | perplexity | minutes |", "|---|--:|--:|--:|--:|--:|"]
+        for row in self.rows.values():
+            plain = self.rows.get(f"{row['part']} | {PLAIN}")
+            before = "" if row["before"] is None else f"{row['before']:.3f}"
+            share = f"{row['kl'] / plain['kl']:.2f}" if plain else ""
+            figures = f"{row['kl']:.4f} ± {row['se']:.4f} | {share} | {row['perplexity']:.2f} | {row['minutes']:.1f}"
+            lines.append(f"| {row['what']} | {before} | {figures} |")
+        return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
