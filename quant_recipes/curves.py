@@ -6,6 +6,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from lobit.quant_recipes.train import Row
 
@@ -15,7 +16,7 @@ SMOOTH = 50
 
 
 def write_curves(rows: Sequence[Row], folder: Path, title: str) -> None:
-    """Writes `training.csv`, a line for every step, and `training.png`, loss and learning rate."""
+    """Writes `training.csv`, a line for every step, and `training.png`: loss and learning rate, by steps and by minutes."""
     with (folder / TABLE_FILE).open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, [field.name for field in fields(Row)])
         table.writeheader()
@@ -32,6 +33,10 @@ def _draw(rows: Sequence[Row], path: Path, title: str) -> None:
     loss.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
     loss.plot(steps, smooth(losses), color="tab:blue", label="loss")
     loss.set(title=title, xlabel="step", ylabel="loss, nats a token")
+    minutes = sum(row.seconds for row in rows) / len(rows) / 60
+    if minutes > 0:
+        functions: Any = (lambda step: step * minutes, lambda minute: minute / minutes)
+        loss.secondary_xaxis("top", functions=functions).set_xlabel(f"minutes, at {60 * minutes:.1f} s a step")
     rate = loss.twinx()
     rate.plot(steps, [row.learning_rate for row in rows], color="tab:orange", linestyle="--", label="learning rate")
     rate.set(ylabel="learning rate", ylim=(0, None))

@@ -27,8 +27,9 @@ from lobit.quant_recipes.grid import (
 )
 from lobit.quant_recipes.recipe import WeightGrid
 
-INSIDE = 0.49
-"""Steps from an integer that a weight may begin, to be rounded to it: less than a half, since scales are rounded."""
+INSIDE = 0.25
+"""Steps from an integer that a weight may begin, to be rounded to it. Nearer to a half, the first few updates undo what calibration found:
+on SmolLM2 from 0.49 the loss rose from 0.27 to 0.36 in 20 steps."""
 
 
 class Quantizer(nn.Module):

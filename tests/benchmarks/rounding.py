@@ -158,6 +158,7 @@ ROWS = (
     Row("`8da4w-g32`, calibrated", calibrated(find_recipe("8da4w-g32"))),
     Row("`8da4w-g32-e8`", rounded(find_recipe("8da4w-g32-e8"))),
     Row("`8da4w-g32-e8`, calibrated", calibrated(find_recipe("8da4w-g32-e8"))),
+    Row("`w4-channel` by eq. 4", rounded(find_recipe("w4-channel").with_changes(scale_rule="range"))),
     Row("`w4-channel`", rounded(find_recipe("w4-channel"))),
     Row("`w4-channel`, calibrated", calibrated(find_recipe("w4-channel"))),
 )
