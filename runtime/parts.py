@@ -163,10 +163,12 @@ class _Check:
         return value.reshape(1, len(self.positions), -1, self.config.head_dim)
 
     def _q(self, layer: int) -> Tensor:
-        if f"q.{layer}" in self.seen:
-            return self._handed("q", layer)
-        # Products of q, k and v at once have q first.
-        q, block = self._handed("q_unturned", layer)[:, :, : self.config.heads], self._blocks(layer)[0]
+        turned = f"q.{layer}" in self.seen
+        # What is a product of q, k and v at once has q first.
+        q = self._handed("q" if turned else "q_unturned", layer)[:, :, : self.config.heads]
+        if turned:
+            return q
+        block = self._blocks(layer)[0]
         rope = block.attention.rope
         assert rope is not None
         return block.attention._rotate(q, self.tables[rope])
