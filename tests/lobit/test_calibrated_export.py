@@ -69,3 +69,18 @@ def test_training_begins_at_a_calibrated_checkpoint_of_the_same_model(text: Path
     assert made.code == 0 and made.json["settings"]["start"]
     refused = lobit("train", stories, *train, "--except", "layers.*.mlp.down", "-o", tmp_path / "other")
     assert refused.code == 2 and "another model" in refused.err
+
+
+def test_the_papers_scales_are_there_by_name(text: Path, lobit: Any, tmp_path: Path) -> None:
+    seals = set()
+    for number, rule in enumerate(((), ("--scale-rule", "range"), ("--scale-rule", "least_squares"))):
+        out = tmp_path / str(number)
+        made = lobit("quantize", "demo", "--recipe", "8da4w-g32", *rule, "-o", out, "--json")
+        assert made.code == 0, made.err
+        chosen = {one["weights"]["scale_rule"] for one in made.json["recipe"]["rules"]}
+        assert chosen == {rule[1] if rule else "least_squares"}
+        seals.add((out / "model.safetensors").read_bytes())
+    assert len(seals) == 2, "the default is the search"
+    train = ("--recipe", "8da4w-g32", "--scale-rule", "range", "--text", text, "--steps", "1", "--batch", "1", "--length", "64")
+    trained = lobit("train", "demo", *train, "-o", tmp_path / "trained", "--json")
+    assert {one["weights"]["scale_rule"] for one in trained.json["settings"]["recipe"]["rules"]} == {"range"}

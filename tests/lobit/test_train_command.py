@@ -141,7 +141,9 @@ OPTIONS: dict[str, tuple[tuple[Any, ...], Callable[[Any], Any], Any]] = {
     "--mixed": (("layers.0.mlp.up=int8",), lambda told: told["settings"]["recipe"]["rules"][0]["weights"]["bits"], 8),
 }
 """Of each option that changes what is trained: a value, and what of the result tells that it was heard."""
-ELSEWHERE = {"--recipe", "--text", "--out", "--held-out", "--from-scratch", "--recompute", "--group-size", "--json", "--help"}
+ELSEWHERE = {"--recipe", "--text", "--out", "--held-out", "--from-scratch", "--recompute", "--group-size"} | {
+    *("--from", "--scale-rule", "--json", "--help")
+}
 """Options that tests of their own walk."""
 
 
