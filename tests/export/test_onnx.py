@@ -40,16 +40,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CONTEXT, CHUNK, THREADS = 96, 24, 1
 FLOAT_RELATIVE = 1e-4
 """Of the largest logit: sums of float32 in another order give about 1e-6."""
-PORTABLE_KL = 1e-5
-"""Nats, median over a walk: inputs are rounded as the recipe says. Sums in another order give 1e-9; an entry that falls on the other side
-of a rounding boundary, as it does on some processors, moves the tokens around it by about 1e-5. Without the rounding every token moves,
-by `UNROUNDED_KL` in the median."""
-UNROUNDED_KL = 3e-5
+PORTABLE_KL = 1e-7
+"""Nats, median over short texts: inputs are rounded as the recipe says, and sums in another order give 1e-13. In some of the texts, others
+on each processor, an entry falls on the other side of a rounding boundary, and the tokens from there on move by 1e-5 to 1e-4; without
+the rounding all of them do, by `UNROUNDED_KL` in the median."""
+UNROUNDED_KL = 1e-5
 """At least."""
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(0, 64, 60)]
 CALLS = [1, 5, CHUNK]
 RECIPES = [name for name in CATALOG if not name.startswith("gptq")]
-ROUNDED_INPUTS = {"8da4w-g32", "8da8w", "bitnet", "trilm", "bonsai", "bilm"}
+ROUNDED_INPUTS = {"8da4w-g32", "8da4w-g32-e8", "8da8w", "bitnet", "trilm", "bonsai", "bilm"}
 """Recipes whose products have INT8 inputs in ONNX Runtime's operators: their own, or since two bits have fast products in no other way."""
 
 
@@ -71,6 +71,21 @@ def walked(engine: Any) -> Any:
     return np.stack([*rows, *(engine.decode(token) for token in TOKENS[start:])])
 
 
+def short_texts(engine: Any) -> Any:
+    """Logits after the fourth token of many texts: few entries were rounded before, so that few texts have one on a boundary."""
+    rows = []
+    for start in range(0, len(TOKENS), 4):
+        engine.reset()
+        engine.prefill(TOKENS[start : start + 3])
+        rows.append(engine.decode(TOKENS[start + 3]))
+    return np.stack(rows)
+
+
+def off(expected: Any, found: Any) -> float:
+    """The median KL between two walks."""
+    return float(np.median(kl_divergence(log_softmax(expected), log_softmax(found))))
+
+
 def reference(model: Path, recipe: Recipe, context: int = CONTEXT) -> ReferenceEngine:
     return ReferenceEngine(convert(load_model(model), recipe), recipe, context)
 
@@ -83,13 +98,15 @@ def test_every_recipe_runs_as_it_was_quantized(model: str, name: str, portable: 
     bundle = export(models(model), recipe, tmp_path / "bundle", portable=portable)
     verified = verbs.verify(bundle, str(models(model)))
     assert verified["passed"], verified
-    expected, found = walked(reference(models(model), recipe)), walked(open_engine(open_bundle(bundle), THREADS))
+    engines = reference(models(model), recipe), open_engine(open_bundle(bundle), THREADS)
+    expected, found = map(walked, engines)
     exact = name not in ROUNDED_INPUTS or (portable and not recipe.rules[0].activation_bits)
     if exact:
         assert (np.abs(found - expected).max(axis=1) / np.abs(expected).max(axis=1)).max() < FLOAT_RELATIVE
+    elif portable:
+        assert off(*map(short_texts, engines)) < PORTABLE_KL
     else:
-        divergence = kl_divergence(log_softmax(expected), log_softmax(found))
-        assert (np.median(divergence) < PORTABLE_KL) if portable else (divergence.mean() < ROUNDED_KL)
+        assert kl_divergence(log_softmax(expected), log_softmax(found)).mean() < ROUNDED_KL
     levels = [next(one.i for one in node.attribute if one.name == "accuracy_level") for node in products(bundle)]
     assert set(levels) == (set() if portable or name in ("fp", "fp16") else {4} if name in ROUNDED_INPUTS else {0})
 
@@ -194,17 +211,19 @@ def test_a_portable_graph_is_valid_and_the_reference_evaluator_runs_it(model: st
         for part in ("key", "value")
     }
 
+    empty = dict(caches)
+
     def read(tokens: list[int], position: int) -> Any:
-        outputs = evaluator.run(None, {"input_ids": np.array([tokens])} | caches)
+        outputs = evaluator.run(None, {"input_ids": np.array([tokens])} | (caches if position else empty))
         named = dict(zip([value.name for value in graph.graph.output], outputs, strict=True))
         caches.update({name: named[name.replace("past_key_values", "present")] for name in caches})
         return named["logits"][0, -1]
 
-    found = walked(SteppingEngine(read, CONTEXT, CHUNK, config.vocab_size))
-    expected = walked(reference(models(model), recipe))
+    engines = reference(models(model), recipe), SteppingEngine(read, CONTEXT, CHUNK, config.vocab_size)
     if any(rule.activation_bits for rule in recipe.rules):
-        assert np.median(kl_divergence(log_softmax(expected), log_softmax(found))) < PORTABLE_KL
+        assert off(*map(short_texts, engines)) < PORTABLE_KL
     else:
+        expected, found = map(walked, engines)
         assert np.abs(found - expected).max() / np.abs(expected).max() < FLOAT_RELATIVE
 
 
@@ -213,8 +232,8 @@ def test_a_portable_graph_is_valid_and_the_reference_evaluator_runs_it(model: st
 def test_the_limit_on_rounded_inputs_would_notice_inputs_that_are_not(model: str, name: str, models: Any) -> None:
     recipe = verbs.choose_recipe(name, kv_cache="float")
     floats = replace(recipe, rules=tuple(replace(rule, activation_bits=None) for rule in recipe.rules))
-    expected, found = walked(reference(models(model), recipe)), walked(reference(models(model), floats))
-    assert np.median(kl_divergence(log_softmax(expected), log_softmax(found))) > UNROUNDED_KL > PORTABLE_KL
+    rounded, unrounded = (short_texts(reference(models(model), one)) for one in (recipe, floats))
+    assert off(rounded, unrounded) > UNROUNDED_KL > PORTABLE_KL
 
 
 @pytest.mark.parametrize("most", [CONTEXT, CONTEXT - 1])
