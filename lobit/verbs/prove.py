@@ -79,7 +79,7 @@ def parity(
     from lobit.runtime.bundle import open_bundle
     from lobit.runtime.engine import default_threads, open_engine
     from lobit.runtime.parts import check_parts
-    from lobit.runtime.reference import ReferenceEngine, moved, twin
+    from lobit.runtime.reference import MOVED, MOVED_FAR, ReferenceEngine, moved, twin
     from lobit.verbs.talk import bundle_tokenizer
 
     unknown = sorted(set(stages or ()) - set(STAGES))
@@ -108,6 +108,7 @@ def parity(
         graph, spec = find_target(manifest.target).graph, Spec(recipe, manifest.context, manifest.chunk)
         engines["graph"] = _graph_engine(graph(twin(model), spec), manifest) if graph else exact
     engines["artifact"] = open_engine(opened, threads)
+    share = MOVED_FAR if recipe.rules else MOVED
     result = comparison.parity(
         ReferenceEngine(load_model(source, config), None, manifest.context),
         engines,
@@ -116,7 +117,7 @@ def parity(
         bos=manifest.tokens.bos,
         window=manifest.model.largest_window if manifest.model.largest_window < manifest.context else 0,
         tried=_tried(recipe),
-        floor=comparison.Floor(exact, ReferenceEngine(moved(exact.model), exact.recipe, manifest.context)),
+        floor=comparison.Floor(exact, ReferenceEngine(moved(exact.model, share), exact.recipe, manifest.context)),
         progress=progress,
     )
     described = {"name": manifest.name, "target": manifest.target, "recipe": recipe.name}

@@ -23,7 +23,7 @@ from lobit.quant_recipes.apply import convert
 from lobit.quant_recipes.catalog import find_recipe
 from lobit.runtime.engine import Logits, SteppingEngine
 from lobit.runtime.parity import SHORTEST_TEXT, Floor, Walk, kl_divergence, log_softmax, parity, plan_walks, walk
-from lobit.runtime.reference import ReferenceEngine, moved, twin
+from lobit.runtime.reference import MOVED_FAR, ReferenceEngine, moved, twin
 from lobit.runtime.verdict import COSTLY_KL, FLOAT_ORDER, FLOORS, judged, warnings
 
 Bundles = Any
@@ -232,7 +232,7 @@ def rounded_stages(folder: Path) -> tuple[ReferenceEngine, Floor]:
     """A converted model, and the floor of its arithmetic."""
     recipe = find_recipe("8da4w-g32")
     exact = ReferenceEngine(convert(load_model(folder), recipe), recipe, CONTEXT)
-    return exact, Floor(exact, ReferenceEngine(moved(exact.model), recipe, CONTEXT))
+    return exact, Floor(exact, ReferenceEngine(moved(exact.model, MOVED_FAR), recipe, CONTEXT))
 
 
 def test_the_loss_is_shared_out_over_the_stages(folder: Path) -> None:
