@@ -9,7 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lobit.cli_options import Except, GroupSize, Json, KVCache, Mixed, ModelArgument, Out, RecipeName, ScaleRule, app, print_json, read_text
+from lobit.cli_options import (
+    Except,
+    GroupSize,
+    Json,
+    KVCache,
+    Mixed,
+    ModelArgument,
+    Out,
+    RecipeName,
+    Rotate,
+    ScaleRule,
+    app,
+    print_json,
+    read_text,
+    rotations,
+)
 from lobit.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,6 +65,7 @@ def train(
     kv_cache: KVCache = None,
     mixed: Mixed = None,
     scale_rule: ScaleRule = None,
+    rotate: Rotate = None,
     as_json: Json = False,
 ) -> None:
     """Quantization-aware training into a checkpoint folder.
@@ -60,7 +76,7 @@ def train(
     from lobit.progress import bar
     from lobit.quant_recipes.train import Run, join, native_precision
 
-    chosen = verbs.choose_recipe(recipe, exclude or (), group_size, kv_cache, mixed or (), scale_rule)
+    chosen = verbs.choose_recipe(recipe, exclude or (), group_size, kv_cache, mixed or (), scale_rule, rotations(rotate))
     told = verbs.Texts([read_text(path) for path in texts], read_text(held_out) if held_out else None, length, seed)
     device = join()
     run = Run(steps, batch, micro_batch or 0, precision or native_precision(device), minutes, device)
