@@ -124,6 +124,7 @@ def sensitivity(
     exclude: Except = None,
     group_size: GroupSize = None,
     mixed: Mixed = None,
+    rotate: Rotate = None,
     as_json: Json = False,
 ) -> None:
     """How far each layer alone moves the model when it is quantized, and --mixed options for those that matter.
@@ -134,7 +135,7 @@ def sensitivity(
     from lobit import tables, verbs
     from lobit.progress import bar
 
-    chosen = verbs.choose_recipe(recipe, exclude or (), group_size, mixed=mixed or ())
+    chosen = verbs.choose_recipe(recipe, exclude or (), group_size, mixed=mixed or (), rotate=rotations(rotate))
     with bar() as shown:
         result = verbs.sensitivity(model, chosen, read_text(text), budget=budget, tokens=tokens, progress=shown.count)
     print_json(result) if as_json else tables.show(tables.sensitivity(result))

@@ -12,10 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from lobit import verbs
 from lobit.checkpoint import Weights, load_config, load_model
-from lobit.errors import RecipeError
+from lobit.cli_options import chosen_recipe
+from lobit.errors import InputError, RecipeError
 from lobit.model import Config, Layer, Transformer
 from lobit.quant_recipes.apply import arrange, check, convert, fates, prepare
+from lobit.quant_recipes.calibration import calibrate
 from lobit.quant_recipes.catalog import CATALOG
 from lobit.quant_recipes.quantized import WEIGHTS_FILE, fingerprint, load_checkpoint, load_recipe
 from lobit.quant_recipes.recipe import TURNS, Recipe, Turn
@@ -31,6 +34,8 @@ EXACT = 1e-4
 """Of the largest logit: products of float32 in another basis round otherwise, about 1e-6 of it in a model of four layers."""
 ORTHONORMAL = 1e-13
 """Of entries of R^T R: float64 has 1e-16, and 10 bits of sums come on top."""
+ROUNDED = 0.1
+"""Of the largest logit: what INT8 may cost a random model; it costs 0.01."""
 DIGEST = "bf76518a513beb60b904674e959efca5e57c3dfe8b02d47b950b7134edb97ba9"
 TOKENS = torch.arange(48).reshape(2, 24) * 5 % 96
 
@@ -132,6 +137,14 @@ def test_training_begins_rotated_and_ships_what_conversion_does() -> None:
     assert fingerprint(trained) == fingerprint(convert(random_model(small()), recipe))
 
 
+def test_a_calibrated_model_is_rotated_once() -> None:
+    """A second rotation would leave nothing of what the model computes."""
+    model, recipe = random_model(small()), recipe_of(*TURNS).calibrated()
+    wanted = model(TOKENS)
+    integers = calibrate(model, recipe, TOKENS).integers
+    assert difference(convert(model, recipe, calibrated=integers)(TOKENS), wanted) < ROUNDED
+
+
 @pytest.mark.parametrize("family", ["qwen2", "phi3", "mobilellm-ls", "bitnet"])
 def test_weights_that_are_read_one_by_one_are_rotated_alike(family: str, small_models: SmallModels) -> None:
     folder, recipe = small_models(family)[0], recipe_of(*TURNS)
@@ -166,9 +179,9 @@ def test_a_rotated_stream_unties_the_head() -> None:
 def test_what_cannot_be_rotated_is_refused_with_the_way_out() -> None:
     with pytest.raises(RecipeError, match="'tail' cannot be rotated: choose of stream, heads"):
         CATALOG["8da8w"].with_changes(rotate=("tail",))
-    with pytest.raises(RecipeError, match="quantizes nothing.*leave --rotate out"):
+    with pytest.raises(RecipeError, match=r"quantizes nothing.*leave --rotate out"):
         check(small(), recipe_of("stream", name="fp"))
-    with pytest.raises(RecipeError, match="stream of 262 channels, 2 times 131, cannot be rotated.*leave stream out of --rotate"):
+    with pytest.raises(RecipeError, match=r"stream of 262 channels, 2 times 131, cannot be rotated.*leave stream out of --rotate"):
         check(small(hidden_size=262), recipe_of(*TURNS))
 
 
@@ -192,3 +205,16 @@ def test_a_checkpoint_keeps_its_rotation_and_has_the_size_that_was_planned(
     assert fingerprint(loaded) == fingerprint(converted)
     header = 8 + int.from_bytes((folder / WEIGHTS_FILE).read_bytes()[:8], "little")
     assert (folder / WEIGHTS_FILE).stat().st_size - header == checkpoint_bytes(load_config(source), recipe)
+
+
+def test_an_exported_rotation_is_that_of_the_float_model(tmp_path: Path) -> None:
+    """Whose recipe is applied to it again."""
+    verbs.export("demo", "onnx", tmp_path / "bundle", recipe=recipe_of(*TURNS), context=64, chunk=16)
+    assert verbs.verify(tmp_path / "bundle", "demo")["passed"]
+    assert not verbs.verify(tmp_path / "bundle", str(make.quantize("demo", recipe_of("heads"), tmp_path / "other")))["passed"]
+
+
+def test_rotation_without_a_recipe_is_refused() -> None:
+    with pytest.raises(InputError, match="--rotate change a recipe: name it with --recipe"):
+        chosen_recipe(None, None, None, None, None, None, "heads")
+    assert chosen_recipe("8da8w", None, None, None, None, None, "heads, stream") == recipe_of(*TURNS)
