@@ -9,7 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lobit.cli_options import Except, GroupSize, Json, KVCache, Mixed, ModelArgument, Out, RecipeName, ScaleRule, app, print_json, read_text
+from lobit.cli_options import (
+    Except,
+    GroupSize,
+    Json,
+    KVCache,
+    Mixed,
+    ModelArgument,
+    Out,
+    RecipeName,
+    Rotate,
+    ScaleRule,
+    app,
+    print_json,
+    read_text,
+    rotations,
+)
 from lobit.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,6 +68,7 @@ def train(
     kv_cache: KVCache = None,
     mixed: Mixed = None,
     scale_rule: ScaleRule = None,
+    rotate: Rotate = None,
     as_json: Json = False,
 ) -> None:
     """Quantization-aware training into a checkpoint folder.
@@ -63,7 +79,7 @@ def train(
     from lobit.progress import bar
     from lobit.quant_recipes.train import Run, join, native_precision
 
-    chosen = verbs.choose_recipe(recipe, exclude or (), group_size, kv_cache, mixed or (), scale_rule)
+    chosen = verbs.choose_recipe(recipe, exclude or (), group_size, kv_cache, mixed or (), scale_rule, rotations(rotate))
     told = verbs.Texts([read_text(path) for path in texts], read_text(held_out) if held_out else None, length, seed)
     device = join()
     run = Run(steps, batch, micro_batch or 0, precision or native_precision(device), minutes, device)
@@ -112,6 +128,7 @@ def sensitivity(
     exclude: Except = None,
     group_size: GroupSize = None,
     mixed: Mixed = None,
+    rotate: Rotate = None,
     as_json: Json = False,
 ) -> None:
     """How far each layer alone moves the model when it is quantized, and --mixed options for those that matter.
@@ -122,7 +139,7 @@ def sensitivity(
     from lobit import tables, verbs
     from lobit.progress import bar
 
-    chosen = verbs.choose_recipe(recipe, exclude or (), group_size, mixed=mixed or ())
+    chosen = verbs.choose_recipe(recipe, exclude or (), group_size, mixed=mixed or (), rotate=rotations(rotate))
     with bar() as shown:
         result = verbs.sensitivity(model, chosen, read_text(text), budget=budget, tokens=tokens, progress=shown.count)
     print_json(result) if as_json else tables.show(tables.sensitivity(result))

@@ -25,6 +25,7 @@ from lobit.cli_options import (
     ModelArgument,
     Out,
     Portable,
+    Rotate,
     SampleLength,
     Samples,
     ScaleRule,
@@ -34,6 +35,7 @@ from lobit.cli_options import (
     calibration_on,
     chosen_recipe,
     print_json,
+    rotations,
 )
 from lobit.errors import InputError
 
@@ -77,6 +79,7 @@ def recipes(
     kv_cache: KVCache = None,
     mixed: Mixed = None,
     scale_rule: ScaleRule = None,
+    rotate: Rotate = None,
     as_json: Json = False,
 ) -> None:
     """The catalogue; one recipe; the fate of every layer of a model."""
@@ -91,7 +94,7 @@ def recipes(
         found = list(CATALOG.values())
         print_json({"recipes": [recipe.to_json() for recipe in found]}) if as_json else tables.show(tables.recipes(found))
         return
-    recipe = verbs.choose_recipe(name, exclude or (), group_size, kv_cache, mixed or (), scale_rule)
+    recipe = verbs.choose_recipe(name, exclude or (), group_size, kv_cache, mixed or (), scale_rule, rotations(rotate))
     if model is None:
         print_json(recipe.to_json()) if as_json else typer.echo(json.dumps(recipe.to_json(), indent=2))
         return
@@ -114,6 +117,7 @@ def plan(
     kv_cache: KVCache = None,
     mixed: Mixed = None,
     scale_rule: ScaleRule = None,
+    rotate: Rotate = None,
     portable: Portable = False,
     all_logits: AllLogits = False,
     detail: Annotated[bool, typer.Option("--detail", help="Bound on decode speed, energy, entropy of the weights.")] = False,
@@ -126,7 +130,7 @@ def plan(
 
     if bandwidth is not None and not detail:
         raise InputError(f"--bandwidth {bandwidth:g} is for the bound on decode speed: add --detail")
-    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed, scale_rule)
+    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed, scale_rule, rotate)
     with bar() as shown:
         found = verbs.plan(
             model,
@@ -165,6 +169,7 @@ def quantize(
     kv_cache: KVCache = None,
     mixed: Mixed = None,
     scale_rule: ScaleRule = None,
+    rotate: Rotate = None,
     as_json: Json = False,
 ) -> None:
     """Post-training quantization into a checkpoint folder."""
@@ -172,7 +177,7 @@ def quantize(
     from lobit.progress import bar
     from lobit.verbs.calibrate import CALIBRATION_FILE
 
-    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed, scale_rule)
+    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed, scale_rule, rotate)
     given = calibration_on(calibration, samples, length, act_order)
     tables.show(tables.fates(verbs.recipes(chosen, model)), error=True)
     with bar() as shown:
@@ -204,6 +209,7 @@ def export(
     kv_cache: KVCache = None,
     mixed: Mixed = None,
     scale_rule: ScaleRule = None,
+    rotate: Rotate = None,
     portable: Portable = False,
     all_logits: AllLogits = False,
     threads: BundleThreads = 0,
@@ -213,7 +219,7 @@ def export(
     from lobit import tables, verbs
     from lobit.progress import bar
 
-    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed, scale_rule)
+    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed, scale_rule, rotate)
     given = calibration_on(calibration, samples, length, act_order)
     if chosen is not None:
         tables.show(tables.fates(verbs.recipes(chosen, model)), error=True)

@@ -34,6 +34,10 @@ ScaleRule = Annotated[
     Literal["least_squares", "range"] | None,
     typer.Option("--scale-rule", help="How scales are computed from weights; range: MobileLLM-Pro's eq. 4. Default: least_squares."),
 ]
+Rotate = Annotated[
+    str | None,
+    typer.Option("--rotate", metavar="stream,heads", help="Spreads outliers of INT8 inputs, exactly; stream unties the head."),
+]
 Calibration = Annotated[
     Path | None, typer.Option("--calibration", metavar="FILE", help="Text to round on by GPTQ: a smaller loss, minutes more.")
 ]
@@ -92,6 +96,11 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path} cannot be read ({error.strerror}): give a text file") from None
 
 
+def rotations(text: str | None) -> tuple[str, ...]:
+    """What `--rotate stream,heads` names."""
+    return () if text is None else tuple(turn.strip() for turn in text.split(","))
+
+
 def chosen_recipe(
     recipe: str | None,
     exclude: list[str] | None,
@@ -99,16 +108,17 @@ def chosen_recipe(
     kv_cache: str | None,
     mixed: list[str] | None,
     scale_rule: str | None = None,
+    rotate: str | None = None,
 ) -> Recipe | None:
     """The recipe that is named, with its changes."""
     from lobit import verbs
 
-    if recipe is None and (exclude or group_size or kv_cache or mixed or scale_rule):
-        raise InputError("--except, --group-size, --kv-cache, --mixed and --scale-rule change a recipe: name it with --recipe")
+    if recipe is None and (exclude or group_size or kv_cache or mixed or scale_rule or rotate is not None):
+        raise InputError("--except, --group-size, --kv-cache, --mixed, --scale-rule and --rotate change a recipe: name it with --recipe")
     if recipe is None:
         return None
     cache, rule = cast("verbs.make.KVCache | None", kv_cache), cast("verbs.make.ScaleRule | None", scale_rule)
-    return verbs.choose_recipe(recipe, exclude or (), group_size, cache, mixed or (), rule)
+    return verbs.choose_recipe(recipe, exclude or (), group_size, cache, mixed or (), rule, rotations(rotate))
 
 
 def calibration_on(path: Path | None, samples: int | None, length: int | None, act_order: bool) -> verbs.calibrate.Calibration | None:

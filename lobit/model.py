@@ -322,6 +322,8 @@ class Transformer(nn.Module):
         self.head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embedding.weight
+        self.rotated: tuple[str, ...] = ()
+        """What of it a recipe has rotated."""
 
     @property
     def blocks(self) -> list[Block]:

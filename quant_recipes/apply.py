@@ -19,6 +19,8 @@ from lobit.quant_recipes.fake_quant import FakeQuantizedEmbedding, FakeQuantized
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear, quantize_linear
 from lobit.quant_recipes.quantizers import Searched
 from lobit.quant_recipes.recipe import Recipe, Rule
+from lobit.quant_recipes.rotate import Read, rotate, rotated
+from lobit.quant_recipes.rotate import problems as rotation_problems
 
 MOST_WORKERS = 8
 """Layers that are quantized at once: each takes some ten bytes per weight meanwhile."""
@@ -105,7 +107,7 @@ def problems(config: Config, recipe: Recipe) -> list[str]:
     patterns = [pattern for rule in recipe.rules for pattern in rule.match]
     idle = [pattern for pattern in patterns if not any(fnmatchcase(fate.name, pattern) for fate in rows)]
     found += [f"the pattern '{shown_name(pattern)}' matches no layer: names are such as {rows[-2].name}" for pattern in idle]
-    return found
+    return found + rotation_problems(config, recipe)
 
 
 def _elsewhere(rule: Rule | None) -> Rule | None:
@@ -140,6 +142,19 @@ def _check_chooses(recipe: Recipe) -> None:
         raise RecipeError(f"recipe {recipe.name} is that of a model that was quantized before: take one of `lobit recipes`")
 
 
+def arrange(model: Transformer, recipe: Recipe) -> None:
+    """Gives a float model the parameters that the recipe quantizes: a head of its own, a rotated basis. In place; once.
+
+    Raises:
+        RecipeError: the recipe does not fit the model.
+    """
+    check(model.config, recipe)
+    _check_chooses(recipe)
+    if recipe.untied and model.config.tied:
+        untie(model)
+    rotate(model, recipe)
+
+
 def prepare(model: Transformer, recipe: Recipe) -> Transformer:
     """Puts fake-quantized layers in place of those that the recipe quantizes; the weights stay trainable floats. In place.
 
@@ -149,10 +164,7 @@ def prepare(model: Transformer, recipe: Recipe) -> Transformer:
     Raises:
         RecipeError: the recipe does not fit the model.
     """
-    check(model.config, recipe)
-    _check_chooses(recipe)
-    if recipe.untied and model.config.tied:
-        untie(model)
+    arrange(model, recipe)
     for name, module in list(layers_of(model)):
         rule = recipe.rule_for(name)
         if rule is None:
@@ -199,7 +211,7 @@ def convert(
     """Puts integers and scales in place of the weights that the recipe quantizes. In place, so that memory shrinks on the way.
 
     Args:
-        model: a float model, or one that `prepare` made and training changed.
+        model: a float model, which is rotated where the recipe says so, or one that `prepare` made and training changed.
         progress: called after each layer.
         weights: of a model without memory (`Weights.model`), read when a layer's turn comes; None: the model has its own.
         calibrated: the integers and scales of layers whose rule rounds on a calibration text.
@@ -207,16 +219,13 @@ def convert(
     Raises:
         RecipeError: the recipe does not fit the model, needs a calibration, or a weight is not finite.
     """
-    check(model.config, recipe)
-    _check_chooses(recipe)
-    if recipe.untied and model.config.tied:
-        untie(model)
+    arrange(model, recipe)
     names = [name for name, _ in layers_of(model)]
 
     def converted(name: str) -> nn.Module:
         module, rule = model.get_submodule(name), recipe.rule_for(name)
         if weights:
-            _fill(module, name, weights, None if rule else torch.float32)
+            _fill(module, name, _reader(weights, recipe, None if rule else torch.float32))
         elif rule:
             _check_finite(name, weight_of(module).detach())
         if rule is None:
@@ -232,7 +241,7 @@ def convert(
     if shares:
         model.set_submodule("head", converted("head"))
     if weights:
-        _fill(model, "", weights, torch.float32)
+        _fill(model, "", _reader(weights, recipe, torch.float32))
         if model.config.tied and not isinstance(model.head, IntegerLinear):
             model.head.weight = weight_of(model.embedding)
     return model.eval().requires_grad_(False)
@@ -249,14 +258,18 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _fill(module: nn.Module, name: str, weights: Weights, dtype: torch.dtype | None) -> None:
-    """Reads what of a module has no memory yet; biases and norms always in float32."""
+def _reader(weights: Weights, recipe: Recipe, dtype: torch.dtype | None) -> Read:
+    """Reads parameters as the recipe rotates them; biases always in float32."""
+    return rotated(weights.config, recipe, lambda path: weights.read(path, dtype if path.endswith(".weight") else torch.float32))
+
+
+def _fill(module: nn.Module, name: str, read: Read) -> None:
+    """Reads what of a module has no memory yet."""
     for path, parameter in list(module.named_parameters(name)):
         if parameter.is_meta:
             owner = module.get_submodule(path.removeprefix(f"{name}.").rpartition(".")[0])
             part = path.rpartition(".")[2]
-            tensor = weights.read(path, dtype if part == "weight" else torch.float32)
-            setattr(owner, part, nn.Parameter(tensor, requires_grad=False))
+            setattr(owner, part, nn.Parameter(read(path), requires_grad=False))
 
 
 def _check_finite(name: str, weight: torch.Tensor) -> None:

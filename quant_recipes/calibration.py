@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from lobit.errors import InputError
 from lobit.model import Attend, Block, CausalAttention, Tables, Transformer, rotary_tables, weight_of
-from lobit.quant_recipes.apply import Integers, Progress, check, untie
+from lobit.quant_recipes.apply import Integers, Progress, arrange
 from lobit.quant_recipes.fake_quant import FakeQuantizedAttention
 from lobit.quant_recipes.gptq import DAMPING, catch_up, relative_error, round_with_hessian
 from lobit.quant_recipes.grid import dequantize
@@ -115,9 +115,7 @@ def calibrate(
         RecipeError: the recipe does not fit the model.
         InputError: weights, or what they compute, are not finite.
     """
-    check(model.config, recipe)
-    if recipe.untied and model.config.tied:
-        untie(model)
+    arrange(model, recipe)
     walk = _Walk(model, recipe, sequences, act_order, damping, progress)
     with _QuickProducts():
         for index in range(len(model.blocks)):

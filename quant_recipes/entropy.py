@@ -15,6 +15,7 @@ from lobit.checkpoint import ROWS, Weights
 from lobit.model import Config
 from lobit.quant_recipes.apply import layers_of
 from lobit.quant_recipes.recipe import Recipe
+from lobit.quant_recipes.rotate import rotated
 from lobit.quant_recipes.sizes import checkpoint_sizes, kind_of
 
 BINS = (16, 256, 4096)
@@ -81,11 +82,12 @@ def entropies(weights: Weights, recipe: Recipe, progress: Progress | None = None
         if not (name == "head" and weights.config.tied):
             kinds.setdefault(kind_of(name), []).append(f"{name}.weight")
     count = itertools.count(1)
+    read = rotated(weights.config, recipe, weights.read)
     total = 2 * sum(map(len, kinds.values()))
 
     def parts(kind: str) -> Iterator[Tensor]:
         for name in kinds[kind]:
-            yield from weights.read(name).split(ROWS)
+            yield from read(name).split(ROWS)
             if progress:
                 progress("entropy", next(count), total)
 

@@ -14,6 +14,8 @@ from lobit.errors import RecipeError, listed, shown, shown_name
 from lobit.typed import build
 
 ScaleRule = Literal["least_squares", "range", "learned", "absmean", "row_norm", "exact"]
+Turn = Literal["stream", "heads"]
+TURNS: tuple[Turn, ...] = ("stream", "heads")
 NAMES = {1: "binary", 2: "ternary"}
 
 
@@ -116,6 +118,8 @@ class Recipe:
     """The head gets integers of its own where the model shares the embedding with it."""
     float_bits: Literal[16, 32] = 32
     """Of the layers that stay in floating point; 16: rounded once to half precision. Norms and biases keep 32."""
+    rotate: tuple[Turn, ...] = ()
+    """What gets another basis before anything is rounded, so that outliers are spread (`rotate.py`): the stream, each head's values."""
     source: str = ""
     """Where the recipe comes from."""
 
@@ -136,8 +140,9 @@ class Recipe:
         kv_cache: Literal["int8", "float"] | None = None,
         mixed: Sequence[str] = (),
         scale_rule: Literal["least_squares", "range"] | None = None,
+        rotate: Sequence[str] = (),
     ) -> Recipe:
-        """The recipe with more exclusions, another group size, another key-value cache, mixed precision or another rule for scales.
+        """The recipe with more exclusions, another group size or key-value cache, mixed precision, another rule for scales, or rotated.
 
         Args:
             exclude: further patterns that stay in floating point.
@@ -147,10 +152,11 @@ class Recipe:
                 other layers than the recipe's: the first that matches a layer decides, floating point before all. Inputs are
                 rounded as the recipe's own rules say; GPTQ rounds integers of layers where it does so in the recipe.
             scale_rule: how scales are computed from weights, in every rule that does so.
+            rotate: of `TURNS`, beside what the recipe rotates itself; a rotated stream unties the head.
 
         Raises:
             RecipeError: a group size for a recipe without groups, or below 1; a rule for a recipe without such scales; an entry of
-                `mixed` that is none or is never reached.
+                `mixed` that is none or is never reached; nothing that can be rotated.
         """
         rules = self.rules
         if group_size is not None:
@@ -173,7 +179,15 @@ class Recipe:
                 replace(rule, weights=replace(rule.weights, scale_rule=scale_rule)) if rule.weights.is_searched else rule for rule in rules
             )
         kv_bits: Literal[8] | None = self.kv_bits if kv_cache is None else 8 if kv_cache == "int8" else None
-        return replace(self, rules=rules, exclude=self.exclude + exclude, kv_bits=kv_bits)
+        return replace(self, rules=rules, exclude=self.exclude + exclude, kv_bits=kv_bits)._rotated(rotate)
+
+    def _rotated(self, rotate: Sequence[str]) -> Recipe:
+        """The recipe with more rotations, in the order of `TURNS`."""
+        wrong = [shown(turn) for turn in rotate if turn not in TURNS]
+        if wrong:
+            raise RecipeError(f"{', '.join(wrong)} cannot be rotated: choose of {', '.join(TURNS)}, or both with a comma between them")
+        turns = tuple(turn for turn in TURNS if turn in (*self.rotate, *rotate))
+        return replace(self, rotate=turns, untied=self.untied or "stream" in turns)
 
     def _rule(self, pattern: str, grid: WeightGrid) -> Rule:
         """A rule of another grid, otherwise like the recipe's own."""
@@ -208,8 +222,9 @@ class Recipe:
         return replace(self, rules=tuple(rules))
 
     def to_json(self) -> dict[str, Any]:
-        """The recipe as JSON values."""
-        return cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(self))))
+        """The recipe as JSON values; `rotate` only where something is, so that recipes from before there was rotation stay the same."""
+        values = cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(self))))
+        return values if self.rotate else {name: value for name, value in values.items() if name != "rotate"}
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Recipe:
@@ -219,7 +234,7 @@ class Recipe:
             RecipeError: fields are missing, unknown or of the wrong kind.
         """
         try:
-            recipe: Recipe = build(Recipe, values, "the recipe")
+            recipe: Recipe = build(Recipe, {"rotate": [], **values}, "the recipe")
             json.dumps(values, ensure_ascii=False).encode()  # no half of a surrogate pair, which no manifest could hold
         except ValueError as error:
             raise RecipeError(f"{error}: quantize the model again") from None

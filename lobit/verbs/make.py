@@ -43,11 +43,12 @@ def choose_recipe(
     kv_cache: KVCache | None = None,
     mixed: Sequence[str] = (),
     scale_rule: ScaleRule | None = None,
+    rotate: Sequence[str] = (),
 ) -> Recipe:
     """A recipe of the catalogue with changes."""
     from lobit.quant_recipes.catalog import find_recipe
 
-    return find_recipe(name).with_changes(tuple(exclude), group_size, kv_cache, mixed, scale_rule)
+    return find_recipe(name).with_changes(tuple(exclude), group_size, kv_cache, mixed, scale_rule, rotate)
 
 
 def recipes(recipe: Recipe | None, model: str) -> list[Fate]:

@@ -69,7 +69,7 @@ def sensitivity(
     """
     from lobit.checkpoint import load_config, load_model, resolve
     from lobit.quant_recipes import sensitivity as layers
-    from lobit.quant_recipes.apply import check
+    from lobit.quant_recipes.apply import arrange, check
     from lobit.quant_recipes.quantized import check_float
     from lobit.quant_recipes.sizes import checkpoint_bytes
 
@@ -80,6 +80,8 @@ def sensitivity(
     most = budget_bytes(budget, checkpoint_bytes(config, recipe))
     corpus = _corpus(source, config, text, default_tokens(config) if tokens is None else tokens)
     floats = load_model(source)
+    if recipe.rotate:
+        arrange(floats, recipe)
     rows = layers.sensitivity(floats, recipe, corpus, progress)
     mixed = layers.proposal(rows, most)
     whole = _measured(floats, recipe, corpus)
