@@ -11,7 +11,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx.reference import ReferenceEvaluator
 
 from lobit import verbs
 from lobit.checkpoint import load_config, load_model
@@ -27,7 +26,7 @@ from lobit.kept import Kept
 from lobit.model import Layer, Transformer
 from lobit.quant_recipes.apply import convert
 from lobit.quant_recipes.catalog import CATALOG, find_recipe
-from lobit.quant_recipes.recipe import Recipe, WeightGrid
+from lobit.quant_recipes.recipe import WeightGrid
 from lobit.runtime import onnxruntime as onnxruntime_engine
 from lobit.runtime.bundle import open_bundle
 from lobit.runtime.engine import SteppingEngine, default_threads, open_engine
@@ -35,19 +34,21 @@ from lobit.runtime.onnx_ports import GRAPH_FILE
 from lobit.runtime.onnxruntime import stepper
 from lobit.runtime.parity import kl_divergence, log_softmax
 from lobit.runtime.reference import ReferenceEngine
+from tests.onnx_walks import (
+    CHUNK,
+    CONTEXT,
+    FLOAT_RELATIVE,
+    PORTABLE_KL,
+    THREADS,
+    TOKENS,
+    export,
+    off,
+    reference,
+    short_texts,
+    walked,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CONTEXT, CHUNK, THREADS = 96, 24, 1
-FLOAT_RELATIVE = 1e-4
-"""Of the largest logit: sums of float32 in another order give about 1e-6."""
-PORTABLE_KL = 1e-7
-"""Nats, median over short texts: inputs are rounded as the recipe says, and sums in another order give 1e-13. In some of the texts, others
-on each processor, an entry falls on the other side of a rounding boundary, and the tokens from there on move by 1e-5 to 1e-4; without
-the rounding all of them do, by `UNROUNDED_KL` in the median."""
-UNROUNDED_KL = 1e-5
-"""At least."""
-TOKENS = [int(token) for token in np.random.default_rng(0).integers(0, 64, 60)]
-CALLS = [1, 5, CHUNK]
 RECIPES = [name for name in CATALOG if not name.startswith("gptq")]
 ROUNDED_INPUTS = {"8da4w-g32", "8da4w-g32-e8", "8da8w", "bitnet", "trilm", "bonsai", "bilm"}
 """Recipes whose products have INT8 inputs in ONNX Runtime's operators: their own, or since two bits have fast products in no other way."""
@@ -55,39 +56,6 @@ ROUNDED_INPUTS = {"8da4w-g32", "8da4w-g32-e8", "8da8w", "bitnet", "trilm", "bons
 
 ROUNDED_KL = 0.01
 """Nats a token between a recipe and a graph that rounds its inputs in blocks, of models of a few layers: 2e-3 measured."""
-
-
-def export(model: Path, recipe: Recipe, out: Path, **options: Any) -> Path:
-    verbs.export(str(model), "onnx", out, recipe=recipe, context=CONTEXT, chunk=CHUNK, **options)
-    return out
-
-
-def walked(engine: Any) -> Any:
-    """Logits after calls of several lengths, then after each further token."""
-    rows, start = [], 0
-    for length in CALLS:
-        rows.append(engine.prefill(TOKENS[start : start + length]))
-        start += length
-    return np.stack([*rows, *(engine.decode(token) for token in TOKENS[start:])])
-
-
-def short_texts(engine: Any) -> Any:
-    """Logits after the fourth token of many texts: few entries were rounded before, so that few texts have one on a boundary."""
-    rows = []
-    for start in range(0, len(TOKENS), 4):
-        engine.reset()
-        engine.prefill(TOKENS[start : start + 3])
-        rows.append(engine.decode(TOKENS[start + 3]))
-    return np.stack(rows)
-
-
-def off(expected: Any, found: Any) -> float:
-    """The median KL between two walks."""
-    return float(np.median(kl_divergence(log_softmax(expected), log_softmax(found))))
-
-
-def reference(model: Path, recipe: Recipe, context: int = CONTEXT) -> ReferenceEngine:
-    return ReferenceEngine(convert(load_model(model), recipe), recipe, context)
 
 
 @pytest.mark.parametrize("portable", [False, True])
@@ -193,47 +161,6 @@ def test_a_tied_table_is_stored_once(recipe: str, models: Any) -> None:
         return len(emit(convert(load_model(models("qwen3")), chosen), Spec(chosen, CONTEXT, CHUNK)).regions)
 
     assert stored(True) - stored(False) == (1 if recipe == "fp" else 2), "a weight, and its scales"
-
-
-@pytest.mark.parametrize("name", ["fp", "8da4w-g32", "8da8w", "bitnet", "bonsai"])
-@pytest.mark.parametrize("model", ["llama", "qwen3", "mobilellm_p1"])
-def test_a_portable_graph_is_valid_and_the_reference_evaluator_runs_it(model: str, name: str, models: Any, tmp_path: Path) -> None:
-    """Several calls on ONNX's own evaluator, in numpy: no runtime's fusions, none of our code."""
-    recipe = verbs.choose_recipe(name, kv_cache="float")
-    bundle = export(models(model), recipe, tmp_path / "bundle", portable=True)
-    onnx.checker.check_model(str(bundle / GRAPH_FILE), full_check=True)
-    graph = onnx.load(bundle / GRAPH_FILE)
-    assert {node.domain for node in graph.graph.node} == {""}
-    evaluator, config = ReferenceEvaluator(graph), load_config(models(model))
-    caches = {
-        f"past_key_values.{layer}.{part}": np.zeros((1, config.kv_heads, 0, config.head_dim), np.float32)
-        for layer in range(len(config.layers))
-        for part in ("key", "value")
-    }
-
-    empty = dict(caches)
-
-    def read(tokens: list[int], position: int) -> Any:
-        outputs = evaluator.run(None, {"input_ids": np.array([tokens])} | (caches if position else empty))
-        named = dict(zip([value.name for value in graph.graph.output], outputs, strict=True))
-        caches.update({name: named[name.replace("past_key_values", "present")] for name in caches})
-        return named["logits"][0, -1]
-
-    engines = reference(models(model), recipe), SteppingEngine(read, CONTEXT, CHUNK, config.vocab_size)
-    if any(rule.activation_bits for rule in recipe.rules):
-        assert off(*map(short_texts, engines)) < PORTABLE_KL
-    else:
-        expected, found = map(walked, engines)
-        assert np.abs(found - expected).max() / np.abs(expected).max() < FLOAT_RELATIVE
-
-
-@pytest.mark.parametrize("name", ["8da4w-g32", "8da8w", "bitnet"])
-@pytest.mark.parametrize("model", ["llama", "qwen3", "mobilellm_p1"])
-def test_the_limit_on_rounded_inputs_would_notice_inputs_that_are_not(model: str, name: str, models: Any) -> None:
-    recipe = verbs.choose_recipe(name, kv_cache="float")
-    floats = replace(recipe, rules=tuple(replace(rule, activation_bits=None) for rule in recipe.rules))
-    rounded, unrounded = (short_texts(reference(models(model), one)) for one in (recipe, floats))
-    assert off(rounded, unrounded) > UNROUNDED_KL > PORTABLE_KL
 
 
 @pytest.mark.parametrize("most", [CONTEXT, CONTEXT - 1])
