@@ -24,12 +24,14 @@ import torch  # noqa: E402
 
 from lobit.checkpoint import load_model, resolve  # noqa: E402
 from lobit.memory import peak_rss_bytes  # noqa: E402
-from lobit.quant_recipes import gptq  # noqa: E402
+from lobit.quant_recipes import calibration, gptq  # noqa: E402
 from lobit.quant_recipes.catalog import find_recipe  # noqa: E402
 
 STAGES = {
     "_Attention.__call__": "attention",
-    "_add_squares": "sums of squares (Hessians)",
+    "_moments": "sums of products (Hessians, drift)",
+    "catch_up": "what makes up for the layers before",
+    "least_squares_scale": "search for scales",
     "_inverse_factor": "Cholesky factors",
     "round_with_hessian": "rounding, column by column",
     "relative_error": "errors before and after",
@@ -64,8 +66,10 @@ class Clock:
         with ExitStack() as stack:
             for name, stage in STAGES.items():
                 owner, _, attribute = name.rpartition(".")
-                place = getattr(gptq, owner) if owner else gptq
-                stack.enter_context(mock.patch.object(place, attribute, self.timed(getattr(place, attribute), stage)))
+                for module in (calibration, gptq):
+                    place = getattr(module, owner, None) if owner else module
+                    if place is not None and hasattr(place, attribute):
+                        stack.enter_context(mock.patch.object(place, attribute, self.timed(getattr(place, attribute), stage)))
             yield
 
 
@@ -86,9 +90,9 @@ def main() -> None:
     shape = (arguments.samples, arguments.length)
     sequences = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     with clock.watching():
-        clock.timed(gptq.calibrate, REST)(model, recipe, sequences, act_order=arguments.act_order)
+        clock.timed(calibration.calibrate, REST)(model, recipe, sequences, act_order=arguments.act_order)
     whole = clock.seconds.total()
-    print(f"{recipe.name}, {shape[0]} x {shape[1]} tokens, {arguments.threads} threads, products in {str(gptq.PRODUCT)[6:]}")
+    print(f"{recipe.name}, {shape[0]} x {shape[1]} tokens, {arguments.threads} threads, products in {str(calibration.PRODUCT)[6:]}")
     for stage, seconds in clock.seconds.most_common():
         print(f"{stage:36} {seconds:8.2f} s {100 * seconds / whole:5.1f} %")
     print(f"{'all':36} {whole:8.2f} s, {sequences.numel() / whole:.0f} tokens/s, peak memory {peak_rss_bytes() / 1e9:.2f} GB")
