@@ -83,7 +83,7 @@ def train(
     told = verbs.Texts([read_text(path) for path in texts], read_text(held_out) if held_out else None, length, seed)
     device = join()
     run = Run(steps, batch, micro_batch or 0, precision or native_precision(device), minutes, device)
-    training = _training(chosen, learning_rate, distillation, from_scratch)
+    training = _training(chosen, learning_rate, distillation, from_scratch, start is not None)
     with bar() as shown:
         result = verbs.train(
             model,
@@ -102,11 +102,11 @@ def train(
         print_json(result) if as_json else tables.show(tables.training(result, out))
 
 
-def _training(recipe: Recipe, learning_rate: float | None, distillation: float | None, from_scratch: bool) -> Training:
+def _training(recipe: Recipe, learning_rate: float | None, distillation: float | None, from_scratch: bool, begun: bool) -> Training:
     """The recipe's own way, with changes."""
     from lobit.quant_recipes.schedule import training_of
 
-    training = training_of(recipe, from_scratch)
+    training = training_of(recipe, from_scratch, begun)
     if learning_rate is not None:
         if not 0 < learning_rate < 1:
             raise InputError(f"--learning-rate {learning_rate} is outside of 0 to 1: the recipe's own is {training.learning_rate}")

@@ -63,7 +63,19 @@ RECIPES = {
 larger rate leads away from it."""
 
 
-def training_of(recipe: Recipe, alone: bool = False) -> Training:
-    """How the recipe of that name trains unless told otherwise; `alone`: new weights, which have no float model to learn from."""
+BEGUN = 0.5
+"""Of the rate, where training begins at integers that calibration found: those are to be kept where nothing speaks against them."""
+
+
+def training_of(recipe: Recipe, alone: bool = False, begun: bool = False) -> Training:
+    """How the recipe of that name trains unless told otherwise.
+
+    Args:
+        recipe: what ships.
+        alone: from new weights, which have no float model to learn from.
+        begun: from the integers of a checkpoint.
+    """
     training = RECIPES.get(recipe.name, FINE_TUNING)
+    if begun:
+        training = replace(training, learning_rate=BEGUN * training.learning_rate)
     return replace(training, distillation=0.0) if alone else training

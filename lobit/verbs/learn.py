@@ -94,7 +94,7 @@ def train(
 
     source = resolve(model)
     config = load_config(source)
-    training = training or training_of(recipe, from_scratch)
+    training = training or training_of(recipe, from_scratch, start is not None)
     _check(source, recipe, training, from_scratch, start)
     check(config, recipe)
     run = run.dealt()

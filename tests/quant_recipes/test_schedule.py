@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lobit.quant_recipes.apply import prepare
 from lobit.quant_recipes.catalog import CATALOG, find_recipe
 from lobit.quant_recipes.optimizer import BETAS, CautiousAdamW, optimizer_for, set_rates
-from lobit.quant_recipes.schedule import FINE_TUNING, RECIPES, Training, training_of
+from lobit.quant_recipes.schedule import BEGUN, FINE_TUNING, RECIPES, Training, training_of
 from tests.quant_recipes.test_trained import small_model
 
 shares = st.floats(0.001, 0.999)
@@ -183,3 +183,9 @@ def test_parameters_without_a_gradient_stay() -> None:
     optimizer.step()
     assert moved.tolist() == pytest.approx([0.9, 0.9])
     assert still.tolist() == [1, 1]
+
+
+def test_training_that_begins_at_calibrated_integers_is_calmer() -> None:
+    for name in ("8da4w-g32", "8da8w", "w4-channel"):
+        plain, begun = training_of(find_recipe(name)), training_of(find_recipe(name), begun=True)
+        assert begun == replace(plain, learning_rate=BEGUN * plain.learning_rate) and 0 < BEGUN < 1
