@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lobit.quant_recipes.fake_quant import fake_quantize_weight
 from lobit.quant_recipes.grid import (
+    LEAST_OF_ROW,
     SHARES,
     choose_scale,
     dequantize,
@@ -18,6 +19,7 @@ from lobit.quant_recipes.grid import (
     range_scale,
     round_scale,
     rounded,
+    shares_of,
     token_range,
 )
 from lobit.quant_recipes.integer import quantize_linear
@@ -91,8 +93,16 @@ def test_no_range_rounds_a_group_with_a_smaller_error_than_the_searched_one(bits
 
     least = errors(least_squares_scale(weight, grid, importance))
     largest = weight.reshape(len(weight), least.shape[1], -1).abs().amax(2)
-    for share in SHARES:
+    for share in shares_of(grid):
         assert (least <= errors(range_scale(largest * share, grid)) * (1 + 1e-5)).all()
+
+
+def test_a_whole_row_keeps_its_largest_weights() -> None:
+    weight = torch.randn(8, 1024, generator=torch.Generator().manual_seed(0))
+    row, groups = (least_squares_scale(weight, WeightGrid(4, size)) for size in (None, 1024))
+    eq_4 = range_scale(weight.abs().amax(1, keepdim=True), WeightGrid(4, None))
+    assert (row >= LEAST_OF_ROW * eq_4 * (1 - 2.0**-7)).all()
+    assert (groups < row).any(), "least squares alone would cut more"
 
 
 def test_an_input_that_is_always_zero_has_no_say_in_a_scale() -> None:
