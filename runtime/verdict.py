@@ -35,8 +35,8 @@ def judged(chaos: NDArray[np.float64]) -> tuple[dict[str, Any], dict[str, Any]]:
     mean, error = float(chaos.mean()), float(chaos.std() / math.sqrt(len(chaos)))
     limit = FLOORS * mean + ERRORS * error * math.hypot(1, FLOORS) + FLOAT_ORDER
     reason = (
-        f"with the inputs of its products moved a little the model is {mean:.2g} ± {error:.1g} nats from itself; {FLOORS:g} times that, with "
-        f"{ERRORS:g} standard errors and {FLOAT_ORDER:g} for the sums themselves"
+        f"with the inputs of its products moved a little the model is {mean:.2g} ± {error:.1g} nats from itself; {FLOORS:g} times that, "
+        f"with {ERRORS:g} standard errors and {FLOAT_ORDER:g} for the sums themselves"
     )
     return {"limit": limit, "reason": reason}, {"kl_mean": mean, "kl_se": error, "kl_p99": float(np.quantile(chaos, 0.99))}
 
