@@ -142,7 +142,7 @@ OPTIONS: dict[str, tuple[tuple[Any, ...], Callable[[Any], Any], Any]] = {
 }
 """Of each option that changes what is trained: a value, and what of the result tells that it was heard."""
 ELSEWHERE = {"--recipe", "--text", "--out", "--held-out", "--from-scratch", "--recompute", "--group-size"} | {
-    *("--from", "--scale-rule", "--json", "--help")
+    *("--from", "--scale-rule", "--rotate", "--json", "--help")
 }
 """Options that tests of their own walk."""
 
