@@ -55,7 +55,7 @@ def train(
     distillation: Distillation = None,
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="From new weights; the model gives its shape.")] = False,
     start: Annotated[
-        str | None, typer.Option("--from", metavar="CKPT", help="Begin at its integers, such as `quantize --calibration` finds them.")
+        str | None, typer.Option("--from", metavar="CKPT", help="Begin at the integers of a checkpoint, best a calibrated one.")
     ] = None,
     precision: Annotated[
         Literal["bf16", "float32"] | None, typer.Option("--precision", help="Of products; default: bf16 where the hardware has it.")

@@ -84,3 +84,11 @@ def test_the_papers_scales_are_there_by_name(text: Path, lobit: Any, tmp_path: P
     train = ("--recipe", "8da4w-g32", "--scale-rule", "range", "--text", text, "--steps", "1", "--batch", "1", "--length", "64")
     trained = lobit("train", "demo", *train, "-o", tmp_path / "trained", "--json")
     assert {one["weights"]["scale_rule"] for one in trained.json["settings"]["recipe"]["rules"]} == {"range"}
+
+
+def test_training_and_quantizing_hear_what_is_to_be_rotated(text: Path, lobit: Any, tmp_path: Path) -> None:
+    train = ("--recipe", "8da8w", "--rotate", "stream", "--text", text, "--steps", "1", "--batch", "1", "--length", "64")
+    trained = lobit("train", "demo", *train, "-o", tmp_path / "trained", "--json")
+    assert trained.code == 0 and trained.json["settings"]["recipe"]["rotate"] == ["stream"]
+    made = lobit("quantize", "demo", "--recipe", "8da8w", "--rotate", "heads,stream", "-o", tmp_path / "made", "--json")
+    assert made.code == 0 and made.json["recipe"]["rotate"] == ["stream", "heads"] and made.json["recipe"]["untied"]
