@@ -105,7 +105,7 @@ def train(
     settings = {"model": model, "recipe": recipe.to_json(), "training": asdict(training), "run": asdict(run), "seed": texts.seed}
     settings["text"] = hashlib.sha256(corpus.sequences.numpy().tobytes()).hexdigest()
     settings["from_scratch"] = from_scratch
-    begun = _start(start, config) if start else None
+    begun = _start(start, config, recipe) if start else None
     settings["start"] = fingerprint(begun) if begun else None
     # Checkpoints more often make no other training; a model whose files are others does.
     same = settings | {"run": asdict(replace(run, minutes=0.0)), "files": key_of(source)}
@@ -125,18 +125,21 @@ def _recent(rows: Sequence[Row]) -> str:
     return f"step {last[-1].step}, loss {loss:.3f}, {speed:,.0f} t/s"
 
 
-def _start(checkpoint: str, config: Config) -> Transformer:
+def _start(checkpoint: str, config: Config, recipe: Recipe) -> Transformer:
     """The converted model to begin at.
 
     Raises:
-        InputError: it is no checkpoint of a model of this shape.
+        InputError: it is no checkpoint of a model of this shape, in the basis that the recipe has.
     """
     from lobit.checkpoint import resolve
     from lobit.quant_recipes.quantized import load_checkpoint
 
-    model, _ = load_checkpoint(resolve(checkpoint))
+    model, own = load_checkpoint(resolve(checkpoint))
     if replace(model.config, tied=config.tied) != config:
         raise InputError(f"{checkpoint} is a checkpoint of another model: give one that was quantized from the model that is trained")
+    if own.rotate != recipe.rotate:
+        told, asked = (",".join(turns) or "nothing" for turns in (own.rotate, recipe.rotate))
+        raise InputError(f"{checkpoint} has rotated {told} and the recipe rotates {asked}: quantize the model with the same --rotate")
     return model
 
 

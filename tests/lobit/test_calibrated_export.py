@@ -69,6 +69,8 @@ def test_training_begins_at_a_calibrated_checkpoint_of_the_same_model(text: Path
     assert made.code == 0 and made.json["settings"]["start"]
     refused = lobit("train", stories, *train, "--except", "layers.*.mlp.down", "-o", tmp_path / "other")
     assert refused.code == 2 and "another model" in refused.err
+    turned = lobit("train", "demo", *train, "--rotate", "heads", "-o", tmp_path / "turned")
+    assert turned.code == 2 and "has rotated nothing and the recipe rotates heads" in " ".join(turned.err.split())
 
 
 def test_the_papers_scales_are_there_by_name(text: Path, lobit: Any, tmp_path: Path) -> None:
