@@ -49,7 +49,7 @@ def round_with_hessian(
 
     Source: GPTQ Algorithm 1; `act_order` as in IST-DASLab/gptq `gptq.py` with `static_groups`.
     """
-    if not grid.is_searched:
+    if not grid.is_computed:
         told = f"{grid} with scale rule {grid.scale_rule}"
         raise RecipeError(f"{told} cannot be rounded by GPTQ: take rule least_squares or range, and at least 3 bits")
     weight, (out, inner) = weight.detach().float(), weight.shape

@@ -50,8 +50,8 @@ class WeightGrid:
         return 1 if self.bits <= 2 else (1 << (self.bits - 1)) - 1
 
     @property
-    def is_searched(self) -> bool:
-        """Whether GPTQ can round to it: integers whose scales are computed from the weight."""
+    def is_computed(self) -> bool:
+        """Whether its integers have scales that are computed from the weight: those that GPTQ can round to."""
         return self.bits > 2 and self.scale_rule in ("least_squares", "range")
 
     @property
@@ -173,10 +173,10 @@ class Recipe:
         _check_reached(entries, self.exclude + exclude)
         rules = (*(self._rule(pattern, grid) for pattern, grid in entries if grid), *rules)
         if scale_rule is not None:
-            if not any(rule.weights.is_searched for rule in rules):
+            if not any(rule.weights.is_computed for rule in rules):
                 raise RecipeError(f"recipe {self.name} has no scales that rule {scale_rule} could choose: leave --scale-rule out")
             rules = tuple(
-                replace(rule, weights=replace(rule.weights, scale_rule=scale_rule)) if rule.weights.is_searched else rule for rule in rules
+                replace(rule, weights=replace(rule.weights, scale_rule=scale_rule)) if rule.weights.is_computed else rule for rule in rules
             )
         kv_bits: Literal[8] | None = self.kv_bits if kv_cache is None else 8 if kv_cache == "int8" else None
         return replace(self, rules=rules, exclude=self.exclude + exclude, kv_bits=kv_bits)._rotated(rotate)
@@ -192,7 +192,7 @@ class Recipe:
     def _rule(self, pattern: str, grid: WeightGrid) -> Rule:
         """A rule of another grid, otherwise like the recipe's own."""
         own = self.rules[-1] if self.rules else Rule((), grid)
-        calibrated = own.rounding == "gptq" and grid.is_searched and not any(fnmatchcase(end, pattern) for end in ENDS)
+        calibrated = own.rounding == "gptq" and grid.is_computed and not any(fnmatchcase(end, pattern) for end in ENDS)
         return replace(own, match=(pattern,), weights=grid, rounding="gptq" if calibrated else "nearest")
 
     @property
@@ -211,7 +211,7 @@ class Recipe:
         """
         rules = list[Rule]()
         for rule in self.rules:
-            if not rule.weights.is_searched:
+            if not rule.weights.is_computed:
                 rules.append(rule)
                 continue
             kept = [end for end in ENDS if end == "embedding" or not self.untied]

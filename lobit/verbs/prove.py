@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from lobit.runtime.reference import ReferenceEngine
 
 STAGES = ("fake_quant", "graph", "artifact")
-ENDS = ("embedding", "head")
 QUICK_GRAPH = 20_000_000
 """Parameters up to which a graph that is walked in PyTorch, at 60 times the time of a token, is compared unasked."""
 
@@ -150,6 +149,8 @@ def _converted_like(source: Path, recipe: Recipe, bundle: Bundle) -> Transformer
 
 def _tried(recipe: Recipe) -> list[str]:
     """What of `verdict.ADVICE` a recipe has already."""
+    from lobit.quant_recipes.recipe import ENDS
+
     ends = [rule.weights.bits for name in ENDS if (rule := recipe.rule_for(name))]
     return [*(["calibration"] if recipe.is_calibrated else []), *(["ends"] if min(ends, default=8) >= 8 else [])]
 
