@@ -147,7 +147,7 @@ def _check(source: Path, recipe: Recipe, training: Training, from_scratch: bool,
     from lobit.quant_recipes.quantized import check_float
 
     check_float(source)
-    if any(rule.rounding == "gptq" for rule in recipe.rules):
+    if recipe.is_calibrated:
         raise InputError(f"recipe {recipe.name} rounds after training: use `lobit quantize --calibration FILE`")
     if from_scratch and start:
         raise InputError("new weights begin at no checkpoint: leave --from out, or --from-scratch")

@@ -95,7 +95,7 @@ def sensitivity(
         "model": model,
         "recipe": recipe.name,
         "tokens": len(corpus) * corpus.length,
-        "gptq_to_nearest": any(rule.rounding == "gptq" for rule in recipe.rules),
+        "gptq_to_nearest": recipe.is_calibrated,
         "rows": [_row(row) for row in rows],
         "budget": {"asked": budget, "bytes": most},
         "all": whole,
