@@ -6,9 +6,8 @@ the rounded model goes the float one, and a layer is to give on the rounded inpu
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,42 +23,14 @@ from lobit.quant_recipes.fake_quant import FakeQuantizedAttention
 from lobit.quant_recipes.gptq import DAMPING, catch_up, relative_error, round_with_hessian
 from lobit.quant_recipes.grid import dequantize
 from lobit.quant_recipes.integer import quantize_linear
+from lobit.quant_recipes.moments import moments, squares
 from lobit.quant_recipes.recipe import Recipe, WeightGrid
 
 TOGETHER = 2048
 """Tokens that go through a block at once: what they need stays in the processor's cache."""
-STRIP = 256
-"""Columns of a Hessian that are summed at once, from the diagonal on: the rest is their mirror image."""
 PRODUCT = torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
 """What linear layers and attention are computed in: bfloat16 where the processor multiplies it natively, which is several times
 quicker than float32. On stories260k the KL after calibration is the same within the spread of the choice of sequences."""
-
-
-def sequences_of(tokens: Sequence[int], samples: int, length: int, seed: int = 0, bos: int | None = None) -> Tensor:
-    """Calibration sequences [n, length], int64: random windows of a text that do not overlap.
-
-    Args:
-        tokens: of the whole text.
-        samples: n, or all windows where the text has fewer.
-        length: of a sequence, in tokens.
-        seed: of the choice.
-        bos: begins every sequence; None: nothing does.
-
-    Raises:
-        InputError: no sequence is asked for, or the text is shorter than one.
-    """
-    head = [] if bos is None else [bos]
-    room = length - len(head)
-    if samples < 1 or room < 1:
-        raise InputError(f"{samples} sequences of {length} tokens are no calibration: ask for at least 1 of {len(head) + 1} or more")
-    windows = len(tokens) // room
-    if not windows:
-        raise InputError(f"the calibration text has {len(tokens)} tokens, one sequence takes {room}: give more text, or a smaller length")
-    generator = torch.Generator().manual_seed(seed)
-    first = int(torch.randint(len(tokens) - windows * room + 1, (), generator=generator))
-    chosen = torch.randperm(windows, generator=generator)[:samples]
-    text = torch.tensor(tokens[first : first + windows * room]).reshape(windows, room)[chosen]
-    return torch.cat([torch.tensor(head, dtype=torch.int64).expand(len(text), -1), text], 1)
 
 
 class LayerError(NamedTuple):
@@ -96,9 +67,10 @@ def calibrate(
 
     On them a layer is to give what it gives in the float model.
 
-    In place: the model then holds the rounded weights, as floats. Layers under other rules, the embedding among them, stay floats
-    as they are. A block that runs several times is rounded on the inputs of all its runs; the later runs begin where the block
-    ended before it was rounded.
+    An embedding that is the head too is rounded first, on what the head reads in the float model; another one to nearest.
+
+    In place: the model then holds the rounded weights, as floats. Layers under other rules stay floats as they are. A block that runs
+    several times is rounded on the inputs of all its runs; the later runs begin where the block ended before it was rounded.
 
     Memory: the model, the streams of all sequences in float32 through the rounded and the float model, beside each the attention's
     output or the feed-forward's input in `PRODUCT`, and two sums of products at a time.
@@ -118,6 +90,7 @@ def calibrate(
     arrange(model, recipe)
     walk = _Walk(model, recipe, sequences, act_order, damping, progress)
     with _QuickProducts():
+        walk.embedding()
         for index in range(len(model.blocks)):
             walk.block(index)
         walk.head()
@@ -188,13 +161,32 @@ class _Walk:
     ) -> None:
         self.model, self.recipe, self.act_order, self.damping, self.progress = model, recipe, act_order, damping, progress
         self.found, self.done = Calibrated(), 0
-        config, plain = model.config, _Attention(model.config)
-        tables = rotary_tables(config, torch.arange(sequences.shape[1]))
-        parts = sequences.split(max(1, TOGETHER // sequences.shape[1]))
-        streams = [model.embedding(part) * config.embedding_scale for part in parts]
-        attend = FakeQuantizedAttention(plain) if recipe.kv_bits else plain
-        self.exact = _Side([x.clone() for x in streams], tables, plain, config.repeats)
-        self.rounded = _Side(streams, tables, attend, config.repeats)
+        self.tables = rotary_tables(model.config, torch.arange(sequences.shape[1]))
+        self.parts = sequences.split(max(1, TOGETHER // sequences.shape[1]))
+        self.tied = model.config.tied
+        rounds_table = self.tied and bool(self._grids(["embedding"]))
+        self.steps = 4 * len(model.blocks) + (len(self.parts) if rounds_table else 0) + (not self.tied)
+
+    def _side(self, attend: Attend) -> _Side:
+        """At the beginning, with the embedding as it is now."""
+        streams = [self.model.embedding(part) * self.model.config.embedding_scale for part in self.parts]
+        return _Side(streams, self.tables, attend, self.model.config.repeats)
+
+    def embedding(self) -> None:
+        """Rounds the embedding, of a head that shares it on what the head reads in the float model, and begins both sides."""
+        plain = _Attention(self.model.config)
+        self.exact, grids = self._side(plain), self._grids(["embedding"])
+        if grids:
+            weight = weight_of(self.model.embedding)
+            hessian = squares(self._to_head(plain)) if self.tied else torch.eye(weight.shape[1])
+            self._round_layers(grids, hessian, torch.zeros_like(hessian))
+        self.rounded = self._side(FakeQuantizedAttention(plain) if self.recipe.kv_bits else plain)
+
+    def _to_head(self, attend: Attend) -> Iterator[Tensor]:
+        """What the head reads of the model as it is."""
+        for part in self.parts:
+            yield self.model.norm(self.model.hidden(part, self.tables, attend))
+            self._advance()
 
     def block(self, index: int) -> None:
         """Rounds a block in four steps and takes both sides through it."""
@@ -213,21 +205,30 @@ class _Walk:
         if not self.model.config.tied:
             self._round(["head"], lambda side: (self.model.norm(x) for x in side.streams))
 
+    def _grids(self, names: list[str]) -> dict[str, WeightGrid]:
+        """Of those of the layers that GPTQ rounds."""
+        return {name: rule.weights for name in names if (rule := self.recipe.rule_for(name)) and rule.rounding == "gptq"}
+
     def _round(self, names: list[str], inputs: Callable[[_Side], Iterator[Tensor]]) -> None:
         """Rounds those of the layers with these inputs whose rule says so."""
-        grids = {name: rule.weights for name in names if (rule := self.recipe.rule_for(name)) and rule.rounding == "gptq"}
-        rounded, exact = inputs(self.rounded), inputs(self.exact)
+        rounded, exact, grids = inputs(self.rounded), inputs(self.exact), self._grids(names)
         if grids:
-            hessian, drift = _moments(rounded, exact)
-            weights = {name: weight_of(self.model.get_submodule(name)).detach() for name in grids}
-            for name, weight in weights.items():
-                _check_finite(name, weight, hessian + drift)
-            move = catch_up(hessian, drift, self.damping)
-            for name, weight in weights.items():
-                self._round_layer(name, weight, grids[name], hessian, move)
+            self._round_layers(grids, *moments(rounded, exact))
+        self._advance()
+
+    def _advance(self) -> None:
         self.done += 1
         if self.progress:
-            self.progress("calibrate", self.done, 4 * len(self.model.blocks) + (not self.model.config.tied))
+            self.progress("calibrate", self.done, self.steps)
+
+    def _round_layers(self, grids: dict[str, WeightGrid], hessian: Tensor, drift: Tensor) -> None:
+        """Rounds layers with the same inputs."""
+        weights = {name: weight_of(self.model.get_submodule(name)).detach() for name in grids}
+        for name, weight in weights.items():
+            _check_finite(name, weight, hessian + drift)
+        move = catch_up(hessian, drift, self.damping)
+        for name, weight in weights.items():
+            self._round_layer(name, weight, grids[name], hessian, move)
 
     def _round_layer(self, name: str, weight: Tensor, grid: WeightGrid, hessian: Tensor, move: Tensor) -> None:
         wanted = weight + weight @ move
@@ -253,37 +254,6 @@ def _before(part: nn.Module, name: str, outputs: Iterator[Tensor]) -> Iterator[T
         yield from outputs
     finally:
         setattr(part, name, product)
-
-
-def _moments(inputs: Iterable[Tensor], exact: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Σ x xᵀ and Σ (x̄ - x) xᵀ, each [in, in], of inputs x [..., in] and what they are in the float model, x̄."""
-    total = drift = torch.zeros(0)
-    for part, other in zip(inputs, exact, strict=True):
-        x, moved = part.flatten(0, -2).float(), other.flatten(0, -2).float()
-        if not len(total):
-            total, drift = (torch.zeros(x.shape[1], x.shape[1]) for _ in range(2))
-        _add_squares(total, x)
-        with _quick_sums():
-            drift.addmm_((moved - x).T, x)
-    return total.triu() + total.triu(1).T, drift
-
-
-def _add_squares(total: Tensor, x: Tensor) -> None:
-    """Adds x [tokens, in] to the upper half of the sum [in, in]."""
-    with _quick_sums():
-        for start in range(0, len(total), STRIP):
-            total[start : start + STRIP, start:].addmm_(x[:, start : start + STRIP].T, x[:, start:])
-
-
-@contextlib.contextmanager
-def _quick_sums() -> Iterator[None]:
-    """Lets oneDNN round the inputs of float32 products to bfloat16, and only them: a sum of squares stays one."""
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 class _QuickProducts(TorchFunctionMode):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,3 +99,30 @@ def pack(documents: Iterable[list[int]], length: int, seed: int = 0, bos: int | 
     if not sequences:
         raise InputError(f"the text has {len(tokens)} tokens, a sequence needs {length + 1}: give more text or a shorter --length")
     return Corpus(torch.stack(sequences), seed)
+
+
+def sequences_of(tokens: Sequence[int], samples: int, length: int, seed: int = 0, bos: int | None = None) -> Tensor:
+    """Calibration sequences [n, length], int64: random windows of a text that do not overlap.
+
+    Args:
+        tokens: of the whole text.
+        samples: n, or all windows where the text has fewer.
+        length: of a sequence, in tokens.
+        seed: of the choice.
+        bos: begins every sequence; None: nothing does.
+
+    Raises:
+        InputError: no sequence is asked for, or the text is shorter than one.
+    """
+    head = [] if bos is None else [bos]
+    room = length - len(head)
+    if samples < 1 or room < 1:
+        raise InputError(f"{samples} sequences of {length} tokens are no calibration: ask for at least 1 of {len(head) + 1} or more")
+    windows = len(tokens) // room
+    if not windows:
+        raise InputError(f"the calibration text has {len(tokens)} tokens, one sequence takes {room}: give more text, or a smaller length")
+    generator = torch.Generator().manual_seed(seed)
+    first = int(torch.randint(len(tokens) - windows * room + 1, (), generator=generator))
+    chosen = torch.randperm(windows, generator=generator)[:samples]
+    text = torch.tensor(tokens[first : first + windows * room]).reshape(windows, room)[chosen]
+    return torch.cat([torch.tensor(head, dtype=torch.int64).expand(len(text), -1), text], 1)

@@ -205,20 +205,8 @@ class Recipe:
         return replace(self, rules=tuple(replace(rule, rounding="nearest") for rule in self.rules))
 
     def calibrated(self) -> Recipe:
-        """The recipe with GPTQ for every product of integers whose scales are computed from the weight.
-
-        The embedding is no product and stays rounded to nearest, and so does a head that may share its integers.
-        """
-        rules = list[Rule]()
-        for rule in self.rules:
-            if not rule.weights.is_computed:
-                rules.append(rule)
-                continue
-            kept = [end for end in ENDS if end == "embedding" or not self.untied]
-            ends = tuple(end for end in kept if any(fnmatchcase(end, pattern) for pattern in rule.match))
-            rest = tuple(pattern for pattern in rule.match if pattern not in ends)
-            rules += [replace(rule, match=ends)] if ends else []
-            rules += [replace(rule, match=rest, rounding="gptq")] if rest else []
+        """The recipe with GPTQ for all integers whose scales are computed from the weight."""
+        rules = (replace(rule, rounding="gptq") if rule.weights.is_computed else rule for rule in self.rules)
         return replace(self, rules=tuple(rules))
 
     def to_json(self) -> dict[str, Any]:

@@ -59,7 +59,8 @@ def calibrated(
     """
     from lobit.checkpoint import load_config, load_model
     from lobit.quant_recipes.apply import check, convert
-    from lobit.quant_recipes.calibration import calibrate, sequences_of
+    from lobit.quant_recipes.calibration import calibrate
+    from lobit.quant_recipes.corpus import sequences_of
     from lobit.quant_recipes.quantized import check_float
     from lobit.tokenizer import Tokenizer
 

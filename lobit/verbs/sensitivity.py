@@ -150,8 +150,7 @@ def _measured(model: Transformer, recipe: Recipe, corpus: Corpus) -> dict[str, A
 
 def _corpus(source: Path, config: Config, text: str, tokens: int) -> Corpus:
     """Sequences of the text, each from a beginning as the model knows it."""
-    from lobit.quant_recipes.calibration import sequences_of
-    from lobit.quant_recipes.corpus import Corpus
+    from lobit.quant_recipes.corpus import Corpus, sequences_of
     from lobit.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_folder(source, config.vocab_size)

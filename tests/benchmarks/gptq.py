@@ -29,7 +29,7 @@ from lobit.quant_recipes.catalog import find_recipe  # noqa: E402
 
 STAGES = {
     "_Attention.__call__": "attention",
-    "_moments": "sums of products (Hessians, drift)",
+    "moments": "sums of products (Hessians, drift)",
     "catch_up": "what makes up for the layers before",
     "least_squares_scale": "search for scales",
     "_inverse_factor": "Cholesky factors",

@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from lobit.checkpoint import load_config, load_model
 from lobit.model import CausalAttention, Transformer, weight_of
 from lobit.quant_recipes.apply import convert, layers_of
-from lobit.quant_recipes.calibration import calibrate, sequences_of
+from lobit.quant_recipes.calibration import calibrate
 from lobit.quant_recipes.catalog import LINEARS, find_recipe
+from lobit.quant_recipes.corpus import sequences_of
 from lobit.quant_recipes.fake_quant import attention_for
 from lobit.quant_recipes.quantized import load_checkpoint
 from lobit.quant_recipes.recipe import ENDS, Recipe, Rule, WeightGrid

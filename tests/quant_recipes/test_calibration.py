@@ -18,14 +18,16 @@ from torch import Tensor, nn
 from lobit.checkpoint import load_config, load_model
 from lobit.errors import InputError, RecipeError
 from lobit.model import CausalAttention, Transformer, rotary_tables, weight_of
-from lobit.quant_recipes import calibration
-from lobit.quant_recipes.apply import convert, layers_of
-from lobit.quant_recipes.calibration import calibrate, sequences_of
+from lobit.quant_recipes import calibration, moments
+from lobit.quant_recipes.apply import convert, fates, layers_of
+from lobit.quant_recipes.calibration import calibrate
 from lobit.quant_recipes.catalog import find_recipe
+from lobit.quant_recipes.corpus import sequences_of
 from lobit.quant_recipes.fake_quant import FakeQuantizedAttention
 from lobit.quant_recipes.grid import dequantize
+from lobit.quant_recipes.integer import quantize_linear
 from lobit.quant_recipes.quantized import integer_layers
-from lobit.quant_recipes.recipe import Recipe
+from lobit.quant_recipes.recipe import Recipe, WeightGrid
 from lobit.tokenizer import Tokenizer
 from lobit.verbs.calibrate import SAMPLES, Calibration, calibrated
 from tests.small_models import FAMILIES
@@ -129,7 +131,7 @@ def hessians(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
     monkeypatch.setattr(calibration, "round_with_hessian", watched)
     monkeypatch.setattr(calibration, "PRODUCT", torch.float32)
-    monkeypatch.setattr(calibration, "_quick_sums", torch.no_grad)
+    monkeypatch.setattr(moments, "quick_sums", torch.no_grad)
     return seen
 
 
@@ -197,7 +199,7 @@ def test_layers_without_gptq_keep_their_floats(stories, texts):
 
 def test_the_sums_of_one_layer_are_in_memory_at_a_time(stories, texts, monkeypatch):
     alive: list[Any] = []
-    summing = calibration._moments
+    summing = calibration.moments
 
     def watched(inputs: Any, exact: Any) -> tuple[Tensor, Tensor]:
         assert not any(reference() is not None for reference in alive)
@@ -205,7 +207,7 @@ def test_the_sums_of_one_layer_are_in_memory_at_a_time(stories, texts, monkeypat
         alive.extend(map(weakref.ref, sums))
         return sums
 
-    monkeypatch.setattr(calibration, "_moments", watched)
+    monkeypatch.setattr(calibration, "moments", watched)
     model = load_model(stories)
     calibrate(model, find_recipe("gptq-w8"), texts[0][:4])
     assert len(alive) == 2 * 4 * len(model.blocks)
@@ -258,3 +260,36 @@ def test_mistakes_are_refused_before_the_model_is_read(stories, recipe, options,
     monkeypatch.setattr("lobit.checkpoint.load_model", lambda *_: pytest.fail("the model was read"))
     with pytest.raises((InputError, RecipeError), match=message):
         calibrated(stories, find_recipe(recipe), Calibration("a", **options))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mobilellm", "gemma3"])
+def test_a_tied_table_is_rounded_on_what_the_head_reads_and_the_streams_begin_with_it(family, small_models, monkeypatch, hessians):
+    walks, walk = [], calibration._Walk
+    monkeypatch.setattr(calibration, "_Walk", lambda *arguments: walks.append(walk(*arguments)) or walks[-1])
+    model, floats = (load_model(small_models(family)[0]) for _ in range(2))
+    sequences = torch.randint(model.config.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
+    recipe = find_recipe("8da4w-g32").with_changes(kv_cache="float").calibrated()
+    if any(fate.problem for fate in fates(model.config, recipe)):
+        recipe = recipe.with_changes(group_size=8)
+    calls: list[Any] = []
+    found = calibrate(model, recipe, sequences, progress=lambda *call: calls.append(call))
+    with torch.no_grad():
+        tables, attend = rotary_tables(model.config, torch.arange(32)), CausalAttention(model.config)
+        x = floats.norm(floats.hidden(sequences, tables, attend)).flatten(0, 1)
+    assert model.config.tied and next(iter(found.integers)) == "embedding" and "head" not in found.integers
+    assert close(hessians[0], x.T @ x)
+    assert torch.equal(weight_of(model.embedding), dequantize(*found.integers["embedding"]))
+    assert [call[1] for call in calls] == list(range(1, calls[0][2] + 1))
+    with torch.no_grad():
+        stream = model.hidden(sequences, tables, attend)
+    assert model.config.repeats > 1 or close(torch.cat(walks[0].rounded.streams), stream)
+
+
+def test_a_table_that_is_not_the_head_is_rounded_to_nearest_and_the_head_on_its_inputs(small_models):
+    model = load_model(small_models("llama3")[0] if not load_config(small_models("llama3")[0]).tied else small_models("tinyllama")[0])
+    assert not model.config.tied
+    floats, grid = weight_of(model.embedding).detach().clone(), WeightGrid(4, 8)
+    sequences = torch.randint(model.config.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
+    found = calibrate(model, find_recipe("8da4w-g32").with_changes(group_size=8).calibrated(), sequences)
+    assert all(torch.equal(a, b) for a, b in zip(found.integers["embedding"], quantize_linear(floats, grid), strict=True))
+    assert list(found.integers)[-1] == "head"
