@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -35,30 +36,41 @@ ROWS = 4096
 """Of a tensor that are looked at together, so that temporary memory stays small."""
 OWN_HEAD = f"lm_head.{FAKE_QUANTIZER}scale"
 """Scales of a head that shares its floats with the embedding, but not its integers."""
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+WRAPPED = (("model.language_model.", "model."), ("language_model.model.", "model."), ("language_model.lm_head.", "lm_head."))
+"""What models of images and text put before the names of their text model, and what it calls them itself."""
+BARE = ("layers.", "embed_tokens.", "norm.")
+"""How names begin where the model was saved without its head (transformers' `AutoModel`)."""
+OTHER_SENSES = ("vision_tower.", "vision_model.", "visual.", "audio_tower.", "multi_modal_projector.", "embed_vision.", "embed_audio.")
+"""How names begin of the parts of a model of images and text, with `model.` before them or not, that its text model does without."""
 IGNORED = re.compile(r"\.(rotary_emb\.inv_freq|activation_fake_quantizer\.(scale|zero_point))$")
 """Constants that old Llama checkpoints carry, which follow from the config; ranges of inputs, which are quantized by token if at all."""
 
 
 def resolve(model: str) -> Path:
-    """The folder of MODEL: `demo`, a folder, or a hub name (downloaded into the Hugging Face cache).
+    """The folder of MODEL: `demo`, a folder, or a hub name (downloaded into the Hugging Face cache, which is said on stderr).
 
     Raises:
-        ModelError: there is no such folder and it does not look like a hub name.
+        ModelError: there is no such folder and it does not look like a hub name, or `demo` may be one of two models.
         MissingPartError: the hub cannot be reached.
     """
     if model == "demo":
         from lobit.demo import FOLDER
 
+        if (Path(model) / "config.json").is_file():
+            raise ModelError("demo is the model that lobit ships, and a model's folder here: give ./demo for the folder, or run elsewhere")
         return FOLDER
     folder = Path(model)
     if folder.is_dir():
         return folder
     if folder.exists():
         raise ModelError(f"{model} is a file: give the folder that holds config.json and *.safetensors")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) or folder.parent.is_dir():
         raise ModelError(f"there is no folder {model}: give a Hugging Face folder, a hub name such as org/name, or 'demo'")
     from huggingface_hub import snapshot_download
 
+    print(f"{model} is no folder here: fetching it from the Hugging Face hub", file=sys.stderr, flush=True)
     try:
         return Path(snapshot_download(model, allow_patterns=SAFE_FILES + TOKENIZER_FILES))
     except Exception as error:  # the hub client raises many kinds, all of them mean the same to a user
@@ -89,14 +101,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_config(folder: Path) -> Config:
-    """The model's `Config`, from config.json."""
+    """The model's `Config`, from config.json.
+
+    Raises:
+        ModelError: it is missing or cannot be read, or the folder holds an adapter, whose weights are not the model's.
+    """
+    if (folder / ADAPTER).is_file():
+        raise ModelError(
+            f"{folder} holds an adapter ({ADAPTER}): merge the adapter first (peft: merge_and_unload, then save_pretrained), or give a "
+            "folder of the base model without it"
+        )
     return read_config(read_json(folder / "config.json"))
 
 
 def _files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, sharded or not."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    """The safetensors files of a folder: the single one, whatever shards lie beside it, as transformers has it; or the index's."""
+    index = folder / INDEX
+    if index.is_file() and not (folder / SINGLE).is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise ModelError(f"{index} has no weight_map: fetch it again")
@@ -105,7 +126,7 @@ def _files(folder: Path) -> list[Path]:
         if outside:
             raise ModelError(f"{index} names what is no file in the folder, or outside of it: {', '.join(outside[:9])}: fetch it again")
     else:
-        names = ["model.safetensors"]
+        names = [SINGLE]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
@@ -148,8 +169,16 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
+def _family_name(name: str) -> str:
+    """What the family calls a tensor."""
+    for wrapped, plain in WRAPPED:
+        if name.startswith(wrapped):
+            return plain + name.removeprefix(wrapped)
+    return f"model.{name}" if name.startswith(BARE) else name
+
+
 def _headers(files: list[Path]) -> tuple[dict[str, Header], dict[str, str]]:
-    """The header of every tensor, and what the files say besides."""
+    """The header of every tensor under the file's own name, and what the files say besides."""
     found: dict[str, Header] = {}
     metadata: dict[str, str] = {}
     for path in files:
@@ -178,7 +207,9 @@ class Weights:
     """
 
     def __init__(self, folder: Path, config: Config) -> None:
-        self.headers, metadata = _headers(_files(folder))
+        headers, metadata = _headers(_files(folder))
+        self.own_names = self._names(headers, folder)
+        self.headers = {name: headers[own] for name, own in self.own_names.items()}
         self.untied = config.tied and OWN_HEAD in self.headers
         config = replace(config, tied=config.tied and not self.untied)
         self.folder, self.config = folder, config
@@ -189,9 +220,44 @@ class Weights:
         if self.untied and head and head.quantized and head.name not in self.headers:
             shared = self.places["embedding.weight"].name
             self.places["head.weight"] = replace(head, name=shared, quantized=replace(head.quantized, values=shared))
-        problems = _problems(self.places, self.headers, config)
+        if config.tied and EMBEDDING not in self.headers and HEAD in self.headers:
+            self.places["embedding.weight"] = replace(self.places["embedding.weight"], name=HEAD)
+        problems = _problems(self.places, self.headers, config) + self._tie_problems()
         if problems:
             raise ModelError(listed(problems, f"{folder} does not fit a {config.family} model, {len(problems)} tensors:"))
+
+    def _names(self, headers: Mapping[str, Header], folder: Path) -> dict[str, str]:
+        """The file's name of every tensor, under the family's.
+
+        Raises:
+            ModelError: two tensors mean the same.
+        """
+        names: dict[str, str] = {}
+        has_text_model = isinstance(read_json(folder / "config.json").get("text_config"), dict)
+        for own in headers:
+            if has_text_model and own.removeprefix("model.").startswith(OTHER_SENSES):
+                continue
+            name = _family_name(own)
+            if name in names:
+                raise ModelError(f"{shown_name(names[name])} and {shown_name(own)} of {folder} are both {shown_name(name)}: remove one")
+            names[name] = own
+        return names
+
+    def _tie_problems(self) -> list[str]:
+        """What the files and `tie_word_embeddings` say of the head that cannot both be true."""
+        headers = self.headers
+        if not self.config.tied:
+            hint = "tie_word_embeddings is false in config.json: write true there if the head shares the embedding"
+            return [hint] if HEAD not in headers and EMBEDDING in headers else []
+        if HEAD not in headers or EMBEDDING not in headers or headers[HEAD][1] != headers[EMBEDDING][1]:
+            return []
+        parts = zip(self._get(HEAD).split(ROWS), self._get(EMBEDDING).split(ROWS), strict=True)
+        if all(torch.equal(head, embedding) for head, embedding in parts):
+            return []
+        return [
+            f"{HEAD} is another matrix than {EMBEDDING}, and tie_word_embeddings is true: if it is the head, write "
+            "tie_word_embeddings: false into config.json, or else remove it from the file"
+        ]
 
     def read(self, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
         """A tensor; a head that is the embedding is there under both names.
@@ -229,7 +295,7 @@ class Weights:
 
     def _get(self, name: str) -> Tensor:
         with open_tensors(self.headers[name][0]) as tensors:
-            return cast(Tensor, tensors.get_tensor(name))
+            return cast(Tensor, tensors.get_tensor(self.own_names[name]))
 
 
 def load_model(folder: Path, config: Config | None = None) -> Transformer:
@@ -273,9 +339,14 @@ def _tensor_problems(name: str, shapes: Shapes, header: Header | None) -> list[s
 
 def copy_companions(source: Path, folder: Path, names: Iterable[str] = COMPANIONS) -> list[str]:
     """Copies the files of a model's folder that go with its weights; the names of those that are there."""
+    from lobit.tokenizer import FILE_NAME, copy_tokenizer
+
     found = [name for name in names if (source / name).is_file()]
     for name in found:
-        shutil.copyfile(source / name, folder / name)
+        if name == FILE_NAME:
+            copy_tokenizer(source, folder)
+        else:
+            shutil.copyfile(source / name, folder / name)
     return found
 
 

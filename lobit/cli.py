@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,6 +29,9 @@ from lobit.cli_options import (
 from lobit.errors import InputError
 from lobit.memory import check_address_space
 from lobit.trouble import MISTAKE, one_message
+
+if TYPE_CHECKING:
+    from lobit.runtime.generate import Sampling
 
 
 @app.callback()
@@ -83,8 +86,14 @@ def run(
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, help="Default: 512 of an answer, 128 of text that is continued.")
     ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="What the model is told before a chat.")] = None,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the most probable token.")] = 0.0,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Draw from so many of the likeliest tokens; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens that reach this share together.")] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition-penalty", help="Above 1: tokens that were there before are less likely.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the drawing: the same seed gives the same text.")] = 0,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -93,19 +102,21 @@ def run(
     In a chat Ctrl-C stops an answer, /reset begins a new conversation, and the end of the input (Ctrl-D) ends it.
     """
     from lobit import tables, verbs
+    from lobit.runtime.generate import Sampling
 
+    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, seed)
     if prompt is None:
         if raw or as_json:
             raise InputError("--raw and --json are for one text: give it with --prompt")
-        _chat(bundle, max_new_tokens, temperature, seed, threads)
+        _chat(bundle, system, max_new_tokens, sampling, threads)
         return
     result = verbs.run(
         bundle,
         prompt,
         raw=raw,
+        system=system,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
+        sampling=sampling,
         threads=threads,
         on_text=None if as_json else _stream,
         echo=True,
@@ -117,7 +128,7 @@ def run(
         _aside(tables.speed(result["stats"]))
 
 
-def _chat(bundle: Path, max_new_tokens: int | None, temperature: float, seed: int, threads: int | None) -> None:
+def _chat(bundle: Path, system: str | None, max_new_tokens: int | None, sampling: Sampling, threads: int | None) -> None:
     """A conversation with whoever types, or with the lines of stdin."""
     from lobit import tables, verbs
 
@@ -127,9 +138,9 @@ def _chat(bundle: Path, max_new_tokens: int | None, temperature: float, seed: in
         bundle,
         _typed_lines() if typed else sys.stdin,
         _stream,
+        system=system,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
+        sampling=sampling,
         threads=threads,
         on_load=lambda seconds: _aside(f"{bundle.name}, loaded in {seconds:.1f} s{hint}"),
         on_turn=lambda stats: _aside(tables.speed(stats)),
@@ -241,16 +252,17 @@ def report(
     typer.echo(f"report: {verbs.report(results, out)}")
 
 
-@app.command(epilog="Examples: lobit doctor  |  lobit doctor xnnpack")
+@app.command(epilog="Examples: lobit doctor  |  lobit doctor xnnpack  |  lobit doctor ./SmolLM2-135M")
 def doctor(
-    target: Annotated[str | None, typer.Argument(metavar="[TARGET]", help="One target, or fetch; default: all.")] = None,
+    what: Annotated[str | None, typer.Argument(metavar="[TARGET|MODEL]", help="A target, fetch, or a model; default: all targets.")] = None,
     as_json: Json = False,
 ) -> None:
-    """What is installed, what is missing, and how to get it."""
+    """What is installed and what is missing; or whether a model is read as transformers reads it."""
     from lobit import tables, verbs
 
-    result = verbs.doctor(target)
-    print_json(result) if as_json else tables.show(tables.doctor(result))
+    result = verbs.doctor(what)
+    table = tables.installed if "parts" in result else tables.readings
+    print_json(result) if as_json else tables.show(table(result))
     if not result["passed"]:
         raise typer.Exit(MISTAKE)
 

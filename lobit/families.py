@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
 from lobit.errors import ModelError, listed, shown
-from lobit.fields import FULL, SLIDING, Fields, layers_with_rope, long_rope, only_rope, read_rope, read_windows
-from lobit.model import Config, Layer, Rope
+from lobit.fields import FULL, LARGEST_SIZE, SLIDING, Fields, layers_with_rope, long_rope, only_rope, read_rope, read_windows
+from lobit.model import Config, Layer, Rope, YarnScaling
 
 ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh", "relu2"]] = {
     "silu": "silu",
@@ -22,6 +22,10 @@ ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh", "relu2"]] = {
     "relu2": "relu2",
 }
 """transformers' names of the activations."""
+
+
+OF_THE_WHOLE = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config", "eos_token_id")
+"""Fields of a model of images and text that stand beside its `text_config`."""
 
 
 def _common(fields: Fields, width: str = "intermediate_size", act: str = "hidden_act") -> dict[str, Any]:
@@ -338,16 +342,40 @@ def read_config(values: Mapping[str, Any]) -> Config:
     Raises:
         ModelError: the family is unknown, or fields are missing or absurd; all are named.
     """
+    values, inner = text_values(values), ""
     kind = values.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        inner = " (images and text: its text model alone is a family)" if isinstance(values.get("text_config"), dict) else ""
+    if not _is_family(values):
+        if isinstance(values.get("text_config"), dict):
+            inner = f" with a text model of model_type {shown(values['text_config'].get('model_type'))}"
         raise ModelError(f"model_type {shown(kind)}{inner} is not a family that lobit knows: {', '.join(sorted(FAMILIES))}")
     fields = Fields({**FAMILIES[kind].defaults, **values})
     config = FAMILIES[kind].read(fields)
-    fields.problems += [] if fields.problems else _absurd(config)
-    if fields.problems:
-        raise ModelError(listed(fields.problems, f"config.json of a {kind} model has {len(fields.problems)} unusable fields:"))
-    return config
+    problems = list(dict.fromkeys(fields.problems)) or _absurd(config)
+    if problems:
+        raise ModelError(listed(problems, f"config.json of a {kind} model has {len(problems)} unusable fields:"))
+    return replace(config, max_context=max(config.max_context, *(_reach(layer.rope) for layer in config.layers)))
+
+
+def text_values(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A parsed config.json; of a model of images and text that of its text model, where that is of a family.
+
+    Source: transformers `Gemma3Config` and others with a `text_config`, whose fields go first.
+    """
+    inner = values.get("text_config")
+    if not isinstance(inner, dict) or _is_family(values) or not _is_family(inner):
+        return values
+    return {**{name: values[name] for name in OF_THE_WHOLE if name in values}, **inner}
+
+
+def _is_family(values: Mapping[str, Any]) -> bool:
+    kind = values.get("model_type")
+    return isinstance(kind, str) and kind in FAMILIES
+
+
+def _reach(rope: Rope | None) -> int:
+    """Positions up to which YaRN stretches a rotary embedding; 0 of others. The cards of models add it and leave the context as it is."""
+    scaling = rope.scaling if rope else None
+    return min(int(scaling.factor * scaling.original_context), LARGEST_SIZE) if isinstance(scaling, YarnScaling) else 0
 
 
 def _absurd(config: Config) -> list[str]:

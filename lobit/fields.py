@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lobit.errors import shown
-from lobit.model import LinearScaling, Llama3Scaling, LongRopeScaling, Rope
+from lobit.model import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
 
 LARGEST_SIZE = 1 << 24
 """No real config.json holds a larger width, context or vocabulary; a larger one is a damaged file."""
@@ -72,11 +72,17 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 """transformers' names of kinds of layers."""
 ROPE_FIELDS: dict[str, set[str]] = {
     "default": set(),
+    "dynamic": {"factor"},
     "linear": {"factor"},
+    "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "longrope": {"factor", "short_factor", "long_factor", "attention_factor", "original_max_position_embeddings"},
 }
 """What each kind of rotary embedding says of itself."""
+ANY_ROPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "finetuned"}
+"""What any kind may say, whether it matters there or not."""
+NO_CHANGE = {"factor": 1, "attention_factor": 1}
+"""Fields that change nothing with these values, wherever they stand."""
 
 
 def _rope_parameters(fields: Fields) -> Fields:
@@ -102,8 +108,8 @@ def _rope_kind(parameters: Fields, known: Sequence[str], aliases: Mapping[str, s
     if kind not in known:
         parameters.problems.append(f"rope_type is {shown(kind)}: {', '.join(known)} are known for this family")
         return "default"
-    given = {key for key, value in parameters.values.items() if value is not None}
-    unknown = sorted(map(shown, given - ROPE_FIELDS[kind] - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}))
+    given = {key for key, value in parameters.values.items() if value is not None and value != NO_CHANGE.get(key)}
+    unknown = sorted(map(shown, given - ROPE_FIELDS[kind] - ANY_ROPE))
     if unknown:
         parameters.problems.append(f"rotary embedding of rope_type {kind} has {', '.join(unknown[:9])}: {kind} has no such field")
     return str(kind)
@@ -114,16 +120,19 @@ def _turned_share(parameters: Fields) -> float:
     return parameters.number("partial_rotary_factor", 1.0, largest=1)
 
 
-def read_rope(parameters: Fields, head_dim: int, theta: float) -> Rope:
+def read_rope(parameters: Fields, head_dim: int, theta: float, context: int = LARGEST_SIZE) -> Rope:
     """Rotary embedding of whole heads.
+
+    One that is `dynamic` is the plain one up to the model's context, which is where lobit ends.
 
     Args:
         parameters: under transformers 5's names.
         head_dim: entries of a head.
         theta: where the parameters have none.
+        context: of the model.
     """
-    kind = _rope_kind(parameters, ("default", "linear", "llama3"))
-    scaling: Llama3Scaling | LinearScaling | None = None
+    kind = _rope_kind(parameters, ("default", "dynamic", "linear", "llama3", "yarn"))
+    scaling: Llama3Scaling | LinearScaling | YarnScaling | None = None
     if kind == "llama3":
         scaling = Llama3Scaling(
             parameters.number("factor", least=1),
@@ -135,14 +144,34 @@ def read_rope(parameters: Fields, head_dim: int, theta: float) -> Rope:
             parameters.problems.append("rope scaling llama3: low_freq_factor must be below high_freq_factor")
     elif kind == "linear":
         scaling = LinearScaling(parameters.number("factor", least=1))
+    elif kind == "yarn":
+        scaling = _yarn(parameters, context)
     if _turned_share(parameters) != 1:
         parameters.problems.append("partial_rotary_factor is below 1: this family turns whole heads")
     return Rope(parameters.number("rope_theta", theta, least=1), head_dim, scaling)
 
 
+def _yarn(parameters: Fields, context: int) -> YarnScaling:
+    """YaRN, with transformers' defaults (`_compute_yarn_parameters`)."""
+    factor = parameters.number("factor", least=1)
+    default = 0.1 * math.log(factor) + 1
+    if parameters.values.get("mscale") and parameters.values.get("mscale_all_dim"):
+        above, below = (0.1 * parameters.number(name) * math.log(factor) + 1 for name in ("mscale", "mscale_all_dim"))
+        default = above / below
+    return YarnScaling(
+        factor,
+        parameters.number("attention_factor", default),
+        parameters.size("original_max_position_embeddings", context),
+        parameters.number("beta_fast", 32.0),
+        parameters.number("beta_slow", 1.0),
+        parameters.flag("truncate", True),
+    )
+
+
 def only_rope(fields: Fields, head_dim: int) -> Rope:
     """The one rotary embedding of most families."""
-    return read_rope(_rope_parameters(fields), head_dim, fields.number("rope_theta", 10000.0, least=1))
+    theta, context = fields.number("rope_theta", 10000.0, least=1), fields.size("max_position_embeddings")
+    return read_rope(_rope_parameters(fields), head_dim, theta, context)
 
 
 def long_rope(fields: Fields, head_dim: int, context: int) -> tuple[Rope, int]:

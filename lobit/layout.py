@@ -133,6 +133,7 @@ def read(config: Config, ours: str, stored: Stored, get: Callable[[str], Tensor]
     """
     values = get(stored.name) if stored.quantized is None else product(*integers(stored.quantized, get))
     rows = values[stored.first : stored.last]
+    dtype = torch.float32 if values.dtype == torch.float64 else dtype
     if dtype is not None:
         rows = rows.to(dtype, copy=len(rows) < len(values))
     return from_checkpoint(config, ours, rows)

@@ -44,6 +44,32 @@ class LongRopeScaling:
 
 
 @dataclass(frozen=True)
+class YarnScaling:
+    """Slow frequencies divided by a factor, fast ones left, between them a ramp (transformers `_compute_yarn_parameters`)."""
+
+    factor: float
+    attention_factor: float
+    """On cosine and sine."""
+    original_context: int
+    beta_fast: float = 32.0
+    """Turns within the original context: a frequency that turns as often, or more often, is left."""
+    beta_slow: float = 1.0
+    """One that turns no more often is divided by the whole factor."""
+    truncate: bool = True
+    """The ramp begins and ends at whole frequencies."""
+
+    def divided(self, theta: float, dim: int) -> Tensor:
+        """How much of each frequency [dim / 2] is divided, from 0 to 1."""
+        turns = (self.beta_fast, self.beta_slow)
+        first, last = (dim * math.log(self.original_context / (2 * math.pi * each)) / (2 * math.log(theta)) for each in turns)
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, dim - 1)
+        last += 0.001 if first == last else 0
+        return ((torch.arange(dim // 2).float() - first) / (last - first)).clamp(0, 1)
+
+
+@dataclass(frozen=True)
 class Rope:
     """Rotary position embedding of one layer.
 
@@ -53,7 +79,7 @@ class Rope:
 
     theta: float
     dim: int
-    scaling: Llama3Scaling | LinearScaling | LongRopeScaling | None = None
+    scaling: Llama3Scaling | LinearScaling | LongRopeScaling | YarnScaling | None = None
 
     def frequencies(self) -> tuple[Tensor, float]:
         """Angles per position [dim / 2] in radians, and the factor on cosine and sine."""
@@ -63,6 +89,9 @@ class Rope:
                 return inverse / factor, 1.0
             case LongRopeScaling(factors, attention_factor):
                 return inverse / torch.tensor(factors), attention_factor
+            case YarnScaling(factor, attention_factor):
+                divided = self.scaling.divided(self.theta, self.dim)
+                return inverse / factor * divided + inverse * (1 - divided), attention_factor
             case Llama3Scaling(factor, low, high, context):
                 wavelength = 2 * math.pi / inverse
                 smooth = ((context / wavelength - low) / (high - low)).clamp(0, 1)

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
+import json
 import os
 import platform
 import shutil
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from lobit.errors import BundleError
+from lobit.errors import BundleError, shown
 
 if sys.platform != "win32":
     import fcntl
     import resource
 
-WRITER = ".writer"
-"""In an unfinished folder: says which process writes there."""
+WRITER, OWNER = ".writer", ".unfinished.json"
+"""In an unfinished folder: the process that writes there, and the work that it does."""
+OURS = (WRITER, OWNER, f"{OWNER}.new")
+LONGEST_OWNER = 1 << 20
+"""Bytes of an owner's file that are read."""
+MOST_DIFFERENCES = 3
+"""Settings that a message names."""
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """What the system says where there is no space, or no more is allowed."""
 TRIES = 100
@@ -40,35 +48,58 @@ def check_place(out: Path) -> None:
         raise BundleError(f"{out.parent} is no folder: make it first, or choose another place with -o")
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is done in a folder that is not finished: the same work alone goes on there, or begins again.
+
+    Attributes:
+        verb: such as `export`.
+        settings: all that the result depends on, in JSON's types.
+        command: as the user gave it; empty where a program calls.
+        resumes: whether it goes on from what an earlier run has finished; otherwise it begins again.
+    """
+
+    verb: str
+    settings: Mapping[str, Any]
+    command: str = ""
+    resumes: bool = False
+
+
 @contextlib.contextmanager
-def new_folder(out: Path, resume: bool = False) -> Iterator[Path]:
+def new_folder(out: Path, work: Work) -> Iterator[Path]:
     """`out`.partial to write into; it becomes `out` at the end.
 
-    It is made at once, so that a place that cannot be written to is found before any slow work.
+    It is made at once, so that a place that cannot be written to is found before any slow work. What other work has left in `out`.partial
+    is never touched. What the same work has left is kept where it resumes, and so is what is in it when something fails; otherwise both
+    are removed.
 
     Args:
         out: where the folder appears.
-        resume: what an earlier run left in `out`.partial is kept, and so is what is in it when something fails; without it both
-            are removed.
+        work: what is done.
 
     Raises:
-        BundleError: as `check_place`; the place cannot be written to or is full, or another process writes there.
+        BundleError: as `check_place`; the place cannot be written to or is full, another process writes there, or other work has left
+            something there.
     """
     check_place(out)
     partial = out.with_name(out.name + ".partial")
     with _held(partial):
+        asked = json.loads(json.dumps({"verb": work.verb, "command": work.command, "settings": work.settings}))
+        _check_owner(partial, asked)
         try:
             check_place(out)  # again: another process may have finished just before
-            if not resume:
+            if not work.resumes:
                 _clear(partial)
+            _own(partial, asked)
             yield partial
             check_place(out)
-            (partial / WRITER).unlink(missing_ok=True)
-            partial.rename(out)
+            for name in OURS:
+                (partial / name).unlink(missing_ok=True)
+            publish(partial, out)
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # gives back what the work held: there may be no memory left
             told = _told(error, partial)
-            if not resume or not _contents(partial):
+            if not work.resumes or not any(path.is_file() for path in partial.rglob("*") if path.name not in OURS):
                 shutil.rmtree(partial, ignore_errors=True)
             else:
                 told.add_note(f"what is finished is kept in {partial}: the same command goes on from there")
@@ -77,8 +108,82 @@ def new_folder(out: Path, resume: bool = False) -> Iterator[Path]:
             raise told from None
 
 
+def publish(new: Path, place: Path) -> None:
+    """Gives a file or folder its name when all of it is on the disk: after a crash of the machine it is there as a whole, or not at all."""
+    for path in (new, *new.rglob("*")):
+        if not path.is_symlink():
+            _sync(path)
+    new.replace(place)
+    _sync(place.parent)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk; where the system cannot tell, it is left to it."""
+    with contextlib.suppress(PermissionError, *([OSError] if sys.platform == "win32" else [])):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _check_owner(partial: Path, asked: dict[str, Any]) -> None:
+    """Refuses a folder that holds what other work has left.
+
+    Raises:
+        BundleError: with the owner's name and the command that goes on.
+    """
+    if not _contents(partial):
+        return
+    there = _owner(partial / OWNER)
+    if there is None:
+        raise BundleError(
+            f"{partial} holds files that no unfinished command of lobit is known to have left: look into it and remove it, or choose "
+            "another place with -o"
+        )
+    if there["verb"] != asked["verb"] or there["settings"] != asked["settings"]:
+        raise BundleError(_refusal(partial, there, asked))
+
+
+def _own(partial: Path, asked: dict[str, Any]) -> None:
+    """Says in the folder whose it is."""
+    new = partial / f"{OWNER}.new"
+    new.write_text(json.dumps(asked, indent=1), encoding="utf-8")
+    publish(new, partial / OWNER)
+
+
+def _owner(path: Path) -> dict[str, Any] | None:
+    """The verb, command and settings that an unfinished folder tells of, or None where it tells nothing that can be read."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if path.stat().st_size <= LONGEST_OWNER:
+            there = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(there, dict) and {"verb", "command", "settings"} <= there.keys():
+                return there
+    return None
+
+
+def _refusal(partial: Path, there: dict[str, Any], asked: dict[str, Any]) -> str:
+    found = list(_differences(there["settings"], asked["settings"])) if there["verb"] == asked["verb"] else []
+    more = f" and {len(found) - MOST_DIFFERENCES} more" if len(found) > MOST_DIFFERENCES else ""
+    settings = f" with other settings ({'; '.join(found[:MOST_DIFFERENCES])}{more})" if found else ""
+    command = there["command"] or f"the same `lobit {there['verb']}`"
+    return (
+        f"{partial} holds an unfinished `lobit {there['verb']}`{settings}: go on with it ({command}), choose another place with -o, or "
+        "remove it"
+    )
+
+
+def _differences(there: Any, asked: Any, name: str = "") -> Iterator[str]:
+    """Settings that are not the same, by name."""
+    if isinstance(there, dict) and isinstance(asked, dict):
+        for key in sorted({*there, *asked}):
+            yield from _differences(there.get(key), asked.get(key), f"{name}.{key}" if name else key)
+    elif there != asked:
+        yield f"{name}: {shown(there)} there, {shown(asked)} now"
+
+
 def _contents(partial: Path) -> list[Path]:
-    return [path for path in partial.glob("*") if path.name != WRITER]
+    return [path for path in partial.glob("*") if path.name not in OURS]
 
 
 def _clear(partial: Path) -> None:

@@ -32,7 +32,7 @@ Header = tuple[Path, list[int], str]
 """File, shape and dtype of a tensor."""
 Shapes = dict[str, tuple[int, ...]]
 """The kinds of numbers that a tensor may have, and the shape that it needs with each."""
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 """safetensors' names of the floats that are read."""
 CODES = 4
 """Ternary codes in a byte of transformers' packing."""

@@ -6,22 +6,51 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 
 
+class _Silence:
+    """The process's standard error stream, shut for as long as anyone wants it shut: several threads may at once."""
+
+    def __init__(self) -> None:
+        self.lock, self.wanted, self.kept = threading.Lock(), 0, -1
+
+    def begin(self) -> None:
+        """Shuts the stream, the first time."""
+        with self.lock:
+            self.wanted += 1
+            if self.wanted == 1:
+                sys.stderr.flush()
+                self.kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, 2)
+                os.close(null)
+
+    def end(self) -> None:
+        """Opens it again, the last time."""
+        with self.lock:
+            self.wanted -= 1
+            if self.wanted == 0:
+                os.dup2(self.kept, 2)
+                os.close(self.kept)
+
+
+_SILENCE = _Silence()
+
+
 @contextlib.contextmanager
 def quiet_native() -> Iterator[None]:
-    """Drops what native code writes to the standard error stream: ExecuTorch logs several lines in every call."""
-    sys.stderr.flush()
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    os.close(null)
+    """Drops what native code writes to the standard error stream.
+
+    For what is known to speak of itself and cannot abort, such as ExecuTorch's thread pool when it is made anew: the words of an abort
+    would be lost.
+    """
+    _SILENCE.begin()
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        _SILENCE.end()
 
 
 @contextlib.contextmanager

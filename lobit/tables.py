@@ -10,6 +10,8 @@ from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
+from lobit.errors import shown
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -202,7 +204,7 @@ def parity(result: dict[str, Any]) -> Table:
     rows = [(row["name"], row) for row in result["stages"]]
     rows += [(f"  {name}", row) for name, row in result["phases"].items() if row]
     for name, row in rows:
-        figures = [f"{row[key]:.2e}" for key in ("kl_mean", "kl_p99", "kl_step")]
+        figures = [f"{row['kl_mean']:.2e} ± {row['kl_se']:.0e}", *(f"{row[key]:.2e}" for key in ("kl_p99", "kl_step"))]
         table.add_row(name, *figures, f"{row['top1_agreement']:.2%}", f"{row['perplexity']:.3f}")
     for metric, limit in result["limits"].items():
         measured = result["stages"][-1][metric]
@@ -234,11 +236,20 @@ def speed(stats: dict[str, Any]) -> str:
     )
 
 
-def doctor(result: dict[str, Any]) -> Table:
+def installed(result: dict[str, Any]) -> Table:
     """What is there and what is missing."""
     table = _table("", "for", "part", "found", "way out")
     for row in result["parts"]:
         table.add_row(row["for"], row["part"], row["found"] or "missing", "" if row["found"] else row["way_out"])
+    return table
+
+
+def readings(result: dict[str, Any]) -> Table:
+    """What lobit and transformers read of a model, side by side."""
+    table = _table(f"{result['model']}, read by", "", "lobit", "transformers", "same")
+    for check in result["checks"]:
+        same = {True: "yes", False: "NO", None: "not compared"}[check["same"]]
+        table.add_row(check["what"], *(shown(check[side]) for side in ("ours", "theirs")), same)
     return table
 
 

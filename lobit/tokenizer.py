@@ -14,7 +14,12 @@ import tokenizers
 from lobit.errors import InputError, ModelError, listed, reason, shown
 from lobit.quiet import quiet_native
 
-FILE_NAME = "tokenizer.json"
+FILE_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
+SLOW = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "tekken.json")
+"""Tokenizers of other kinds."""
+SAVE_FAST = "save one with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+ADDED_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+"""What tokenizer.json says of an added token besides its content."""
 LARGEST_TOKENIZER = 64 << 20
 """Bytes; the files of vocabularies of a quarter million tokens have about 30 MB."""
 LARGEST_TEMPLATE = 1 << 20
@@ -37,13 +42,21 @@ class Tokenizer:
         stop: generation ends at any of these.
         chat_template: Jinja source; None where the model has none.
         special: `bos_token`, `eos_token`, … as text: what the template may name.
+        vocab_size: of the model; None: not known.
         size: one more than the largest id.
     """
 
     def __init__(
-        self, inner: tokenizers.Tokenizer, *, bos: int | None, stop: list[int], chat_template: str | None, special: dict[str, str]
+        self,
+        inner: tokenizers.Tokenizer,
+        *,
+        bos: int | None,
+        stop: list[int],
+        chat_template: str | None,
+        special: dict[str, str],
+        vocab_size: int | None = None,
     ) -> None:
-        self.bos, self.stop, self.chat_template, self.special = bos, stop, chat_template, special
+        self.bos, self.stop, self.chat_template, self.special, self.vocab_size = bos, stop, chat_template, special, vocab_size
         self._inner = inner
         added = inner.get_added_tokens_decoder()
         self._hidden = {token for token, entry in added.items() if entry.special}
@@ -62,15 +75,15 @@ class Tokenizer:
         Raises:
             ModelError: missing, damaged or too large files, or a tokenizer that does not fit the vocabulary.
         """
-        config = _read_optional(folder / "tokenizer_config.json")
+        config = _read_optional(folder / CONFIG_NAME)
         special = _special_tokens(folder, config)
-        inner = _load(folder / FILE_NAME, special)
+        inner = _load(folder / FILE_NAME, special, config)
         template = _chat_template(folder, config)
         eos = inner.token_to_id(special.get("eos_token", ""))
         stop = sorted({*_declared_stops(folder), *([] if eos is None else [eos])})
         bos = _first_added(inner)
         _check_vocabulary(inner, stop, bos, vocab_size, folder)
-        return Tokenizer(inner, bos=bos, stop=stop, chat_template=template, special=special)
+        return Tokenizer(inner, bos=bos, stop=stop, chat_template=template, special=special, vocab_size=vocab_size)
 
     @staticmethod
     def from_file(
@@ -94,7 +107,22 @@ class Tokenizer:
         """
         inner = _load(tokenizer_json, special)
         _check_vocabulary(inner, stop, bos, vocab_size, tokenizer_json.parent)
-        return Tokenizer(inner, bos=bos, stop=list(stop), chat_template=chat_template, special=dict(special))
+        return Tokenizer(inner, bos=bos, stop=list(stop), chat_template=chat_template, special=dict(special), vocab_size=vocab_size)
+
+    def encode_lines(self, text: str, count: int) -> tuple[list[int], list[int]]:
+        """The first tokens of a text, without what the tokenizer puts around it, and the indices of those that begin a line.
+
+        Args:
+            text: as `encode` takes it.
+            count: tokens, at most.
+
+        Raises:
+            InputError: as `encode` does.
+            ModelError: as `encode` does.
+        """
+        encoding = self._encoded(text, bos=False)
+        begins = (i for i, (start, end) in enumerate(encoding.offsets[:count]) if end > start and (start == 0 or text[start - 1] == "\n"))
+        return encoding.ids[:count], list(begins)
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """The tokens of a text.
@@ -104,13 +132,24 @@ class Tokenizer:
             bos: with the tokens that the tokenizer puts around a text (Hugging Face's `add_special_tokens`).
 
         Raises:
-            InputError: the text is not Unicode.
+            InputError: the text is not Unicode, or has a token that the model does not have.
             ModelError: the tokenizer is damaged in a way that shows only now.
         """
+        return self._encoded(text, bos).ids
+
+    def _encoded(self, text: str, bos: bool) -> tokenizers.Encoding:
         if not _is_unicode(text):
             raise InputError("the text has half a surrogate pair, which is no character: read it as UTF-8")
         with _guarded(IN_USE):
-            return self._inner.encode(text, add_special_tokens=bos).ids
+            encoding = self._inner.encode(text, add_special_tokens=bos)
+        ids = encoding.ids
+        if self.vocab_size is not None and max(ids, default=0) >= self.vocab_size:
+            token = next(token for token in ids if token >= self.vocab_size)
+            raise InputError(
+                f"the text has token {token} ({shown(self._inner.id_to_token(token))}), and the model's vocabulary ends at "
+                f"{self.vocab_size - 1}: leave it out of the text, or take the model's own tokenizer"
+            )
+        return encoding
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """The text of tokens.
@@ -208,15 +247,16 @@ def _is_unicode(text: str) -> bool:
     return not SURROGATE.search(text)
 
 
-def _load(path: Path, special: Mapping[str, str]) -> tokenizers.Tokenizer:
-    """tokenizer.json, without the truncation and padding that it may carry; the named tokens of its vocabulary are special."""
-    if not path.is_file():
-        raise ModelError(f"{path} is missing: lobit needs a fast tokenizer, save one with transformers' save_pretrained")
-    size = path.stat().st_size
-    if size > LARGEST_TOKENIZER:
-        raise ModelError(f"{path} has {size} bytes, at most {LARGEST_TOKENIZER} are read: fetch it again")
+def _load(path: Path, special: Mapping[str, str], config: Mapping[str, Any] | None = None) -> tokenizers.Tokenizer:
+    """tokenizer.json, without the truncation and padding that it may carry; the named tokens of its vocabulary are special.
+
+    Args:
+        path: the file.
+        special: the named tokens.
+        config: tokenizer_config.json.
+    """
     with _guarded(f"{path} is no tokenizer that can be read"), quiet_native():
-        text = path.read_text(encoding="utf-8")
+        text = _whole(path, config or {})
         inner = tokenizers.Tokenizer.from_str(text)
         _check_ids(inner, json.loads(text).get("added_tokens") or [], path)
         inner.no_truncation()
@@ -226,6 +266,40 @@ def _load(path: Path, special: Mapping[str, str]) -> tokenizers.Tokenizer:
         inner.add_special_tokens(plain)
         inner.decode(inner.encode("a").ids)  # some damage shows only in use
     return inner
+
+
+def _whole(path: Path, config: Mapping[str, Any]) -> str:
+    """The text of tokenizer.json, with the added tokens that tokenizer_config.json alone knows (transformers adds them too).
+
+    Raises:
+        ModelError: it is missing or too large, or an added token is unusable.
+    """
+    if not path.is_file():
+        raise ModelError(f"{path} is missing: lobit needs a fast tokenizer, {SAVE_FAST}")
+    size = path.stat().st_size
+    if size > LARGEST_TOKENIZER:
+        raise ModelError(f"{path} has {size} bytes, at most {LARGEST_TOKENIZER} are read: fetch it again")
+    with path.open(encoding="utf-8", newline="") as file:
+        text = file.read()
+    values = json.loads(text)
+    vocabulary, added = values["model"].get("vocab") or {}, values.get("added_tokens") or []
+    known = {entry["id"] for entry in added} | set(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))
+    missing = {int(name): entry for name, entry in (config.get("added_tokens_decoder") or {}).items() if int(name) not in known}
+    unusable = [token for token, entry in missing.items() if not isinstance(entry.get("content"), str)]
+    if unusable:
+        raise ModelError(f"{path.parent / CONFIG_NAME} has added tokens without a content, {shown(unusable)}: {SAVE_FAST}")
+    for token, entry in sorted(missing.items()):
+        flags = {name: bool(entry.get(name, name == "normalized" and not entry.get("special"))) for name in ADDED_FLAGS}
+        added.append({"id": token, "content": entry["content"], **flags})
+    return json.dumps({**values, "added_tokens": added}, ensure_ascii=False) if missing else text
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Writes a folder's tokenizer.json to another one, with all added tokens in it, so that a reader of this file alone knows them."""
+    path = source / FILE_NAME
+    with _guarded(f"{path} is no tokenizer that can be read"):
+        text = _whole(path, _read_optional(source / CONFIG_NAME))
+    (folder / FILE_NAME).write_text(text, encoding="utf-8", newline="")
 
 
 def _check_ids(inner: tokenizers.Tokenizer, added: list[dict[str, Any]], path: Path) -> None:
@@ -293,11 +367,19 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     )
 
 
+STOP_FILES = ("generation_config.json", "config.json")
+"""Where stop tokens are declared; the first that has any counts."""
+NO_TOKEN = -1
+"""What some config.json files say for none."""
+
+
 def _declared_stops(folder: Path) -> list[int]:
     """`eos_token_id`, one or several, of generation_config.json or else of config.json."""
-    for name in ("generation_config.json", "config.json"):
-        value = _read_optional(folder / name).get("eos_token_id")
-        if value is None:
+    for name in STOP_FILES:
+        values = _read_optional(folder / name)
+        inner = values.get("text_config")
+        value = values.get("eos_token_id", inner.get("eos_token_id") if isinstance(inner, dict) else None)
+        if value in (None, NO_TOKEN):
             continue
         stops = value if isinstance(value, list) else [value]
         if all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in stops):
@@ -313,9 +395,24 @@ def _check_vocabulary(inner: tokenizers.Tokenizer, stop: Sequence[int], bos: int
     """
     if vocab_size is None:
         return
-    largest = max([*inner.get_vocab(with_added_tokens=False).values(), *stop, -1 if bos is None else bos])
+    outside = sorted(token for token in stop if token >= vocab_size)
+    if outside:
+        where = next((name for name in STOP_FILES if (folder / name).is_file() and _is_declared(folder / name, outside[0])), CONFIG_NAME)
+        raise ModelError(
+            f"eos_token_id of {folder / where} is token {outside[0]}, and the model's vocabulary ends at {vocab_size - 1}: correct it, or "
+            "put the model's own file there"
+        )
+    added = inner.get_added_tokens_decoder()
+    own = [token for token in inner.get_vocab(with_added_tokens=False).values() if token not in added]
+    largest = max([*own, -1 if bos is None else bos])
     if largest >= vocab_size:
         raise ModelError(
             f"{folder} has a tokenizer that does not fit the vocabulary: its largest token is {shown(largest)}, "
             f"the model has {vocab_size}: put the model's own tokenizer there"
         )
+
+
+def _is_declared(path: Path, stop: int) -> bool:
+    """Whether a file names a stop token."""
+    value = _read_optional(path).get("eos_token_id")
+    return stop in value if isinstance(value, list) else value == stop

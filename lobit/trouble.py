@@ -17,6 +17,9 @@ from typing import NoReturn
 from lobit.errors import LobitError
 from lobit.place import FULL
 
+DEBUG = "LOBIT_DEBUG"
+SHOW = f" ({DEBUG}=1 shows where)"
+"""Of errors that may be lobit's own fault all the same."""
 MISTAKE = 2
 SIGNALED = 128
 """And the signal's number: 130 after Ctrl-C."""
@@ -32,7 +35,8 @@ ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
 def one_message() -> Iterator[None]:
     """Ends the process with one message where something outside of lobit, or the user, is in the way.
 
-    What is an error of lobit's own goes on as it is, with its traceback.
+    What is an error of lobit's own goes on as it is, with its traceback. With `LOBIT_DEBUG=1` in the environment every error's traceback
+    is shown before its message.
     """
     ending = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
     before = {number: signal.signal(number, _interrupt) for number in ending}
@@ -47,6 +51,8 @@ def one_message() -> Iterator[None]:
         if explained is None:
             raise
         message, code = explained
+        if os.environ.get(DEBUG):
+            _say("".join(traceback.format_exception(error)))
         _say("\n".join([f"lobit: {message}", *getattr(error, "__notes__", [])]))
         _leave(code, at_once=_is_out_of_memory(error))
     finally:
@@ -77,7 +83,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, UnicodeDecodeError):
         return f"the input is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}): give text in UTF-8", MISTAKE
     if isinstance(error, RecursionError):
-        return "a file is nested too deeply to be read: fetch it again", MISTAKE
+        return f"a file is nested too deeply to be read: fetch it again{SHOW}", MISTAKE
     return None
 
 
@@ -118,7 +124,7 @@ def _system(error: OSError) -> str:
         return f"{place} cannot be used ({why}): change its rights, or choose another place"
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return f"{place} cannot be opened ({why}): allow more open files (ulimit -n)"
-    return f"{place} cannot be used ({why}): check the place, its rights and the free space"
+    return f"{place} cannot be used ({why}): check the place, its rights and the free space{SHOW}"
 
 
 def _say(message: str) -> None:

@@ -168,7 +168,7 @@ def prepare(model: Transformer, recipe: Recipe) -> Transformer:
     for name, module in list(layers_of(model)):
         rule = recipe.rule_for(name)
         if rule is None:
-            _to_floats(module, recipe)
+            _to_floats(module, recipe, name)
         else:
             wrap = FakeQuantizedEmbedding if name == "embedding" else FakeQuantizedLinear
             model.set_submodule(name, wrap(module, rule))
@@ -229,7 +229,7 @@ def convert(
         elif rule:
             _check_finite(name, weight_of(module).detach())
         if rule is None:
-            return _to_floats(module, recipe)
+            return _to_floats(module, recipe, name)
         return _to_integers(model, name, module, rule, (calibrated or {}).get(name))
 
     shares = model.config.tied and recipe.rule_for("head") is not None
@@ -278,11 +278,17 @@ def _check_finite(name: str, weight: torch.Tensor) -> None:
         raise RecipeError(f"{name} has {int((~weight.isfinite()).sum())} weights that are not finite: train with a lower learning rate")
 
 
-def _to_floats(module: nn.Module, recipe: Recipe) -> nn.Module:
+def _to_floats(module: nn.Module, recipe: Recipe, name: str) -> nn.Module:
     """The layer with its weight as the recipe keeps floats."""
     if recipe.float_bits == 16:
         weight = weight_of(module)
-        weight.data = weight.data.clamp(-HALF.max, HALF.max).half().float()
+        beyond = int((weight.data.abs() > HALF.max).sum())
+        if beyond:
+            raise RecipeError(
+                f"{beyond} of {weight.numel()} weights of {name} are beyond {HALF.max:g}, the largest that 16 bits hold, and recipe "
+                f"{recipe.name} keeps it so: take one that rounds it to integers (8da4w-g32), or fp"
+            )
+        weight.data = weight.data.half().float()
     return module
 
 

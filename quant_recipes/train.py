@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from lobit.errors import InputError, RecipeError
 from lobit.model import Transformer
+from lobit.place import publish
 from lobit.quant_recipes.apply import prepare, skeleton
 from lobit.quant_recipes.corpus import Corpus
 from lobit.quant_recipes.optimizer import optimizer_for, set_rates
@@ -259,7 +260,7 @@ class Trainer:
         self.run.wait()
         if self.run.rank == 0:
             before = self._newest()
-            new.rename(place)
+            publish(new, place)
             if before is not None:
                 shutil.rmtree(before)
         self.run.wait()

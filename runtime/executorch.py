@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -46,6 +47,12 @@ def import_runtime() -> Any:
     return _C
 
 
+def use_threads(native: Any, threads: int) -> None:
+    """Makes the pool that all programs of the process share anew; ExecuTorch tells of it on stderr, as of nothing else."""
+    with quiet_native():
+        native._unsafe_reset_threadpool(threads)
+
+
 def open_engine(bundle: Bundle, threads: int) -> SteppingEngine:
     """Loads the program of a bundle, and packs its weights: XNNPACK would do that in the first call, which would seem slow.
 
@@ -61,18 +68,15 @@ def open_engine(bundle: Bundle, threads: int) -> SteppingEngine:
     import torch
 
     manifest = bundle.manifest
-    with quiet_native():
-        native._unsafe_reset_threadpool(threads)
+    use_threads(native, threads)
 
     def step(tokens: list[int], position: int) -> Logits:
         inputs = (torch.tensor([tokens], dtype=torch.int64), torch.tensor([position], dtype=torch.int64))
-        with quiet_native():
-            (logits,) = module.forward(inputs)
+        (logits,) = module.forward(inputs)
         return logits.reshape(-1).numpy().copy()  # type: ignore[no-any-return]
 
     try:
-        with quiet_native():
-            module = native._load_for_executorch(str(bundle.path("program")))
+        module = native._load_for_executorch(str(bundle.path("program")))
         step([0], 0)  # what it leaves in the cache is overwritten by the first token that is read
     except RuntimeError as error:
         raise BundleError(f"ExecuTorch cannot load {bundle.path('program')} ({error}): export it again") from None
@@ -128,6 +132,30 @@ class ProgramFile:
                 yield from self._products(self.graphs[blob], f"delegate {call.delegate_index}")
             elif hasattr(call, "op_index") and self.plan.operators[call.op_index].name in EMBEDDINGS:
                 yield self._embedding(EMBEDDINGS[self.plan.operators[call.op_index].name], call.args)
+
+    def vectors(self) -> Iterator[StoredLayer]:
+        """Norms and biases in the order of execution."""
+        for instruction in self.plan.chains[0].instructions:
+            call = instruction.instr_args
+            if hasattr(call, "delegate_index"):
+                graph = self.graphs[self.plan.delegates[call.delegate_index].processed.index]
+                yield from self._vectors(graph, f"delegate {call.delegate_index}")
+
+    def _vectors(self, graph: dict[str, Any], where: str) -> Iterator[StoredLayer]:
+        values = {_tensor(value)["id_out"]: _tensor(value) for value in graph["xvalues"]}
+        for number, node in enumerate(graph["xnodes"]):
+            operands = node["xnode_union"]
+            match node["xnode_union_type"]:
+                case "XNNFullyConnected":
+                    found = [operands["bias_id"]]
+                case "XNNMultiply":
+                    found = [operands["input1_id"], operands["input2_id"]]
+                case _:
+                    continue
+            for value in (values[name] for name in found if name in values):
+                if value["constant_buffer_idx"] and math.prod(value["dims"]) > 1:  # one number is an eps or a factor
+                    data = self.data(graph["constant_data"][value["constant_buffer_idx"]]["named_key"])
+                    yield StoredLayer(f"{where}, node {number}", np.frombuffer(data, np.float32), None)
 
     def _embedding(self, bits: int, arguments: list[int]) -> StoredLayer:
         table = self.constant(arguments[0])
@@ -205,3 +233,8 @@ def _decode_graphs(blobs: list[bytes]) -> list[dict[str, Any]]:
 def read_weights(bundle: Bundle) -> Iterator[StoredLayer]:
     """The program's embedding and linear layers in the order of execution (`verify.WeightReader`)."""
     return ProgramFile(bundle.path("program")).layers()
+
+
+def read_vectors(bundle: Bundle) -> Iterator[StoredLayer]:
+    """The program's norms and biases in the order of execution (`verify.WeightReader`)."""
+    return ProgramFile(bundle.path("program")).vectors()

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lobit.errors import BundleError
-from lobit.quiet import quiet_native, quiet_python
+from lobit.quiet import quiet_python
 from lobit.runtime.bundle import Bundle
-from lobit.runtime.executorch import import_runtime
+from lobit.runtime.executorch import import_runtime, use_threads
 from lobit.runtime.parts import Seen
 
 FLOAT_KEPT, INT8_KEPT = ("k_values", "v_values"), tuple(f"{side}_{part}" for side in "kv" for part in ("integers", "scale", "zero_point"))
@@ -43,16 +43,15 @@ def read_parts(bundle: Bundle, threads: int, calls: Sequence[Sequence[int]]) -> 
         path = Path(folder) / "parts.pte"
         names = write_opened(bundle, path, longest)
         position, seen = 0, []
-        with quiet_native():
-            native._unsafe_reset_threadpool(threads)
-            try:
-                module = native._load_for_executorch(str(path))
-                for tokens in calls:
-                    values = module.forward((torch.tensor([list(tokens)]), torch.tensor([position])))
-                    seen.append({name: value.clone() for name, value in zip(names, values, strict=True)})
-                    position += len(tokens)
-            except RuntimeError as error:
-                raise BundleError(f"ExecuTorch cannot run the parts of {bundle.path('program')} ({error}): export it again") from None
+        use_threads(native, threads)
+        try:
+            module = native._load_for_executorch(str(path))
+            for tokens in calls:
+                values = module.forward((torch.tensor([list(tokens)]), torch.tensor([position])))
+                seen.append({name: value.clone() for name, value in zip(names, values, strict=True)})
+                position += len(tokens)
+        except RuntimeError as error:
+            raise BundleError(f"ExecuTorch cannot run the parts of {bundle.path('program')} ({error}): export it again") from None
     return seen
 
 

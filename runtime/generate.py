@@ -16,12 +16,16 @@ from lobit.runtime.engine import Engine, Logits, check_tokens
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen from the logits."""
+    """How a token is chosen from the logits: as transformers' `generate` does it, in this order."""
 
+    repetition_penalty: float = 1.0
+    """Logits of tokens that were read or given out before are divided by it, or multiplied where they are negative; 1: none."""
     temperature: float = 0.0
     """0: the likeliest token, the lowest id of equal ones; else logits are divided by it."""
+    top_k: int = 0
+    """Only so many of the likeliest tokens are drawn from; 0: all."""
     top_p: float = 1.0
-    """Only the fewest likeliest tokens whose probabilities reach this share are drawn from."""
+    """Only the fewest likeliest of these whose probabilities reach this share are drawn from."""
     seed: int = 0
     """The same seed, prompt and engine give the same tokens."""
 
@@ -30,6 +34,10 @@ class Sampling:
             raise InputError(f"temperature is {self.temperature}: give 0 for the likeliest token, or a positive number")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}: give a share above 0 and at most 1")
+        if self.top_k < 0:
+            raise InputError(f"top_k is {self.top_k}: give a number of tokens, or 0 for all")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise InputError(f"repetition_penalty is {self.repetition_penalty}: give 1 for none, or more, such as 1.1")
         if self.seed < 0:
             raise InputError(f"seed is {self.seed}: give a whole number from 0")
 
@@ -44,12 +52,17 @@ class Sampler:
         self.sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
 
-    def choose(self, logits: Logits) -> int:
+    def choose(self, logits: Logits, seen: Collection[int] = ()) -> int:
         """A token for logits [V].
+
+        Args:
+            logits: of every token.
+            seen: tokens that were read or given out before.
 
         Raises:
             BundleError: the logits are not numbers.
         """
+        logits = self._penalized(logits, seen)
         best = int(logits.argmax())
         if not np.isfinite(logits[best]):
             raise BundleError(f"the logits are not finite (token {best}: {logits[best]}): check the bundle with `lobit parity`")
@@ -60,6 +73,10 @@ class Sampler:
             weights = np.exp((logits.astype(np.float64) - float(logits[best])) / temperature)
         share = weights / weights.sum()
         tokens = np.arange(len(share))
+        if 0 < self.sampling.top_k < len(share):
+            tokens = np.argsort(-share, kind="stable")[: self.sampling.top_k]
+            share = np.where(np.isin(np.arange(len(share)), tokens), share, 0.0)
+            share /= share.sum()
         if top_p < 1:
             # Tokens below this bound together have less than 1 - top_p, so the nucleus is among the others: few to sort.
             tokens = np.flatnonzero(share >= (1 - top_p) / len(share))
@@ -68,6 +85,14 @@ class Sampler:
             tokens = tokens[: int(np.searchsorted(reached, top_p)) + 1]
         sums = np.cumsum(share[tokens])
         return int(tokens[min(int(np.searchsorted(sums, self._random.random() * sums[-1], side="right")), len(tokens) - 1)])
+
+    def _penalized(self, logits: Logits, seen: Collection[int]) -> Logits:
+        penalty = self.sampling.repetition_penalty
+        if penalty == 1 or not seen:
+            return logits
+        tokens, changed = list(seen), logits.copy()
+        changed[tokens] = np.where(logits[tokens] < 0, logits[tokens] * penalty, logits[tokens] / penalty)
+        return changed
 
 
 @dataclass
@@ -107,12 +132,19 @@ class Generation(Iterator[int]):
     """
 
     def __init__(
-        self, engine: Engine, prompt_tokens: Sequence[int], max_new_tokens: int, sampling: Sampling, stop: Collection[int]
+        self,
+        engine: Engine,
+        prompt_tokens: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop: Collection[int],
+        seen: Iterable[int] = (),
     ) -> None:
         self.tokens: list[int] = []
         self.stats = GenerationStats()
         self._engine, self._prompt, self._stop = engine, list(prompt_tokens), frozenset(stop)
         self._left = max_new_tokens
+        self._seen = {*seen, *prompt_tokens}
         self._sampler = Sampler(sampling)
 
     def __next__(self) -> int:
@@ -123,6 +155,7 @@ class Generation(Iterator[int]):
             self._left, self.stats.stopped = 0, True
             raise StopIteration
         self.tokens.append(token)
+        self._seen.add(token)
         self._left -= 1
         self.stats.new_tokens += 1
         return token
@@ -131,14 +164,14 @@ class Generation(Iterator[int]):
         start = perf_counter()
         logits = self._engine.prefill(self._prompt)
         self.stats.prefill_seconds = perf_counter() - start
-        token = self._sampler.choose(logits)
+        token = self._sampler.choose(logits, self._seen)
         self.stats.first_token_seconds = perf_counter() - start
         self.stats.prompt_tokens = len(self._prompt)
         return token
 
     def _following(self, last: int) -> int:
         start = perf_counter()
-        token = self._sampler.choose(self._engine.decode(last))
+        token = self._sampler.choose(self._engine.decode(last), self._seen)
         self.stats.decode_seconds += perf_counter() - start
         self.stats.decode_steps += 1
         return token
@@ -149,10 +182,9 @@ def generate(
     prompt_tokens: Sequence[int],
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling = GREEDY,
     stop: Collection[int] = (),
+    seen: Iterable[int] = (),
 ) -> Generation:
     """Continues a prompt, after what the engine has already read.
 
@@ -163,10 +195,9 @@ def generate(
         engine: its cache holds the prompt and the new tokens afterwards.
         prompt_tokens: at least one.
         max_new_tokens: at least one.
-        temperature: see `Sampling`.
-        top_p: see `Sampling`.
-        seed: see `Sampling`.
+        sampling: how tokens are chosen.
         stop: tokens that end it.
+        seen: tokens that the engine has read before.
 
     Raises:
         InputError: an argument is out of its range, or the prompt does not fit the engine.
@@ -174,7 +205,7 @@ def generate(
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}: give at least 1")
     check_tokens(engine, prompt_tokens)
-    return Generation(engine, prompt_tokens, max_new_tokens, Sampling(temperature, top_p, seed), stop)
+    return Generation(engine, prompt_tokens, max_new_tokens, sampling, stop, seen)
 
 
 class TextStream(Protocol):
@@ -242,14 +273,9 @@ class Chat:
                 f"the conversation has {len(tokens)} tokens, more than the context of {context}: begin a new one, "
                 "or export with a larger --context"
             )
+        known = self._reusable(tokens)
         generation = generate(
-            self.engine,
-            tokens[self._reusable(tokens) :],
-            max_new_tokens=max_new_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            stop=self.tokenizer.stop,
+            self.engine, tokens[known:], max_new_tokens=max_new_tokens, sampling=sampling, stop=self.tokenizer.stop, seen=tokens[:known]
         )
         self.stats = generation.stats
         return self._answer(turn, tokens, generation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ UNTILED = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 """Variable of the process that ONNX Runtime's attention reads when a session is made."""
 
 
+VECTOR = re.compile(r"(^|\.)(norm|bias)(_\d+)?$")
+"""Names of constants that are norms' weights and biases."""
 _MAKING = threading.Lock()
 """Held while the variable is set."""
 
@@ -261,6 +264,13 @@ class GraphFile:
                 case "MatMul" if (source := self._source(node.input[1])) in self.initializers:
                     yield self._product(node, source)
 
+    def vectors(self) -> Iterator[StoredLayer]:
+        """Norms and biases in the order of execution."""
+        for node in self.graph.node:
+            for name in node.input:
+                if name in self.initializers and VECTOR.search(name):
+                    yield StoredLayer(name, self.constant(name).reshape(-1).astype(np.float32), None)
+
     def _source(self, name: str) -> str:
         """The constant that a weight was cast or dequantized from, or the weight's own name."""
         maker = self.makers.get(name)
@@ -304,3 +314,8 @@ class GraphFile:
 def read_weights(bundle: Bundle) -> Iterator[StoredLayer]:
     """The graph's embedding and products in the order of execution (`verify.WeightReader`)."""
     return GraphFile(bundle.path("program"), bundle.path("weights")).layers()
+
+
+def read_vectors(bundle: Bundle) -> Iterator[StoredLayer]:
+    """The graph's norms and biases in the order of execution (`verify.WeightReader`)."""
+    return GraphFile(bundle.path("program"), bundle.path("weights")).vectors()

@@ -6,6 +6,7 @@ same tokens and are compared at the same positions: after every prefill chunk, a
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -28,8 +29,8 @@ COST = {"float": 1, "fake_quant": 2, "target": 2, "floor": 2, "graph": 2, "artif
 WALKED_GRAPH = 60
 SHORTEST_TEXT = 16
 """Tokens below which the figures say nothing."""
-COMPARED = 64
-"""Positions that are compared at once: distributions over a large vocabulary, in double precision, are 25 MB each."""
+COMPARED = 4 << 20
+"""Logits of a stage that are compared at once: in double precision, and with what is computed of them, some 100 MB."""
 LARGEST_EXPONENT = 700.0
 """Of a perplexity, which stays a number."""
 
@@ -70,8 +71,17 @@ class Walk:
         return [end - 1 for end in ends] + list(range(ends[-1], len(self.tokens)))
 
 
-def plan_walks(tokens: Sequence[int], context: int, bos: int | None) -> list[Walk]:
+def plan_walks(tokens: Sequence[int], context: int, bos: int | None, lines: Sequence[int] = ()) -> list[Walk]:
     """Cuts a text into sequences of at most the context, each beginning with bos, half prefilled and half decoded.
+
+    It is cut where a line begins, if one begins in the later half of what the context holds: behind bos a model expects a beginning, and
+    is far off in the midst of a sentence.
+
+    Args:
+        tokens: of the text.
+        context: tokens of a sequence, at most.
+        bos: begins every sequence; None: nothing does.
+        lines: indices of the tokens that begin a line, in order.
 
     Raises:
         InputError: the text is too short to say anything.
@@ -80,7 +90,14 @@ def plan_walks(tokens: Sequence[int], context: int, bos: int | None) -> list[Wal
         raise InputError(f"the text has {len(tokens)} tokens, at least {SHORTEST_TEXT} are needed: give a longer one")
     head = [] if bos is None else [bos]
     room = context - len(head)
-    pieces = [head + list(tokens[start : start + room]) for start in range(0, len(tokens), room)]
+    pieces, start = [], 0
+    while start < len(tokens):
+        end = start + room
+        if end < len(tokens):
+            nearest = [line for line in lines[: bisect.bisect_right(lines, end)][-1:] if line > start + room // 2]
+            end = nearest[0] if nearest else end
+        pieces.append(head + list(tokens[start:end]))
+        start = end
     walks = []
     for piece in (piece for piece in pieces if len(piece) >= SHORTEST_TEXT):
         prefill: list[int] = []
@@ -153,6 +170,7 @@ def _summary(parts: Sequence[Comparison], keep: Callable[[int], NDArray[np.bool_
         return None
     return {
         "kl_mean": float(kl.mean()),
+        "kl_se": float(kl.std(ddof=1) / math.sqrt(len(kl))) if len(kl) > 1 else 0.0,
         "kl_p99": float(np.quantile(kl, 0.99)),
         "top1_agreement": float(joined("agrees").mean()),
         "perplexity": _perplexity(joined("surprise")),
@@ -170,6 +188,7 @@ def parity(
     context: int,
     bos: int | None = None,
     window: int = 0,
+    lines: Sequence[int] = (),
     floor: Floor | None = None,
     tried: Collection[str] = (),
     progress: Progress | None = None,
@@ -183,6 +202,7 @@ def parity(
         context: positions that every engine can hold.
         bos: begins every sequence.
         window: the longest window of the model; 0 where there is none. Positions from it on are the phase `wrapped`.
+        lines: as in `plan_walks`.
         floor: what the artifact should compute; None: what the reference does, to the last bits of a sum.
         tried: advice that the recipe follows already (`verdict.ADVICE`).
         progress: called with (stage, work done, work in all).
@@ -194,7 +214,7 @@ def parity(
         InputError: the text is too short.
         BundleError: the artifact's logits are no numbers.
     """
-    walks = plan_walks(tokens, context, bos)
+    walks = plan_walks(tokens, context, bos, lines)
     run = _Run(reference, stages, floor, _Progress(stages, floor, sum(len(plan.tokens) for plan in walks), progress))
     for plan in walks:
         run.compare(plan)
@@ -262,10 +282,12 @@ class _Run:
             readers["floor"] = self._rows("floor", self.floor.moved, plan)
         for walked in self.compared.values():
             walked.append([])
-        for start in range(0, len(plan.positions), COMPARED):
-            positions = plan.positions[start : start + COMPARED]
+        start, count = 0, 1
+        while start < len(plan.positions):
+            positions = plan.positions[start : start + count]
             scores = {name: log_softmax(_finite(rows(positions), name)) for name, rows in readers.items()}
             self._keep(plan, positions, scores, exact)
+            start, count = start + count, max(1, COMPARED // scores["float"].shape[1])
 
     def _rows(self, name: str, stage: Scorer | Engine, plan: Walk) -> Rows:
         """A stage's logits at the walk's positions: read at once where it can, by walking where it is an engine of a device."""

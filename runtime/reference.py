@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +114,21 @@ def _move(seed: int, share: float, module: nn.Module, inputs: tuple[Tensor, ...]
     return tuple(x * (1 + share * torch.empty(x.shape).uniform_(-1, 1, generator=generator)) for x in inputs)
 
 
+VECTORS = (
+    "attention_norm.weight",
+    *(f"attention.{part}.bias" for part in "qkv"),
+    *(f"attention.{part}_norm.weight" for part in "qk"),
+    "attention.sub_norm.weight",
+    "attention.o.bias",
+    "post_attention_norm.weight",
+    "mlp_norm.weight",
+    "mlp.gate.bias",
+    "mlp.up.bias",
+    "mlp.sub_norm.weight",
+    "mlp.down.bias",
+    "post_mlp_norm.weight",
+)
+"""Norms and biases of a block in the order of execution."""
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 """Products of a block, by the names that a model's modules have."""
 
@@ -126,6 +142,21 @@ def stored_layers(model: Transformer) -> list[StoredLayer]:
         else:
             layers.append(StoredLayer(name, weight_of(module).detach().numpy(), None))
     return layers
+
+
+def stored_vectors(model: Transformer) -> list[StoredLayer]:
+    """The model's norms and biases in the order of execution, for `verify`."""
+    paths = [f"blocks.{i}.{path}" for i in range(len(model.blocks)) for path in VECTORS * model.config.repeats]
+    vectors = ((path, _vector(model, path)) for path in [*paths, "norm.weight"])
+    return [StoredLayer(path.replace("blocks.", "layers."), vector.numpy(), None) for path, vector in vectors if vector is not None]
+
+
+def _vector(model: Transformer, path: str) -> Tensor | None:
+    """A norm's weight or a bias; None of a norm without weights, a product without a bias, and a part that the family lacks."""
+    part: Any = model
+    for name in path.split("."):
+        part = part[int(name)] if name.isdigit() else getattr(part, name, None)
+    return None if part is None else part.detach().float()
 
 
 def _executed(model: Transformer) -> Iterator[tuple[str, nn.Module]]:

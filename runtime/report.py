@@ -12,6 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from lobit.errors import InputError
+from lobit.place import publish
 from lobit.runtime import report_plots
 from lobit.runtime.report_canvas import number, percent, seconds, size
 from lobit.runtime.report_results import ACCEPTED, Result, group, read, text_of
@@ -42,7 +43,7 @@ def report(paths: list[Path], out: Path, command: str = "") -> Path:
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(page)
-        partial.replace(out)
+        publish(partial, out)
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error.strerror}): give another place with -o") from None
     finally:

@@ -22,7 +22,7 @@ ACCEPTED = "the JSON of `lobit parity`, `lobit bench`, `lobit verify` and `lobit
 _BUNDLE = {"name": str, "target": str, "recipe": object}
 _METRICS = {"kl_mean": float, "kl_p99": float, "top1_agreement": float, "perplexity": float}
 _COUNTS = {"integers": int, "differing_integers": int, "scales": int, "differing_scales": int, "floats?": int, "differing_floats?": int}
-_PHASE = {**_METRICS, "tokens?": int, "positions?": int}
+_PHASE = {**_METRICS, "kl_se?": float, "tokens?": int, "positions?": int}
 _ROW = {
     "model": str, "target": str, "recipe": object, "bundle?": str, "test": str, "tokens?": int, "depth?": int, "threads?": int,
     "samples_ns": [float], "tokens_per_second": float, "stddev?": float, "first_token_ms?": float, "load_seconds?": float,
@@ -32,7 +32,7 @@ _ROW = {
 SHAPES: dict[str, dict[str, Any]] = {
     "parity": {
         "bundle": _BUNDLE, "model": str, "text?": object, "tokens": int, "positions?": int, "reference_perplexity": float,
-        "stages": [{"name": str, **_METRICS, "kl_step?": float}],
+        "stages": [{"name": str, **_METRICS, "kl_se?": float, "kl_step?": float}],
         "phases": {"prefill?": _PHASE, "decode?": _PHASE, "wrapped?": _PHASE},
         "limits": {"*": {"limit": float, "reason": str}}, "passed": bool, "entropy?": {"nats_per_token": float, "what": str},
         "parts?": {"tokens": int, "faults": [str], "worst": [str], "nearest": float, "all": [{"name": str}]},

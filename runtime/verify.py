@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ class StoredLayer:
     name: str
     """The checkpoint's name; of an artifact, where in the program it is."""
     values: NDArray[Any]
-    """Integers int8 [out, in], or float32 where the layer is not quantized."""
+    """Integers int8 [out, in], or float32 where the layer is not quantized; of a norm or a bias float32 [out]."""
     scale: NDArray[np.float32] | None
     """[out, groups]; None where the layer is not quantized."""
 
@@ -32,6 +33,9 @@ class WeightReader(Protocol):
     def read_weights(self, bundle: Bundle) -> Iterator[StoredLayer]:
         """The program's embedding and linear layers in the order of execution; joined products have the rows of all parts."""
 
+    def read_vectors(self, bundle: Bundle) -> Iterator[StoredLayer]:
+        """Norms and biases, as the layers."""
+
 
 def read_weights(bundle: Bundle) -> Iterator[StoredLayer]:
     """The weights that a bundle holds, read by its target's module."""
@@ -39,13 +43,16 @@ def read_weights(bundle: Bundle) -> Iterator[StoredLayer]:
     return module.read_weights(bundle)
 
 
-def verify(bundle: Bundle, checkpoint: Sequence[StoredLayer], fingerprint: str | None = None) -> dict[str, Any]:
-    """Compares every integer and every scale, bit for bit; float layers value for value.
+def verify(
+    bundle: Bundle, checkpoint: Sequence[StoredLayer], vectors: Sequence[StoredLayer], fingerprint: str | None = None
+) -> dict[str, Any]:
+    """Compares every integer and every scale, bit for bit; float layers, norms and biases value for value.
 
     Args:
         bundle: the artifact.
         checkpoint: its layers in the order of execution (`reference.stored_layers`).
-        fingerprint: of the checkpoint; it must be the manifest's: norms and biases differ where only it does.
+        vectors: its norms and biases (`reference.stored_vectors`).
+        fingerprint: of the checkpoint; it must be the manifest's.
 
     Returns:
         `{"kind", "bundle", "tensors", "integers", "differing_integers", "scales", "differing_scales", "floats",
@@ -54,7 +61,9 @@ def verify(bundle: Bundle, checkpoint: Sequence[StoredLayer], fingerprint: str |
     Raises:
         BundleError: the program does not have the checkpoint's layers.
     """
-    rows = [_compare(part, values, scale) for part, values, scale in paired(bundle, checkpoint)]
+    module: WeightReader = target_module(bundle)
+    pairs = itertools.chain(paired(bundle, checkpoint), _paired(module.read_vectors(bundle), vectors))
+    rows = [_compare(part, values, scale) for part, values, scale in pairs]
     return _summary(bundle, rows, fingerprint)
 
 
@@ -64,9 +73,15 @@ def paired(bundle: Bundle, checkpoint: Sequence[StoredLayer]) -> Iterator[tuple[
     Raises:
         BundleError: the program does not have the checkpoint's layers.
     """
+    return _paired(read_weights(bundle), checkpoint)
+
+
+def _paired(
+    program: Iterator[StoredLayer], checkpoint: Sequence[StoredLayer]
+) -> Iterator[tuple[StoredLayer, NDArray[Any], NDArray[np.float32] | None]]:
     expected = list(checkpoint)
     position = 0
-    for stored in read_weights(bundle):
+    for stored in program:
         taken = 0
         while taken < stored.values.shape[0]:
             if position == len(expected):

@@ -1,9 +1,10 @@
 """Every verb of the command line as a function with the same name and parameters. The command only parses and prints."""
 
+from lobit.verbs.doctor import doctor
 from lobit.verbs.fetch import fetch
 from lobit.verbs.learn import Texts, train
 from lobit.verbs.make import choose_recipe, export, plan, quantize, recipes
-from lobit.verbs.measure import bench, demo, doctor, report
+from lobit.verbs.measure import bench, demo, report
 from lobit.verbs.merge import merge
 from lobit.verbs.prove import parity, verify
 from lobit.verbs.sensitivity import sensitivity

@@ -5,7 +5,8 @@ Imports are inside the functions: what a verb does not need is not loaded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,10 @@ class Calibration:
     """Inputs with the largest mean square are rounded first, onto scales of the weights as they were."""
     seed: int = 0
     """Of the choice of sequences."""
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, the text by its sha256."""
+        return asdict(self) | {"text": hashlib.sha256(self.text.encode()).hexdigest()}
 
 
 def calibrated(

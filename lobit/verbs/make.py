@@ -6,8 +6,9 @@ Imports are inside the functions: what a verb does not need is not loaded.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -78,12 +79,19 @@ def quantize(
         ModelError: the model cannot be read.
     """
     from lobit.checkpoint import resolve
-    from lobit.place import new_folder
+    from lobit.kept import files_of
+    from lobit.place import Work, new_folder
     from lobit.quant_recipes.quantized import save_checkpoint
     from lobit.verbs.calibrate import CALIBRATION_FILE, calibrated
 
     source = resolve(model)
-    with new_folder(out) as folder:
+    settings = {
+        "model": str(source),
+        "files": files_of(source),
+        "recipe": recipe and recipe.to_json(),
+        "calibration": calibration and calibration.to_json(),
+    }
+    with new_folder(out, Work("quantize", settings)) as folder:
         if calibration is not None:
             used = _asked(source, recipe).calibrated()
             integer, found = calibrated(source, used, calibration, progress)
@@ -158,8 +166,8 @@ def export(
     from lobit.export.plan import expected_seconds
     from lobit.export.stages import Stages
     from lobit.export.target import Spec, check_target, find_target
-    from lobit.kept import Kept, key_of
-    from lobit.place import check_place, new_folder
+    from lobit.kept import Kept, files_of
+    from lobit.place import Work, check_place, new_folder
     from lobit.quant_recipes.apply import check
     from lobit.quant_recipes.quantized import check_float, empty_model
     from lobit.runtime.manifest import MOST_THREADS, Tokens
@@ -183,9 +191,17 @@ def export(
     spec = Spec(asked, context, chunk, portable, all_logits, tokens.bos, tuple(tokens.stop), threads)
     check_target(target, spec, config)
     request = bundle.Request(source, out.name, target, tokens, spec, command)
-    with new_folder(out, resume=True) as folder:
-        settings = {"request": replace(request, command=()), "versions": bundle.versions(target), "calibration": calibration}
-        kept = Kept(folder / KEPT, key_of(source, **settings))
+    settings = {
+        "model": str(source),
+        "files": files_of(source),
+        "target": target,
+        "spec": asdict(spec),
+        "tokens": asdict(tokens),
+        "calibration": calibration and calibration.to_json(),
+        "versions": bundle.versions(target),
+    }
+    with new_folder(out, Work("export", settings, shlex.join(command), resumes=True)) as folder:
+        kept = Kept(folder / KEPT)
         module = find_target(target)
         needs = module.needs(empty_model(config, asked), spec)
         stages = Stages(expected_seconds(bundle.parameter_count(config), needs, module.COSTS), progress)
@@ -297,9 +313,17 @@ def _kept_checkpoint(
 
 
 def _tokenizer(source: Path, config: Config) -> Tokenizer | None:
-    """The folder's tokenizer, or None where it has none."""
-    from lobit.tokenizer import Tokenizer
+    """The folder's tokenizer, or None where it has none.
 
+    Raises:
+        ModelError: it has one of another kind alone, which no runtime here reads.
+    """
+    from lobit.errors import ModelError
+    from lobit.tokenizer import FILE_NAME, SAVE_FAST, SLOW, Tokenizer
+
+    slow = [name for name in SLOW if (source / name).is_file()]
+    if slow and not (source / FILE_NAME).is_file():
+        raise ModelError(f"{source} has a tokenizer in {', '.join(slow)} alone, and a bundle needs {FILE_NAME}: {SAVE_FAST}")
     return Tokenizer.from_folder(source, config.vocab_size) if (source / "tokenizer.json").is_file() else None
 
 

@@ -1,4 +1,4 @@
-"""Bench, report, doctor, and the demo that uses every verb."""
+"""Bench, report, and the demo that uses every verb."""
 
 from __future__ import annotations
 
@@ -10,14 +10,6 @@ from typing import Any
 
 from lobit.verbs.make import Progress, choose_recipe, export, quantize
 from lobit.verbs.prove import parity, verify
-
-PARTS = {
-    "lobit": ("torch", "safetensors", "tokenizers", "huggingface_hub"),
-    "xnnpack": ("executorch", "torchao"),
-    "onnx": ("onnx", "onnxruntime"),
-    "fetch": ("gguf",),
-}
-"""Packages that the core, each target, and `lobit fetch` need."""
 
 
 def bench(
@@ -49,38 +41,6 @@ def report(results: Sequence[Path], out: Path) -> Path:
     from lobit.runtime import report as page
 
     return page.report(list(results), out, command=" ".join(sys.argv))
-
-
-def doctor(target: str | None = None) -> dict[str, Any]:
-    """What is installed and what is missing.
-
-    Args:
-        target: one target; None: all.
-
-    Returns:
-        `{"parts": [{"for", "part", "found", "way_out"}], "passed"}`; `found` is a version, or None.
-
-    Raises:
-        TargetError: there is no such target.
-    """
-    from importlib import metadata
-
-    from lobit.errors import TargetError
-    from lobit.runtime.host import usable_cores
-
-    if target is not None and target not in PARTS:
-        raise TargetError(f"there is no target {target!r}: choose one of {', '.join(name for name in PARTS if name != 'lobit')}")
-    rows: list[dict[str, Any]] = []
-    for name in ("lobit", target) if target else PARTS:
-        extra = "" if name == "lobit" else f"[{name}]"
-        for package in PARTS[name]:
-            try:
-                found: str | None = metadata.version(package)
-            except metadata.PackageNotFoundError:
-                found = None
-            rows.append({"for": name, "part": package, "found": found, "way_out": f"pip install 'lobit{extra}'"})
-    rows.append({"for": "lobit", "part": "processor cores", "found": str(usable_cores()), "way_out": ""})
-    return {"parts": rows, "passed": all(row["found"] for row in rows)}
 
 
 @dataclass(frozen=True)
@@ -115,11 +75,11 @@ def demo(out: Path, *, on_step: Callable[[str], None] | None = None, repetitions
     import json
 
     from lobit.demo import TERNARY_FOLDER
-    from lobit.place import new_folder
+    from lobit.place import Work, new_folder
     from lobit.runtime.manifest import FILE_NAME
 
     say = on_step or (lambda _: None)
-    with new_folder(out) as folder:
+    with new_folder(out, Work("demo", {"repetitions": repetitions})) as folder:
         checkpoints = {"8da4w-g32": folder / "checkpoint", "bitnet": TERNARY_FOLDER}
         say("quantize: INT4 weights in groups of 32")
         quantize("demo", choose_recipe("8da4w-g32"), checkpoints["8da4w-g32"])

@@ -5,6 +5,7 @@ Imports are inside the functions: what a verb does not need is not loaded.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +52,8 @@ def merge(
         ModelError: the models cannot be read or averaged; every reason is named.
     """
     from lobit.checkpoint import load_model, resolve
-    from lobit.place import new_folder
+    from lobit.kept import files_of
+    from lobit.place import Work, new_folder
     from lobit.quant_recipes.merge import STEPS, Specialists, held_out_loss, normalize, search
     from lobit.quant_recipes.merge import merge as merged
 
@@ -60,7 +62,15 @@ def merge(
     sequences = [] if text is None else _sequences(specialists, text, tokens)
     singles: Sequence[float | None] = [None] * len(models)
     uniform = loss = None
-    with new_folder(out) as folder:
+    sources = [str(weights_of.folder) for weights_of in specialists.weights]
+    settings = {
+        "models": sources,
+        "files": [files_of(Path(source)) for source in sources],
+        "weights": weights and list(weights),
+        "text": text and hashlib.sha256(text.encode()).hexdigest(),
+        "tokens": tokens,
+    }
+    with new_folder(out, Work("merge", settings)) as folder:
         if sequences:
             found = search(specialists, sequences, STEPS if weights is None else 0, progress)
             singles, uniform = found.singles, found.uniform

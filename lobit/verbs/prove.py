@@ -37,11 +37,11 @@ def verify(bundle: Path, checkpoint: str) -> dict[str, Any]:
     from lobit.quant_recipes.recipe import Recipe
     from lobit.runtime import verify as verification
     from lobit.runtime.bundle import open_bundle
-    from lobit.runtime.reference import stored_layers
+    from lobit.runtime.reference import stored_layers, stored_vectors
 
     opened = open_bundle(bundle)
     model = _converted_like(resolve(checkpoint), Recipe.from_json(opened.manifest.recipe), opened)
-    return verification.verify(opened, stored_layers(model), fingerprint(model))
+    return verification.verify(opened, stored_layers(model), stored_vectors(model), fingerprint(model))
 
 
 def parity(
@@ -86,8 +86,8 @@ def parity(
         raise InputError(f"there is no stage {', '.join(unknown)}: choose of {', '.join(STAGES)}")
     opened = open_bundle(bundle)
     manifest, source = opened.manifest, resolve(reference)
-    ids = bundle_tokenizer(opened).encode(text, bos=False)[:tokens]
-    comparison.plan_walks(ids, manifest.context, manifest.tokens.bos)  # a text that is too short is refused before any slow work
+    ids, lines = bundle_tokenizer(opened).encode_lines(text, tokens)
+    comparison.plan_walks(ids, manifest.context, manifest.tokens.bos, lines)  # a text that is too short is refused before any slow work
     config, recipe = load_config(source), Recipe.from_json(manifest.recipe)
     model = _converted_like(resolve(checkpoint) if checkpoint else source, recipe, opened)
     if fingerprint(model) != manifest.checkpoint_sha256:
@@ -114,6 +114,7 @@ def parity(
         ids,
         context=manifest.context,
         bos=manifest.tokens.bos,
+        lines=lines,
         window=manifest.model.largest_window if manifest.model.largest_window < manifest.context else 0,
         tried=_tried(recipe),
         floor=comparison.Floor(exact, ReferenceEngine(moved(exact.model, share), exact.recipe, manifest.context)),
@@ -180,13 +181,11 @@ def _graph_engine(graph: Graph, manifest: Manifest) -> Engine:
     """The exported graph, run by PyTorch: the artifact's operators before lowering."""
     import torch
 
-    from lobit.quiet import quiet_native
     from lobit.runtime.engine import Logits, SteppingEngine
 
     @torch.inference_mode()
     def step(tokens: list[int], position: int) -> Logits:
-        with quiet_native():
-            logits: torch.Tensor = graph(torch.tensor([tokens]), torch.tensor([position]))
+        logits: torch.Tensor = graph(torch.tensor([tokens]), torch.tensor([position]))
         return logits.reshape(-1).numpy()
 
     return SteppingEngine(step, manifest.context, manifest.chunk, manifest.model.vocab_size)

@@ -11,7 +11,7 @@ from lobit.errors import BundleError, InputError
 if TYPE_CHECKING:
     from lobit.runtime.bundle import Bundle
     from lobit.runtime.engine import Engine
-    from lobit.runtime.generate import GenerationStats
+    from lobit.runtime.generate import GenerationStats, Sampling
     from lobit.tokenizer import Tokenizer
 
 ANSWER = 512
@@ -47,9 +47,9 @@ def run(
     prompt: str,
     *,
     raw: bool = False,
+    system: str | None = None,
     max_new_tokens: int | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
+    sampling: Sampling | None = None,
     threads: int | None = None,
     on_text: Callable[[str], None] | None = None,
     echo: bool = False,
@@ -60,9 +60,9 @@ def run(
         bundle: the bundle's folder.
         prompt: the text.
         raw: continue it all the same, as it is.
+        system: what the model is told before the conversation.
         max_new_tokens: at most; None: `ANSWER` or `CONTINUATION`.
-        temperature: 0: the most probable token each time.
-        seed: of the sampling.
+        sampling: how tokens are chosen; None: the most probable one each time.
         threads: of the runtime.
         on_text: called with each piece of text as it becomes final.
         echo: what is continued begins with the prompt, once it is known that it can be.
@@ -71,23 +71,24 @@ def run(
         `{"prompt", "chat", "text", "tokens", "stats"}`; `chat`: the prompt was a turn of a conversation.
 
     Raises:
-        InputError: the prompt does not fit the context, or the template refuses it.
+        InputError: the prompt does not fit the context, the template refuses it, or a system message is given where there is no chat.
     """
     from lobit.runtime.bundle import open_bundle
-    from lobit.runtime.generate import generate, text_pieces
+    from lobit.runtime.generate import GREEDY, generate, text_pieces
 
     opened = open_bundle(bundle)
     tokenizer = bundle_tokenizer(opened)
     chats = tokenizer.chat_template is not None and not raw
-    turn = [{"role": "user", "content": prompt}]
+    if system is not None and not chats:
+        raise InputError("a system message is for a chat: leave --raw and --system out, or take a model with a chat template")
+    turn = [*_told(system), {"role": "user", "content": prompt}]
     tokens = tokenizer.encode(tokenizer.render_chat(turn), bos=False) if chats else tokenizer.encode(prompt)
     engine, seconds = _loaded(opened, threads)
     generation = generate(
         engine,
         tokens,
         max_new_tokens=max_new_tokens or (ANSWER if chats else CONTINUATION),
-        temperature=temperature,
-        seed=seed,
+        sampling=sampling or GREEDY,
         stop=tokenizer.stop,
     )
     if echo and on_text and not chats:
@@ -99,6 +100,11 @@ def run(
             on_text(piece)
     stats = {"load_seconds": seconds, **_speed(generation.stats)}
     return {"prompt": prompt, "chat": chats, "text": "".join(pieces), "tokens": generation.tokens, "stats": stats}
+
+
+def _told(system: str | None) -> list[dict[str, str]]:
+    """The messages that a conversation begins with."""
+    return [] if system is None else [{"role": "system", "content": system}]
 
 
 def _loaded(bundle: Bundle, threads: int | None) -> tuple[Engine, float]:
@@ -125,9 +131,9 @@ def chat(
     lines: Iterable[str],
     on_text: Callable[[str], None],
     *,
+    system: str | None = None,
     max_new_tokens: int | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
+    sampling: Sampling | None = None,
     threads: int | None = None,
     on_load: Callable[[float], None] | None = None,
     on_turn: Callable[[dict[str, Any]], None] | None = None,
@@ -139,9 +145,9 @@ def chat(
         bundle: the bundle's folder; its tokenizer must have a chat template.
         lines: the user's turns.
         on_text: called with each piece of an answer, and with a line break after it.
+        system: what the model is told before every conversation.
         max_new_tokens: of an answer, at most; None: `ANSWER`.
-        temperature: 0: the most probable token each time.
-        seed: of the sampling.
+        sampling: how tokens are chosen; None: the most probable one each time.
         threads: of the runtime.
         on_load: called with the seconds that loading took, before the first line is asked for.
         on_turn: called with the counts and speed of each turn.
@@ -152,14 +158,14 @@ def chat(
         InputError: the model has no chat template.
     """
     from lobit.runtime.bundle import open_bundle
-    from lobit.runtime.generate import Chat, Sampling
+    from lobit.runtime.generate import GREEDY, Chat
 
     opened = open_bundle(bundle)
     tokenizer = bundle_tokenizer(opened)
     if tokenizer.chat_template is None:
         raise InputError(f"{bundle} has no chat template, its model continues text: give one with --prompt")
     engine, seconds = _loaded(opened, threads)
-    conversation, sampling = Chat(engine, tokenizer), Sampling(temperature, seed=seed)
+    conversation = Chat(engine, tokenizer, system)
     if on_load:
         on_load(seconds)
     for line in map(str.strip, lines):
@@ -167,7 +173,7 @@ def chat(
             conversation.reset()
         elif line:
             try:
-                for piece in conversation.say(line, max_new_tokens=max_new_tokens or ANSWER, sampling=sampling):
+                for piece in conversation.say(line, max_new_tokens=max_new_tokens or ANSWER, sampling=sampling or GREEDY):
                     on_text(piece)
             except (KeyboardInterrupt, InputError) as error:
                 if on_problem is None or (isinstance(error, KeyboardInterrupt) and error.args):  # SIGTERM's has its number

@@ -307,7 +307,7 @@ def test_what_is_composed_of_standard_operators_is_told(head_dim: int, left: set
     rope = replace(random_model().config.layers[0].rope, dim=head_dim)
     recipe = find_recipe("8da8w")
     model = convert(random_model(head_dim=head_dim, layers=(Layer(None, rope),) * 2), recipe)
-    lowered = target.lower(model, Spec(recipe, CONTEXT, CHUNK), Kept(tmp_path / "kept", ""), lambda *_: None)
+    lowered = target.lower(model, Spec(recipe, CONTEXT, CHUNK), Kept(tmp_path / "kept"), lambda *_: None)
     assert {"Softmax", "Cos", "Concat"} & set(lowered.delegation.left) == left
     assert not any("MatMulNBits" in name for name in lowered.delegation.left)
     assert lowered.delegation.delegated["com.microsoft::MatMulNBits"] == 2 * 4 + 1
@@ -316,7 +316,7 @@ def test_what_is_composed_of_standard_operators_is_told(head_dim: int, left: set
 def test_a_softcap_and_a_squared_relu_are_told(tmp_path: Path) -> None:
     model = random_model(logits_softcap=2.0, activation="relu2")
     spec = Spec(find_recipe("fp"), CONTEXT, CHUNK)
-    left = target.lower(model, spec, Kept(tmp_path / "kept", ""), lambda *_: None).delegation.left
+    left = target.lower(model, spec, Kept(tmp_path / "kept"), lambda *_: None).delegation.left
     assert left == {"Div": 1, "Tanh": 1, "Relu": 2, "Mul": 1 + 2}
 
 

@@ -39,9 +39,12 @@ def made(model: Path, recipe: str, out: Path, portable: bool = False) -> Path:
 def test_onnxruntime_genai_generates_the_same_tokens(model: str, recipe: str, portable: bool, models: Any, tmp_path: Path) -> None:
     bundle = made(models(model), recipe, tmp_path / "bundle", portable)
     tokenizer = Tokenizer.from_folder(bundle)
-    prompt = tokenizer.encode(PROMPT)
     client = onnxruntime_genai.Model(str(bundle))
-    assert [int(token) for token in onnxruntime_genai.Tokenizer(client).encode(PROMPT)] == tokenizer.encode(PROMPT, bos=False)
+    reader = onnxruntime_genai.Tokenizer(client)
+    assert [int(token) for token in reader.encode(PROMPT)] == tokenizer.encode(PROMPT, bos=False), "its default is to begin with no bos"
+    reader.update_options(add_special_tokens="true")
+    prompt = [int(token) for token in reader.encode(PROMPT)]
+    assert prompt == tokenizer.encode(PROMPT)
     generator = onnxruntime_genai.Generator(client, onnxruntime_genai.GeneratorParams(client))
     generator.append_tokens(prompt)
     while not generator.is_done():

@@ -70,54 +70,64 @@ def test_twenty_kills_change_no_byte(bundles: Any, models: Any, tmp_path: Path, 
 
 
 def test_leftovers_of_another_release_are_not_used(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lobit import kept
+    from lobit.errors import BundleError
     from lobit.export import bundle
+    from lobit.verbs import make
 
-    keys, key_of = [], kept.key_of
+    def export(release: str) -> None:
+        monkeypatch.setattr(bundle.metadata, "version", lambda name: release)
+        verbs.export(models("llama"), "xnnpack", tmp_path / "bundle", recipe=verbs.choose_recipe("fp"), context=64, chunk=8)
 
-    def seen(*arguments: Any, **settings: Any) -> str:
-        keys.append(key_of(*arguments, **settings))
+    def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(kept, "key_of", seen)
-    for release in ("1.0", "1.0", "1.1"):
-        monkeypatch.setattr(bundle.metadata, "version", lambda name, release=release: release)
+    monkeypatch.setattr(make, "_kept_checkpoint", stop)
+    for release in ("1.0", "1.0"):
         with pytest.raises(KeyboardInterrupt):
-            verbs.export(models("llama"), "xnnpack", tmp_path / "bundle", recipe=verbs.choose_recipe("fp"), context=64, chunk=8)
-    assert keys[0] == keys[1] != keys[2]
+            export(release)
+    with pytest.raises(BundleError, match=r"versions\.executorch: '1\.0' there, '1\.1' now"):
+        export("1.1")
 
 
-def test_another_models_leftovers_are_not_used(models: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cut", [0, 3], ids=["empty", "short"])
+def test_what_a_crash_cut_short_is_made_again(cut: int, tmp_path: Path) -> None:
     from lobit.kept import Kept
 
-    folder = tmp_path / "stages"
-    with Kept(folder, "one").making("checkpoint") as path:
-        path.write_text("finished", encoding="utf-8")
-    assert Kept(folder, "one").has("checkpoint")
-    assert not Kept(folder, "two").has("checkpoint")
-    assert not Kept(folder, "one").has("checkpoint")
+    kept = Kept(tmp_path / "stages")
+    for name in ("part", "checkpoint"):
+        with kept.making(name) as path:
+            if name == "checkpoint":
+                path.mkdir()
+            file = path if name == "part" else path / "file"
+            file.write_text("finished", encoding="utf-8")
+        assert Kept(tmp_path / "stages").has(name)
+        final = kept.folder / file.relative_to(kept.folder).as_posix().replace(".new", "")
+        final.write_text("finished"[:cut], encoding="utf-8")
+        assert not kept.has(name)
+        with kept.making(name) as path:
+            path.write_text("again", encoding="utf-8")
+        assert kept.has(name)
 
 
 def test_what_is_half_written_is_not_kept(tmp_path: Path) -> None:
     from lobit.kept import Kept
 
-    kept = Kept(tmp_path / "stages", "one")
+    kept = Kept(tmp_path / "stages")
     with pytest.raises(RuntimeError), kept.making("part") as path:
         path.write_text("half", encoding="utf-8")
         raise RuntimeError
-    assert not Kept(tmp_path / "stages", "one").has("part")
+    assert not Kept(tmp_path / "stages").has("part")
 
 
-def test_a_changed_model_is_exported_anew(tmp_path: Path) -> None:
-    from lobit.kept import key_of
+def test_a_changed_model_has_other_files(tmp_path: Path) -> None:
+    from lobit.kept import files_of
 
     model = tmp_path / "model.safetensors"
     model.write_bytes(b"weights")
-    first = key_of(tmp_path, context=64)
-    assert key_of(tmp_path, context=64) == first
-    assert key_of(tmp_path, context=65) != first
+    first = files_of(tmp_path)
+    assert files_of(tmp_path) == first
     os.utime(model, ns=(1, 1))
-    assert key_of(tmp_path, context=64) != first
+    assert files_of(tmp_path) != first
 
 
 @pytest.mark.slow

@@ -301,7 +301,7 @@ def test_a_layer_is_seven_products(model: str, bundles: Bundles) -> None:
 def test_executorchs_own_runner_tells_the_same_story(model: str, recipe: str, prompt: str, bundles: Bundles) -> None:
     """The C++ runner that Android's `LlmModule` wraps, on the bundle's files as they are.
 
-    It reads no post-processor of tokenizer.json, so the first token is in the prompt. It decodes each token by itself, where
+    It reads no post-processor of tokenizer.json, so the client asks for the first token (`num_bos`). It decodes each token by itself, where
     a `Strip` decoder takes the space before a word, so our tokens are decoded the same way.
     """
     from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
@@ -313,8 +313,8 @@ def test_executorchs_own_runner_tells_the_same_story(model: str, recipe: str, pr
     expected = [tokenizer.decode([token]) for token in generation]
     pieces: list[str] = []
     runner = TextLLMRunner(str(bundle.path("program")), str(bundle.path("tokenizer")))
-    config = GenerationConfig(echo=False, temperature=0, max_new_tokens=length)
-    runner.generate(bundle.manifest.tokens.special["bos_token"] + prompt, config, pieces.append)
+    config = GenerationConfig(echo=False, temperature=0, max_new_tokens=length, num_bos=0 if bundle.manifest.tokens.bos is None else 1)
+    runner.generate(prompt, config, pieces.append)
     assert pieces == expected
 
 

@@ -138,6 +138,17 @@ def test_a_prompt_is_answered_by_the_template_and_continued_raw(talking: Path, l
     assert lobit(*command, "--raw").out == f"Lily had a cat.{raw['text']}\n"
 
 
+def test_a_system_message_begins_the_conversation(talking: Path, lobit: Lobit) -> None:
+    command = ["run", talking, "--prompt", "Lily had a cat.", "--system", "Tell of a dog.", "--max-new-tokens", 12]
+    tokenizer = bundle_tokenizer(open_bundle(talking))
+    messages = [{"role": "system", "content": "Tell of a dog."}, {"role": "user", "content": "Lily had a cat."}]
+    result = lobit(*command, "--json").json
+    assert result["stats"]["prompt_tokens"] == len(tokenizer.encode(tokenizer.render_chat(messages), bos=False))
+    refused = lobit(*command, "--raw")
+    assert refused.code == 2
+    assert "a system message is for a chat" in refused.err
+
+
 @pytest.mark.parametrize("option", ["--raw", "--json"])
 def test_what_is_for_one_text_needs_a_prompt(option: str, talking: Path, lobit: Lobit) -> None:
     answer = lobit("run", talking, option)

@@ -1,5 +1,6 @@
 """The command line: results on stdout, one message for a mistake, exit codes, options that do what they say."""
 
+import importlib
 import json
 import os
 import re
@@ -121,9 +122,8 @@ def test_doctors_ways_out_are_what_the_package_offers(lobit: Lobit) -> None:
 
 
 def test_doctor_names_what_is_missing_and_fails(lobit: Lobit, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lobit.verbs import measure
-
-    monkeypatch.setitem(measure.PARTS, "xnnpack", ("no-such-package",))
+    parts = importlib.import_module("lobit.verbs.doctor").PARTS
+    monkeypatch.setitem(parts, "xnnpack", ("no-such-package",))
     answer = lobit("doctor", "xnnpack")
     assert answer.code == MISTAKE
     assert re.search(r"no-such-package +missing +pip install 'lobit\[xnnpack\]'", answer.out)
@@ -207,6 +207,8 @@ def test_run_does_what_every_option_says(bundles: Bundles, lobit: Lobit) -> None
     assert greedy == text("--seed", 1)
     assert warm == text("--temperature", 1, "--seed", 0)
     assert len({greedy, warm, text("--temperature", 1, "--seed", 1)}) == 3
+    assert text("--temperature", 1, "--top-k", 1) == text("--temperature", 1, "--top-p", 1e-6) == greedy
+    assert text("--repetition-penalty", 5) != greedy
     threads = import_runtime()._threadpool_get_thread_count
     for count in (1, 2):
         assert text("--threads", count) == greedy

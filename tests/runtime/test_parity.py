@@ -1,5 +1,6 @@
 """Parity: the figures are what they say, a perfect engine passes, a subtly broken one does not."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -89,6 +90,17 @@ def test_a_position_is_compared_once_and_every_decoded_one_is(tokens: list[int],
         decoded = list(range(sum(plan.prefill), len(plan.tokens)))
         assert plan.positions[len(plan.prefill) :] == decoded
         assert plan.positions[-1] == len(plan.tokens) - 1
+
+
+@given(texts, st.integers(2 * SHORTEST_TEXT, 128), st.lists(st.integers(1, 40), max_size=60))
+def test_walks_begin_where_a_line_does_if_one_is_near(tokens: list[int], context: int, lengths: list[int]) -> None:
+    lines = [0, *itertools.accumulate(lengths)]
+    walks = plan_walks(tokens, context, None, lines)
+    read = [token for plan in walks for token in plan.tokens]
+    assert read == tokens[: len(read)]
+    for before, cut in itertools.pairwise(plan.tokens[0] for plan in walks):
+        near = [line for line in lines if before + context // 2 < line <= before + context]
+        assert cut == (near[-1] if near else before + context)
 
 
 def test_prefill_calls_are_short_and_long_odd_and_even() -> None:

@@ -1,0 +1,165 @@
+"""What is installed, and whether a model's folder is read as others read it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lobit.errors import reason
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lobit.tokenizer import Tokenizer
+
+PARTS = {
+    "lobit": ("torch", "safetensors", "tokenizers", "huggingface_hub"),
+    "xnnpack": ("executorch", "torchao"),
+    "onnx": ("onnx", "onnxruntime"),
+    "fetch": ("gguf",),
+}
+"""Packages that the core, each target, and `lobit fetch` need."""
+
+
+SENTENCE = "The capital of France is Paris. 2 + 2 = 4, isn't it?\n"
+"""What both read."""
+MESSAGES = [{"role": "user", "content": "Name the capital of France."}]
+FAR = 1e-3
+"""How far apart logits may be, of their standard deviation: float32 products in another order move them by less than 1e-5 of it."""
+
+
+def doctor(what: str | None = None) -> dict[str, Any]:
+    """What is installed and what is missing; or whether a model's folder is read as transformers reads it.
+
+    Args:
+        what: a target, `fetch`, or a model; None: all that can be installed.
+
+    Returns:
+        `{"parts": [{"for", "part", "found", "way_out"}], "passed"}`; `found` is a version, or None. Of a model what `check_model` gives.
+
+    Raises:
+        ModelError: it is neither a target nor a model.
+    """
+    from importlib import metadata
+
+    from lobit.errors import ModelError
+    from lobit.runtime.host import usable_cores
+
+    if what is not None and what not in PARTS:
+        if not (Path(what).exists() or what == "demo" or "/" in what):
+            targets = ", ".join(name for name in PARTS if name != "lobit")
+            raise ModelError(f"{what!r} is no model and no target: give a model's folder, or one of {targets}")
+        return check_model(what)
+    rows: list[dict[str, Any]] = []
+    for name in ("lobit", what) if what else PARTS:
+        extra = "" if name == "lobit" else f"[{name}]"
+        for package in PARTS[name]:
+            try:
+                found: str | None = metadata.version(package)
+            except metadata.PackageNotFoundError:
+                found = None
+            rows.append({"for": name, "part": package, "found": found, "way_out": f"pip install 'lobit{extra}'"})
+    rows.append({"for": "lobit", "part": "processor cores", "found": str(usable_cores()), "way_out": ""})
+    return {"parts": rows, "passed": all(row["found"] for row in rows)}
+
+
+def check_model(model: str) -> dict[str, Any]:
+    """Reads a float model's folder by other means, with transformers, and compares: tokens of a text, chat, stop tokens, last logits.
+
+    `verify` and `parity` compare what lobit read with what lobit made of it; this finds what lobit reads wrongly. Nothing in the folder is
+    executed.
+
+    Returns:
+        `{"model", "checks": [{"what", "ours", "theirs", "same"}], "passed"}`; `same` is None where one of the two has nothing to compare.
+
+    Raises:
+        MissingPartError: transformers is not installed.
+        ModelError: lobit cannot read the model.
+    """
+    import importlib.util
+
+    from lobit.checkpoint import load_config, resolve
+    from lobit.errors import MissingPartError
+    from lobit.quant_recipes.quantized import check_float
+    from lobit.tokenizer import FILE_NAME, Tokenizer
+
+    if importlib.util.find_spec("transformers") is None:
+        raise MissingPartError("transformers is not installed, with which a model is read once more: pip install transformers")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    source = resolve(model)
+    check_float(source)
+    config = load_config(source)
+    checks, ids = [], list(range(1, min(32, config.vocab_size, config.max_context)))
+    if (source / FILE_NAME).is_file():
+        tokenizer = Tokenizer.from_folder(source, config.vocab_size)
+        checks += _compare_tokenizers(source, tokenizer)
+        ids = tokenizer.encode(SENTENCE)[: config.max_context]
+    checks.append(_compare_logits(source, ids))
+    return {"model": model, "checks": checks, "passed": all(check["same"] is not False for check in checks)}
+
+
+def _compare_tokenizers(source: Path, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Tokens of a sentence, of a chat, and those that stop."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    what, ours = "tokens of a sentence", tokenizer.encode(SENTENCE)
+    try:
+        theirs = AutoTokenizer.from_pretrained(source, local_files_only=True)
+        checks = [_check(what, ours, theirs(SENTENCE)["input_ids"])]
+    except Exception as error:  # transformers raises many kinds; what it cannot read is not compared
+        return [_unread(what, ours, reason(error))]
+    if tokenizer.chat_template or theirs.chat_template:
+        text = tokenizer.render_chat(MESSAGES) if tokenizer.chat_template else "none"
+        chat = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False) if theirs.chat_template else "none"
+        checks += [
+            _check("a chat in the template", text, chat),
+            _check("tokens of the chat", tokenizer.encode(text, bos=False), theirs(chat, add_special_tokens=False)["input_ids"]),
+        ]
+    try:
+        stops = GenerationConfig.from_pretrained(source, local_files_only=True).eos_token_id
+    except OSError:  # the folder has no generation_config.json
+        stops = theirs.eos_token_id
+    wanted = set(stops if isinstance(stops, list) else [] if stops is None else [stops])
+    return [*checks, {**_check("stop tokens", tokenizer.stop, sorted(wanted)), "same": wanted <= set(tokenizer.stop)}]
+
+
+def _compare_logits(source: Path, ids: list[int]) -> dict[str, Any]:
+    """The logits behind a short text."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lobit.checkpoint import load_model
+
+    what, tokens = f"logits after {len(ids)} tokens", torch.tensor([ids])
+    with torch.inference_mode():
+        ours = load_model(source)(tokens)[0, -1]
+        try:
+            other, loaded = AutoModelForCausalLM.from_pretrained(
+                source, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+            left = len(loaded["missing_keys"]) + len(loaded["unexpected_keys"]) + len(loaded["mismatched_keys"])
+            if left:
+                return _unread(what, _largest(ours), f"{left} tensors are missing, or none that it knows")
+            theirs = other(tokens).logits[0, -1]
+        except Exception as error:  # as above
+            return _unread(what, _largest(ours), reason(error))
+    far = float((ours - theirs).abs().max() / theirs.std())
+    return {**_check(what, _largest(ours), _largest(theirs)), "same": far <= FAR, "apart": far}
+
+
+def _largest(logits: Tensor) -> str:
+    """The most probable tokens with their logits."""
+    values, tokens = logits.topk(3)
+    return ", ".join(f"{token} ({value:.4f})" for value, token in zip(values.tolist(), tokens.tolist(), strict=True))
+
+
+def _check(what: str, ours: object, theirs: object) -> dict[str, Any]:
+    return {"what": what, "ours": ours, "theirs": theirs, "same": ours == theirs}
+
+
+def _unread(what: str, ours: object, why: str) -> dict[str, Any]:
+    """A check that transformers gives nothing for."""
+    return {"what": what, "ours": ours, "theirs": f"transformers cannot read it ({why})", "same": None}
