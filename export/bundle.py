@@ -13,12 +13,12 @@ from lobit.checkpoint import TOKENIZER_FILES, copy_companions
 from lobit.errors import InputError
 from lobit.export.stages import Stages
 from lobit.export.target import Spec, find_target
-from lobit.kept import Kept
 from lobit.model import Config, Transformer
 from lobit.quant_recipes.apply import skeleton
 from lobit.quant_recipes.quantized import fingerprint
 from lobit.quant_recipes.recipe import Recipe
 from lobit.runtime.manifest import FILE_NAME, FileEntry, Manifest, ModelInfo, Tokens
+from lobit.stage_cache import StageCache
 
 BUILD_FILE = "build.json"
 """The command, seconds and memory of the export; beside the manifest, because they differ from run to run."""
@@ -59,7 +59,7 @@ class Request:
     """As given, for the record."""
 
 
-def write_bundle(model: Transformer, recipe: Recipe, request: Request, folder: Path, kept: Kept, stages: Stages) -> Manifest:
+def write_bundle(model: Transformer, recipe: Recipe, request: Request, folder: Path, kept: StageCache, stages: Stages) -> Manifest:
     """Lowers a converted model and writes the bundle's files.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lobit.model import QuarterTurn, RMSNorm
+from lobit.model import RMSNorm, RotateHalf
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
 from lobit.quant_recipes.packing import pack_int4
 from lobit.quant_recipes.recipe import WeightGrid
@@ -110,7 +110,7 @@ class DelegatedTurn(nn.Module):
 
     matrix: Tensor
 
-    def __init__(self, turn: QuarterTurn, width: int) -> None:
+    def __init__(self, turn: RotateHalf, width: int) -> None:
         super().__init__()
         self.register_buffer("matrix", turn(torch.eye(width))[None], persistent=False)
 

@@ -16,16 +16,16 @@ from lobit.export.onnx_arithmetic import arithmetic as arithmetic
 from lobit.export.onnx_fused import in_place, inner_ropes, slots_name
 from lobit.export.onnx_graph import emit
 from lobit.export.onnx_weights import SMALLEST_BLOCK, Form, form_of, rounds_inputs
+from lobit.export.size_groups import Tally, held_as
 from lobit.export.stages import Count
-from lobit.export.tally import Tally, held_as
 from lobit.export.target import Costs, Lowered, Needs, Spec
-from lobit.kept import Kept
 from lobit.model import Config, Transformer
-from lobit.quant_recipes.apply import Fate, fates
+from lobit.quant_recipes.apply import LayerPlan, layer_plans
 from lobit.quant_recipes.recipe import Rule
 from lobit.quant_recipes.sizes import kind_of
 from lobit.runtime.manifest import CacheInfo, Delegation, FileEntry, Port, TensorGroup
 from lobit.runtime.onnx_ports import DATA_FILE, FLOAT_INPUTS, GRAPH_FILE, LOGITS, POSITIONS, STEP, TOKENS, UNTILED_SLOTS, cache_names
+from lobit.stage_cache import StageCache
 
 PROVIDER = "CPUExecutionProvider"
 GENAI_FILE = "genai_config.json"
@@ -55,7 +55,7 @@ def versions() -> dict[str, str]:
 
 def check(spec: Spec, config: Config) -> list[str]:
     """Every reason why ONNX Runtime's operators cannot hold the model under the recipe."""
-    groups = {fate.rule.weights.group_size for fate in fates(config, spec.recipe) if fate.rule and fate.name != "embedding"} - {None}
+    groups = {row.rule.weights.group_size for row in layer_plans(config, spec.recipe) if row.rule and row.name != "embedding"} - {None}
     odd = sorted(size for size in groups if size and size & -size < SMALLEST_BLOCK)
     if spec.portable or not odd:
         return []
@@ -81,10 +81,10 @@ def weights(spec: Spec, config: Config) -> list[TensorGroup]:
     A format says what the recipe has, and what the graph has where that is another.
     """
     tally = Tally()
-    for fate in fates(config, spec.recipe):
-        (out, inner), again = fate.shape, fate.shared_with is not None
-        if not (again and _shares(fate, spec)):
-            tally.add(kind_of(fate.name), _format(fate, spec), 0 if again else out * inner, _bytes(fate, spec))
+    for layer_plan in layer_plans(config, spec.recipe):
+        (out, inner), again = layer_plan.shape, layer_plan.shared_with is not None
+        if not (again and _shares(layer_plan, spec)):
+            tally.add(kind_of(layer_plan.name), _format(layer_plan, spec), 0 if again else out * inner, _bytes(layer_plan, spec))
     tally.add_norms_and_biases(config)
     if in_place(spec, config):
         for rope in inner_ropes(config):
@@ -92,33 +92,33 @@ def weights(spec: Spec, config: Config) -> list[TensorGroup]:
     return tally.groups()
 
 
-def _form(fate: Fate, rule: Rule, spec: Spec) -> Form:
-    return form_of(rule.weights, fate.shape[1], rows=fate.name == "embedding", fused=not spec.portable)
+def _form(layer_plan: LayerPlan, rule: Rule, spec: Spec) -> Form:
+    return form_of(rule.weights, layer_plan.shape[1], rows=layer_plan.name == "embedding", fused=not spec.portable)
 
 
-def _format(fate: Fate, spec: Spec) -> str:
+def _format(layer_plan: LayerPlan, spec: Spec) -> str:
     """A layer's numbers in the recipe and in the graph."""
-    if fate.rule is None:
+    if layer_plan.rule is None:
         return f"float{spec.recipe.float_bits}"
-    form = _form(fate, fate.rule, spec)
-    rounded = form.block and fate.name != "embedding" and rounds_inputs(fate.rule)
-    return held_as(fate.rule.weights, form.bits) + (f", inputs int8 in blocks of {form.block}" if rounded else "")
+    form = _form(layer_plan, layer_plan.rule, spec)
+    rounded = form.block and layer_plan.name != "embedding" and rounds_inputs(layer_plan.rule)
+    return held_as(layer_plan.rule.weights, form.bits) + (f", inputs int8 in blocks of {form.block}" if rounded else "")
 
 
-def _bytes(fate: Fate, spec: Spec) -> int:
+def _bytes(layer_plan: LayerPlan, spec: Spec) -> int:
     """Of a layer's weights and scales."""
-    out, inner = fate.shape
-    if fate.rule is None:
+    out, inner = layer_plan.shape
+    if layer_plan.rule is None:
         return out * inner * spec.recipe.float_bits // 8
-    form = _form(fate, fate.rule, spec)
+    form = _form(layer_plan, layer_plan.rule, spec)
     return -(-out * form.columns * form.bits // 8) + out * form.scales * 4
 
 
-def _shares(fate: Fate, spec: Spec) -> bool:
+def _shares(layer_plan: LayerPlan, spec: Spec) -> bool:
     """Whether a head that is the embedding is the same bytes as the embedding is stored in."""
-    if spec.portable or fate.rule is None:
+    if spec.portable or layer_plan.rule is None:
         return not spec.portable
-    head, embedding = (form_of(fate.rule.weights, fate.shape[1], rows=rows, fused=True) for rows in (False, True))
+    head, embedding = (form_of(layer_plan.rule.weights, layer_plan.shape[1], rows=rows, fused=True) for rows in (False, True))
     return head == embedding
 
 
@@ -138,26 +138,26 @@ def needs(model: Transformer, spec: Spec) -> Needs:
         work += caches + 3 * scores
     elif longest <= UNTILED_SLOTS:
         work += scores
-    work += sum(_packing_bytes(fate, spec) for fate in fates(config, spec.recipe) if fate.name != "embedding")
+    work += sum(_packing_bytes(layer_plan, spec) for layer_plan in layer_plans(config, spec.recipe) if layer_plan.name != "embedding")
     return Needs(1, graph.model().ByteSize() + padding, graph.data_bytes + caches + work)
 
 
-def _packing_bytes(fate: Fate, spec: Spec) -> int:
+def _packing_bytes(layer_plan: LayerPlan, spec: Spec) -> int:
     """What a product takes in memory beyond its bytes in the file.
 
     It is packed when the graph is loaded: half floats as float32, integers with INT8 inputs with their scales and sums of blocks. Of
     the file its scales stay, and the weights of a head that is the embedding.
     """
-    out, inner = fate.shape
-    stored, packed = _bytes(fate, spec), 4 * out * inner
-    if fate.rule is not None:
-        form = _form(fate, fate.rule, spec)
+    out, inner = layer_plan.shape
+    stored, packed = _bytes(layer_plan, spec), 4 * out * inner
+    if layer_plan.rule is not None:
+        form = _form(layer_plan, layer_plan.rule, spec)
         stored = packed = stored - 4 * out * form.scales
-        packed += 2 * 4 * out * form.scales if form.block and rounds_inputs(fate.rule) else 0
-    return round(PACKED * packed) - (0 if fate.shared_with and _shares(fate, spec) else stored)
+        packed += 2 * 4 * out * form.scales if form.block and rounds_inputs(layer_plan.rule) else 0
+    return round(PACKED * packed) - (0 if layer_plan.shared_with and _shares(layer_plan, spec) else stored)
 
 
-def lower(model: Transformer, spec: Spec, kept: Kept, count: Count) -> Lowered:
+def lower(model: Transformer, spec: Spec, kept: StageCache, count: Count) -> Lowered:
     """The graph; its weights are still those of the model."""
     graph = emit(model, spec)
     left = Counter[str]() if spec.portable else _operators(graph.composed)

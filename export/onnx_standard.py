@@ -198,7 +198,7 @@ class Standard:
         graph.nodes_of("Concat", [v_past, v], [v_all], axis=2)
         k, v = self._repeated(k_all), self._repeated(v_all)
         q = graph.op("Mul", q, graph.constant(config.scale))
-        scores = self._capped(graph.op("MatMul", q, graph.op("Transpose", k, perm=[0, 1, 3, 2])), config.attention_softcap)
+        scores = self._softcap(graph.op("MatMul", q, graph.op("Transpose", k, perm=[0, 1, 3, 2])), config.attention_softcap)
         probabilities = graph.op("Softmax", graph.op("Add", scores, self.masks[config.layers[layer].window]), axis=-1)
         y = graph.op("Transpose", graph.op("MatMul", probabilities, v), perm=[0, 2, 1, 3])
         return self.reshape(y, config.heads * config.head_dim)
@@ -238,7 +238,7 @@ class Standard:
         owners = [head // groups for head in range(self.config.heads)]
         return x if groups == 1 else self.graph.op("Gather", x, self.integers(*owners), axis=1)
 
-    def _capped(self, scores: str, cap: float | None) -> str:
+    def _softcap(self, scores: str, cap: float | None) -> str:
         if cap is None:
             return scores
         graph, bound = self.graph, self.graph.constant(cap)
@@ -266,5 +266,5 @@ class Standard:
         """Gives out the logits of the normed stream."""
         logits = self.linear("head", head, x)
         with self.graph.composing():
-            logits = self._capped(logits, self.config.logits_softcap)
+            logits = self._softcap(logits, self.config.logits_softcap)
         self.graph.name_output(logits, LOGITS, [1, "tokens" if self.spec.all_logits else 1, self.config.vocab_size])

@@ -13,7 +13,7 @@ from lobit.errors import LobitError
 from lobit.export.bundle import check_context, parameter_count
 from lobit.export.target import Costs, Needs, Spec, find_target
 from lobit.model import Config
-from lobit.quant_recipes.apply import fates, problems
+from lobit.quant_recipes.apply import layer_plans, problems
 from lobit.quant_recipes.quantized import empty_model
 from lobit.quant_recipes.recipe import Recipe
 from lobit.quant_recipes.sizes import Size, checkpoint_sizes
@@ -116,9 +116,9 @@ def expected_seconds(parameters: int, needs: Needs, costs: Costs) -> dict[str, f
 def host_peak(config: Config, recipe: Recipe, costs: Costs) -> int:
     """Bytes of memory that an export needs: the quantized model, and what the head takes while it is lowered."""
     model = head = 0
-    for fate in fates(config, recipe):
-        size = fate.shape[0] * fate.shape[1] * (1 if fate.rule else 4)
-        model += 0 if fate.shared_with else size
+    for layer_plan in layer_plans(config, recipe):
+        size = layer_plan.shape[0] * layer_plan.shape[1] * (1 if layer_plan.rule else 4)
+        model += 0 if layer_plan.shared_with else size
         head = size
     return round(costs.imports_bytes + costs.model_copies * model + costs.head_copies * head)
 

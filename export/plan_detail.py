@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from lobit.model import Config
-from lobit.quant_recipes.apply import fates
+from lobit.quant_recipes.apply import layer_plans
 from lobit.quant_recipes.entropy import Entropies
 from lobit.quant_recipes.recipe import Recipe, Rule
 from lobit.quant_recipes.sizes import kind_of
@@ -164,11 +164,11 @@ def energy(config: Config, recipe: Recipe, slots: Iterable[int]) -> Energy:
         slots: positions that each layer attends to.
     """
     numbers: dict[tuple[str, str, float], int] = {}
-    for fate in fates(config, recipe):
-        if fate.name != "embedding":
-            key = (kind_of(fate.name), *operation_of(fate.rule))
-            runs = 1 if fate.name == "head" else config.repeats
-            numbers[key] = numbers.get(key, 0) + runs * fate.shape[0] * fate.shape[1]
+    for layer_plan in layer_plans(config, recipe):
+        if layer_plan.name != "embedding":
+            key = (kind_of(layer_plan.name), *operation_of(layer_plan.rule))
+            runs = 1 if layer_plan.name == "head" else config.repeats
+            numbers[key] = numbers.get(key, 0) + runs * layer_plan.shape[0] * layer_plan.shape[1]
     numbers["scores and sums", *operation_of(None)] = 2 * sum(slots) * config.heads * config.head_dim
     return Energy([Products(kind, operation, number, each) for (kind, operation, each), number in numbers.items()])
 

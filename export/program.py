@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lobit.export.attention import Caches
 from lobit.export.parts import INPUTS, OUTPUT, Parts, Step, Tokens, Value
-from lobit.model import Block, Config, Rope, Table, Tables, Transformer, capped, rotary_table
+from lobit.model import Block, Config, Rope, Table, Tables, Transformer, rotary_table, softcap
 
 
 class Positions(nn.Module):
@@ -119,7 +119,7 @@ class Score(nn.Module):
         self.block, self.norm, self.head, self.cap = block, model.norm, model.head, model.config.logits_softcap
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return capped(self.head(self.norm(self.block.leave(x[:, -1:], y[:, -1:]))), self.cap)
+        return softcap(self.head(self.norm(self.block.leave(x[:, -1:], y[:, -1:]))), self.cap)
 
 
 def build(model: Transformer, caches: Caches) -> Parts:

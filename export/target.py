@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lobit.errors import MissingPartError, TargetError, listed
 from lobit.export.stages import Count
-from lobit.kept import Kept
 from lobit.model import Config, Transformer
 from lobit.quant_recipes.recipe import Recipe
 from lobit.quiet import quiet_python
 from lobit.runtime.manifest import CacheInfo, Delegation, FileEntry, Port, TensorGroup
+from lobit.stage_cache import StageCache
 
 TARGETS = {"xnnpack": "lobit.export.xnnpack", "onnx": "lobit.export.onnx"}
 """A target's name and its module."""
@@ -118,7 +118,7 @@ class Target(Protocol):
     def needs(self, model: Transformer, spec: Spec) -> Needs:
         """What a program of the converted model will take; the model may have no memory for its weights."""
 
-    def lower(self, model: Transformer, spec: Spec, kept: Kept, count: Count) -> Lowered:
+    def lower(self, model: Transformer, spec: Spec, kept: StageCache, count: Count) -> Lowered:
         """The converted model in the target's own form; takes its layers over, and keeps what is finished."""
 
     def write(self, lowered: Lowered, folder: Path, count: Count) -> list[FileEntry]:

@@ -21,16 +21,16 @@ from lobit.export.lowering import LoweredPart, lower_part, trace_part, without_c
 from lobit.export.parts import Interpreter, Parts, Step
 from lobit.export.program import build, replace_layers
 from lobit.export.pte import write_program
+from lobit.export.size_groups import Tally, held_as
 from lobit.export.stages import Count
-from lobit.export.tally import Tally, held_as
 from lobit.export.target import Costs, Lowered, Needs, Spec
-from lobit.kept import Kept
-from lobit.model import Config, QuarterTurn, RMSNorm, Transformer
-from lobit.quant_recipes.apply import Fate, fates
+from lobit.model import Config, RMSNorm, RotateHalf, Transformer
+from lobit.quant_recipes.apply import LayerPlan, layer_plans
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
 from lobit.quant_recipes.recipe import Recipe
 from lobit.quant_recipes.sizes import kind_of
 from lobit.runtime.manifest import CacheInfo, Delegation, FileEntry, Port, TensorGroup
+from lobit.stage_cache import StageCache
 
 PROGRAM_FILE = "model.pte"
 OVERHEAD, PER_ARGUMENT, PER_PART = 20_000, 69, 1_800
@@ -66,22 +66,22 @@ def check(spec: Spec, config: Config) -> list[str]:
     recipe = spec.recipe
     asked = {"--portable": spec.portable, "--all-logits": spec.all_logits}
     problems = [f"{option} is for target onnx: leave it out" for option, given in asked.items() if given]
-    rows = [fate for fate in fates(config, recipe) if fate.rule]
-    weight_only = [fate.name for fate in rows if fate.rule and not fate.rule.activation_bits and fate.name != "embedding"]
+    rows = [layer_plan for layer_plan in layer_plans(config, recipe) if layer_plan.rule]
+    weight_only = [row.name for row in rows if row.rule and not row.rule.activation_bits and row.name != "embedding"]
     if weight_only:
         problems.append(
             f"{len(weight_only)} layers have quantized weights and float activations ({weight_only[0]}, …): XNNPACK's int4 and int8 "
             "products need INT8 activations; choose 8da4w-g32 or 8da8w here, bitnet for ternary weights, or another target for this recipe"
         )
-    groups = {fate.rule.weights.group_size for fate in rows if fate.rule} - {None}
+    groups = {layer_plan.rule.weights.group_size for layer_plan in rows if layer_plan.rule} - {None}
     odd = sorted(size for size in groups if size is not None and size % 32)
     if odd:
         problems.append(f"group_size={', '.join(map(str, odd))}: XNNPACK's blockwise INT4 needs a multiple of 32")
-    wide = [fate.name for fate in rows if fate.rule and fate.rule.weights.bits > 4 and fate.rule.weights.group_size]
+    wide = [row.name for row in rows if row.rule and row.rule.weights.bits > 4 and row.rule.weights.group_size]
     if wide:
         problems.append(f"{wide[0]}: XNNPACK has INT8 per channel only, not in groups: leave the groups out, or choose 4 bits or fewer")
-    exact = [fate for fate in rows if fate.rule and fate.rule.weights.scale_rule == "exact" and fate.rule.weights.group_size]
-    rounded = [fate.name for fate in exact if fate.name != "embedding"]
+    exact = [row for row in rows if row.rule and row.rule.weights.scale_rule == "exact" and row.rule.weights.group_size]
+    rounded = [layer_plan.name for layer_plan in exact if layer_plan.name != "embedding"]
     if rounded:
         problems.append(
             f"{len(rounded)} layers have scales of an earlier quantization ({rounded[0]}, …): XNNPACK rounds those of groups to bfloat16; "
@@ -99,12 +99,12 @@ def weights(spec: Spec, config: Config) -> list[TensorGroup]:
     have a zero point, floats are float32. An embedding that is the head too is there once, with two sets of scales where it is of integers.
     """
     recipe, tally = spec.recipe, Tally()
-    for fate in fates(config, recipe):
-        out, inner = fate.shape
-        grid = fate.rule.weights if fate.rule else None
-        kind = kind_of(fate.name)
-        shared = fate.shared_with is not None
-        format = _format(fate, recipe)
+    for layer_plan in layer_plans(config, recipe):
+        out, inner = layer_plan.shape
+        grid = layer_plan.rule.weights if layer_plan.rule else None
+        kind = kind_of(layer_plan.name)
+        shared = layer_plan.shared_with is not None
+        format = _format(layer_plan, recipe)
         if not shared:
             tally.add(kind, format, out * inner, out * inner * (held(grid, inner).bits if grid else 32) // 8)
         if grid:
@@ -127,13 +127,13 @@ def cache(spec: Spec, config: Config) -> CacheInfo:
     return CacheInfo("float32", slots, heads * config.head_dim * 4, 0)
 
 
-def _format(fate: Fate, recipe: Recipe) -> str:
+def _format(layer_plan: LayerPlan, recipe: Recipe) -> str:
     """The recipe's and the program's numbers of a layer."""
-    if fate.rule is None:
+    if layer_plan.rule is None:
         return "half as float32" if recipe.float_bits == 16 else "float32"
-    grid, bits = fate.rule.weights, held(fate.rule.weights, fate.shape[1]).bits
+    grid, bits = layer_plan.rule.weights, held(layer_plan.rule.weights, layer_plan.shape[1]).bits
     weights = held_as(grid, bits)
-    absmax = fate.rule.activation_bits and fate.rule.activation_rule == "absmax" and fate.name != "embedding"
+    absmax = layer_plan.rule.activation_bits and layer_plan.rule.activation_rule == "absmax" and layer_plan.name != "embedding"
     return f"{weights}, inputs with zero point" if absmax else weights
 
 
@@ -145,7 +145,7 @@ def program(model: Transformer, spec: Spec) -> Parts:
     replace_layers(model, IntegerLinear, DelegatedLinear)
     replace_layers(model, IntegerEmbedding, PackedEmbedding)
     replace_layers(model, RMSNorm, DelegatedNorm)
-    replace_layers(model, QuarterTurn, lambda turn: DelegatedTurn(turn, config.head_dim))
+    replace_layers(model, RotateHalf, lambda turn: DelegatedTurn(turn, config.head_dim))
     return build(model.eval(), Caches(config, spec.recipe.kv_bits, spec.context, spec.chunk))
 
 
@@ -185,7 +185,7 @@ def graph(model: Transformer, spec: Spec) -> Interpreter:
     return Interpreter(parts, run_traced)
 
 
-def lower(model: Transformer, spec: Spec, kept: Kept, count: Count) -> Lowered:
+def lower(model: Transformer, spec: Spec, kept: StageCache, count: Count) -> Lowered:
     """Each part as an ExecuTorch program, its products on XNNPACK.
 
     The constant methods are those that ExecuTorch's `TextLLMRunner` reads.
@@ -220,7 +220,7 @@ def lower(model: Transformer, spec: Spec, kept: Kept, count: Count) -> Lowered:
     return Lowered((parts, lowered, spec.chunk), inputs, outputs, delegation)
 
 
-def _kept_part(step: Step, parts: Parts, chunk: int, methods: dict[str, Any], kept: Kept) -> LoweredPart:
+def _kept_part(step: Step, parts: Parts, chunk: int, methods: dict[str, Any], kept: StageCache) -> LoweredPart:
     """A lowered part, from an earlier run or from now on for a later one."""
     name = hashlib.sha256(f"{parts.part_of(step)}\n{chunk}\n{methods}".encode()).hexdigest()[:16] + ".part"
     if not kept.has(name):

@@ -27,8 +27,8 @@ from lobit.cli_options import (
     read_text,
 )
 from lobit.errors import InputError
+from lobit.exit_messages import MISTAKE, one_message
 from lobit.memory import check_address_space
-from lobit.trouble import MISTAKE, one_message
 
 if TYPE_CHECKING:
     from lobit.runtime.generate import Sampling

@@ -82,7 +82,7 @@ def recipes(
     rotate: Rotate = None,
     as_json: Json = False,
 ) -> None:
-    """The catalogue; one recipe; the fate of every layer of a model."""
+    """The catalogue; one recipe; the layer_plan of every layer of a model."""
     import dataclasses
 
     from lobit import tables, verbs
@@ -98,11 +98,11 @@ def recipes(
     if model is None:
         print_json(recipe.to_json()) if as_json else typer.echo(json.dumps(recipe.to_json(), indent=2))
         return
-    fates = verbs.recipes(recipe, model)
+    layer_plans = verbs.recipes(recipe, model)
     if as_json:
-        print_json({"recipe": recipe.to_json(), "layers": [dataclasses.asdict(fate) for fate in fates]})
+        print_json({"recipe": recipe.to_json(), "layers": [dataclasses.asdict(layer_plan) for layer_plan in layer_plans]})
     else:
-        tables.show(tables.fates(fates))
+        tables.show(tables.layer_plans(layer_plans))
 
 
 @app.command(epilog="Example: lobit plan ./SmolLM2-135M --recipe 8da4w-g32 --target xnnpack --context 2048")
@@ -179,7 +179,7 @@ def quantize(
 
     chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed, scale_rule, rotate)
     given = calibration_on(calibration, samples, length, act_order)
-    tables.show(tables.fates(verbs.recipes(chosen, model)), error=True)
+    tables.show(tables.layer_plans(verbs.recipes(chosen, model)), error=True)
     with bar() as shown:
         path = verbs.quantize(model, chosen, out, shown.count, calibration=given)
     found = json.loads((path / CALIBRATION_FILE).read_text(encoding="utf-8")) if given else None
@@ -222,7 +222,7 @@ def export(
     chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed, scale_rule, rotate)
     given = calibration_on(calibration, samples, length, act_order)
     if chosen is not None:
-        tables.show(tables.fates(verbs.recipes(chosen, model)), error=True)
+        tables.show(tables.layer_plans(verbs.recipes(chosen, model)), error=True)
     with bar() as shown:
         manifest = verbs.export(
             model,

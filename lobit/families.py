@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import torch
 
+from lobit.config_fields import FULL, LARGEST_SIZE, SLIDING, Fields, layers_with_rope, long_rope, only_rope, read_rope, read_windows
 from lobit.errors import ModelError, listed, shown
-from lobit.fields import FULL, LARGEST_SIZE, SLIDING, Fields, layers_with_rope, long_rope, only_rope, read_rope, read_windows
 from lobit.model import Config, Layer, Rope, YarnScaling
 
 ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh", "relu2"]] = {

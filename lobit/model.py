@@ -194,12 +194,12 @@ def rotary_table(positions: Tensor, frequencies: Tensor, factors: Tensor) -> Tab
     return Table(angles.cos() * factors, angles.sin() * factors)
 
 
-def capped(scores: Tensor, cap: float | None) -> Tensor:
+def softcap(scores: Tensor, cap: float | None) -> Tensor:
     """Scores drawn into (-cap, cap), where there is a cap."""
     return scores if cap is None else torch.tanh(scores / cap) * cap
 
 
-class QuarterTurn(nn.Module):
+class RotateHalf(nn.Module):
     """(a, b, rest) -> (-b, a, 0) over the last axis, a and b of `dim` / 2 entries each: a quarter turn of every rotary pair."""
 
     def __init__(self, dim: int) -> None:
@@ -250,7 +250,7 @@ class Attention(nn.Module):
         if config.sub_norms:
             self.sub_norm = RMSNorm(h * e, config.norm_eps)
         self.rope = config.layers[index * config.repeats].rope
-        self.turn: nn.Module = QuarterTurn(self.rope.dim) if self.rope else nn.Identity()
+        self.turn: nn.Module = RotateHalf(self.rope.dim) if self.rope else nn.Identity()
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H·E], k and v [B, T, K·E]."""
@@ -368,7 +368,7 @@ class Transformer(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Scores [B, T, V] of the stream x [B, T, D]."""
-        return capped(self.head(self.norm(x)), self.config.logits_softcap)
+        return softcap(self.head(self.norm(x)), self.config.logits_softcap)
 
     def forward(self, tokens: Tensor, tables: Tables | None = None, attend: Attend | None = None) -> Tensor:
         """Scores [B, T, V] of tokens [B, T]; without tables and attention, of a whole sequence that begins at position 0."""
@@ -392,7 +392,7 @@ def dot_product_attention(config: Config, q: Tensor, k: Tensor, v: Tensor, seen:
         return mixed.transpose(1, 2)
     groups = config.heads // config.kv_heads
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = capped(q @ k.transpose(2, 3) * config.scale, config.attention_softcap)
+    scores = softcap(q @ k.transpose(2, 3) * config.scale, config.attention_softcap)
     return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v).transpose(1, 2)
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lobit.errors import ModelError, listed, reason, shown
-from lobit.typed import build
+from lobit.from_json import build
 
 Kind = Literal["multiply", "divide", "online", "channels", "torchao", "learned"]
 Bits = Literal[2, 3, 4, 6, 8]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from lobit.export.plan import Plan
     from lobit.export.plan_detail import Decode, Energy
-    from lobit.quant_recipes.apply import Fate
+    from lobit.quant_recipes.apply import LayerPlan
     from lobit.quant_recipes.entropy import Entropies
     from lobit.quant_recipes.recipe import Recipe
     from lobit.runtime.manifest import Manifest
@@ -73,16 +73,16 @@ def fetchable(found: Sequence[Fetchable]) -> Table:
     return table
 
 
-def fates(rows: Sequence[Fate]) -> Table:
-    """What happens to each layer; layers of the same kind, shape and fate share a row."""
+def layer_plans(rows: Sequence[LayerPlan]) -> Table:
+    """What happens to each layer; layers of the same kind, shape and row share a row."""
     table = _table("layer by layer", "layers", "shape", "parameters", "weights", "activations", right=("parameters",))
-    grouped: dict[tuple[str, tuple[int, int], str, str], list[Fate]] = {}
-    for fate in rows:
-        parts = fate.name.split(".")
+    grouped: dict[tuple[str, tuple[int, int], str, str], list[LayerPlan]] = {}
+    for row in rows:
+        parts = row.name.split(".")
         name = ".".join("*" if part.isdigit() else part for part in parts)
-        weights = f"shared with {fate.shared_with}" if fate.shared_with else fate.why if fate.rule else f"float ({fate.why})"
-        activations = "int8 per token" if fate.rule and fate.rule.activation_bits and fate.name != "embedding" else "float"
-        grouped.setdefault((name, fate.shape, weights, activations), []).append(fate)
+        weights = f"shared with {row.shared_with}" if row.shared_with else row.why if row.rule else f"float ({row.why})"
+        activations = "int8 per token" if row.rule and row.rule.activation_bits and row.name != "embedding" else "float"
+        grouped.setdefault((name, row.shape, weights, activations), []).append(row)
     for (name, shape, weights, activations), members in grouped.items():
         count = f"{name} (x{len(members)})" if len(members) > 1 else name
         parameters = 0 if members[0].shared_with else len(members) * shape[0] * shape[1]

@@ -32,7 +32,7 @@ Integers = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Fate:
+class LayerPlan:
     """What a recipe does to one layer."""
 
     name: str
@@ -68,7 +68,7 @@ def skeleton(config: Config) -> Transformer:
         return Transformer(config)
 
 
-def fates(config: Config, recipe: Recipe) -> list[Fate]:
+def layer_plans(config: Config, recipe: Recipe) -> list[LayerPlan]:
     """What the recipe does to each layer, in the order of execution."""
     rows = []
     for name, module in layers_of(skeleton(config)):
@@ -77,18 +77,18 @@ def fates(config: Config, recipe: Recipe) -> list[Fate]:
         kept = " (half)" if recipe.float_bits == 16 else ""
         why = f"excluded by {excluded}{kept}" if excluded else str(rule.weights) if rule else f"no rule{kept}"
         shared = "embedding" if name == "head" and config.tied and not recipe.untied else None
-        rows.append(Fate(name, (out, inner), rule, why, shared))
+        rows.append(LayerPlan(name, (out, inner), rule, why, shared))
     return rows
 
 
 def problems(config: Config, recipe: Recipe) -> list[str]:
     """Every reason why the recipe does not fit the model, each with the way out."""
-    rows = fates(config, recipe)
+    rows = layer_plans(config, recipe)
     found = []
-    misfits = [(fate, fate.problem) for fate in rows if fate.problem and fate.rule]
+    misfits = [(layer_plan, layer_plan.problem) for layer_plan in rows if layer_plan.problem and layer_plan.rule]
     if misfits:
-        divisors = sorted({fate.rule.weights.divisor for fate, _ in misfits if fate.rule})
-        patterns = sorted({_pattern(fate.name) for fate, _ in misfits})
+        divisors = sorted({layer_plan.rule.weights.divisor for layer_plan, _ in misfits if layer_plan.rule})
+        patterns = sorted({_pattern(layer_plan.name) for layer_plan, _ in misfits})
         exclusion = " ".join(f"--except '{pattern}'" for pattern in patterns)
         named = ", ".join(text for _, text in misfits[:MOST_LISTED] if text)
         named += f" … and {len(misfits) - MOST_LISTED} more" if len(misfits) > MOST_LISTED else ""
@@ -96,16 +96,16 @@ def problems(config: Config, recipe: Recipe) -> list[str]:
             f"{len(misfits)} layers do not divide by {', '.join(divisors)}: {named}; "
             f"keep them in floating point with {exclusion}, take another --group-size, or a recipe without groups such as 8da8w"
         )
-    by_name = {fate.name: fate for fate in rows}
+    by_name = {layer_plan.name: layer_plan for layer_plan in rows}
     embedding, head = by_name["embedding"], by_name["head"]
     if head.shared_with and _elsewhere(head.rule) != _elsewhere(embedding.rule):
         found.append(
             f"head ({head.why}) and embedding ({embedding.why}) share one tensor but not one grid: give both the same, or untie them"
         )
-    unused = [pattern for pattern in recipe.exclude if not any(recipe.excluded_by(fate.name) == pattern for fate in rows)]
+    unused = [pattern for pattern in recipe.exclude if not any(recipe.excluded_by(layer_plan.name) == pattern for layer_plan in rows)]
     found += [f"the exclusion '{shown_name(pattern)}' matches no layer: names are such as {rows[-2].name}" for pattern in unused]
     patterns = [pattern for rule in recipe.rules for pattern in rule.match]
-    idle = [pattern for pattern in patterns if not any(fnmatchcase(fate.name, pattern) for fate in rows)]
+    idle = [pattern for pattern in patterns if not any(fnmatchcase(layer_plan.name, pattern) for layer_plan in rows)]
     found += [f"the pattern '{shown_name(pattern)}' matches no layer: names are such as {rows[-2].name}" for pattern in idle]
     return found + rotation_problems(config, recipe)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lobit.errors import InputError
-from lobit.model import capped
+from lobit.model import softcap
 
 CHUNK = 4096
 """Entries of the vocabulary whose logits are held at once: 8 MiB for 512 tokens, a few times over."""
@@ -171,7 +171,7 @@ def _logits(rows: slice, x: Tensor, weight: Tensor, cap: float | None, bias: Ten
     """Logits [N, chunk] of one chunk of the vocabulary, from the product in x's type."""
     z = _product(x, weight[rows].T)
     z = z.to(_wide(z.dtype))
-    return capped(z if bias is None else z + bias[rows], cap)
+    return softcap(z if bias is None else z + bias[rows], cap)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

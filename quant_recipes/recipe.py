@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
 
 from lobit.errors import RecipeError, listed, shown, shown_name
-from lobit.typed import build
+from lobit.from_json import build
 
 ScaleRule = Literal["least_squares", "range", "learned", "absmean", "row_norm", "exact"]
 Turn = Literal["stream", "heads"]

@@ -22,11 +22,11 @@ from torch.nn import functional as F
 
 from lobit.errors import RecipeError
 from lobit.model import CausalAttention, Transformer, bias_of, rotary_tables, weight_of
-from lobit.quant_recipes.apply import Fate, Progress, check, convert, fates
+from lobit.quant_recipes.apply import LayerPlan, Progress, check, convert, layer_plans
 from lobit.quant_recipes.corpus import Corpus
-from lobit.quant_recipes.figures import AT_ONCE, Figures, figures
 from lobit.quant_recipes.grid import dequantize
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear, quantize_linear
+from lobit.quant_recipes.metrics import AT_ONCE, Figures, figures
 from lobit.quant_recipes.recipe import GRIDS, Recipe, Rule, WeightGrid
 from lobit.quant_recipes.sizes import size_of
 
@@ -95,23 +95,23 @@ def sensitivity(model: Transformer, recipe: Recipe, corpus: Corpus, progress: Pr
     return sorted(rows, key=lambda row: row.kl, reverse=True)
 
 
-def _units(model: Transformer, recipe: Recipe) -> list[list[Fate]]:
+def _units(model: Transformer, recipe: Recipe) -> list[list[LayerPlan]]:
     """Layers that are quantized together, in the order of execution: each alone, but a shared head with its embedding."""
-    ruled = [fate for fate in fates(model.config, recipe) if fate.rule]
-    return [[fate, *(head for head in ruled if head.shared_with == fate.name)] for fate in ruled if not fate.shared_with]
+    ruled = [layer_plan for layer_plan in layer_plans(model.config, recipe) if layer_plan.rule]
+    return [[row, *(head for head in ruled if head.shared_with == row.name)] for row in ruled if not row.shared_with]
 
 
-def _row(unit: Sequence[Fate], recipe: Recipe, kl: float, error: float, weight: Tensor) -> Row:
-    fate, rule = unit[0], cast(Rule, unit[0].rule)
-    now, floats = size_of(fate, recipe).bytes, size_of(replace(fate, rule=None), recipe).bytes
+def _row(unit: Sequence[LayerPlan], recipe: Recipe, kl: float, error: float, weight: Tensor) -> Row:
+    first, rule = unit[0], cast(Rule, unit[0].rule)
+    now, floats = size_of(first, recipe).bytes, size_of(replace(first, rule=None), recipe).bytes
     wider = []
-    for name, grid in _finer(rule.weights, fate.shape[1]):
-        size = size_of(replace(fate, rule=replace(rule, weights=grid) if grid else None), recipe).bytes
+    for name, grid in _finer(rule.weights, first.shape[1]):
+        size = size_of(replace(first, rule=replace(rule, weights=grid) if grid else None), recipe).bytes
         stays = 0.0 if grid is None else 1.0
         if grid and error:
             stays = min(1.0, _squared_error(weight, *quantize_linear(weight, grid)) / error)
         wider.append(Wider(name, size - now, stays * kl))
-    return Row(tuple(fate.name for fate in unit), rule, fate.shape[0] * fate.shape[1], floats - now, kl, tuple(wider))
+    return Row(tuple(row.name for row in unit), rule, first.shape[0] * first.shape[1], floats - now, kl, tuple(wider))
 
 
 def _finer(grid: WeightGrid, inner: int) -> Iterator[tuple[str, WeightGrid | None]]:
@@ -130,9 +130,9 @@ def _squared_error(weight: Tensor, integers: Tensor, scale: Tensor) -> float:
 
 
 @contextlib.contextmanager
-def _quantized(model: Transformer, unit: Sequence[Fate]) -> Iterator[float]:
+def _quantized(model: Transformer, unit: Sequence[LayerPlan]) -> Iterator[float]:
     """The model with one layer of integers; yields the squared error of its weights."""
-    before = {fate.name: model.get_submodule(fate.name) for fate in unit}
+    before = {layer_plan.name: model.get_submodule(layer_plan.name) for layer_plan in unit}
     rule = cast(Rule, unit[0].rule)
     weight = weight_of(before[unit[0].name]).detach()
     integers, scale = quantize_linear(weight, rule.weights)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lobit.model import Config
-from lobit.quant_recipes.apply import Fate, fates, skeleton
+from lobit.quant_recipes.apply import LayerPlan, layer_plans, skeleton
 from lobit.quant_recipes.packing import layout_of
 from lobit.quant_recipes.recipe import Recipe
 
@@ -55,9 +55,9 @@ def checkpoint_bytes(config: Config, recipe: Recipe) -> int:
 
 def _tensors(config: Config, recipe: Recipe) -> Iterator[Size]:
     """Each layer's weight, norm and bias."""
-    for fate in fates(config, recipe):
-        if not fate.shared_with:
-            yield size_of(fate, recipe)
+    for layer_plan in layer_plans(config, recipe):
+        if not layer_plan.shared_with:
+            yield size_of(layer_plan, recipe)
     for kind, count in norms_and_biases(config):
         yield Size(kind, "float32", count, FLOAT * count)
 
@@ -69,12 +69,12 @@ def norms_and_biases(config: Config) -> Iterator[tuple[str, int]]:
             yield "norms" if "norm" in name else "biases", tensor.numel()
 
 
-def size_of(fate: Fate, recipe: Recipe) -> Size:
+def size_of(layer_plan: LayerPlan, recipe: Recipe) -> Size:
     """A linear's or embedding's weight: packed row by row, with float32 scales, or floats of the recipe's width."""
-    (out, inner), kind = fate.shape, kind_of(fate.name)
-    if fate.rule is None:
+    (out, inner), kind = layer_plan.shape, kind_of(layer_plan.name)
+    if layer_plan.rule is None:
         return Size(kind, f"float{recipe.float_bits}", out * inner, out * inner * recipe.float_bits // 8)
-    grid = fate.rule.weights
+    grid = layer_plan.rule.weights
     layout = layout_of(grid.bits)
     row = (layout.width(inner) if layout else inner) + FLOAT * (inner // (grid.group_size or inner))
     return Size(kind, str(grid), out * inner, out * row)

@@ -25,9 +25,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from lobit.atomic_folder import publish
 from lobit.errors import InputError, RecipeError
 from lobit.model import Transformer
-from lobit.place import publish
 from lobit.quant_recipes.apply import prepare, skeleton
 from lobit.quant_recipes.corpus import Corpus
 from lobit.quant_recipes.optimizer import optimizer_for, set_rates

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lobit.errors import BundleError, listed, reason, shown
-from lobit.typed import build
+from lobit.from_json import build
 
 SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
+from lobit.atomic_folder import publish
 from lobit.errors import InputError
-from lobit.place import publish
 from lobit.runtime import report_plots
 from lobit.runtime.report_canvas import number, percent, seconds, size
 from lobit.runtime.report_results import ACCEPTED, Result, group, read, text_of

@@ -18,7 +18,7 @@ from lobit.checkpoint import load_config, load_model
 from lobit.layout import to_checkpoint
 from lobit.model import Transformer, weight_of
 from lobit.quant_recipes.apply import layers_of
-from lobit.quant_recipes.intake import take_in
+from lobit.quant_recipes.import_prequantized import take_in
 from lobit.quant_recipes.quantized import fingerprint, load_checkpoint, save_checkpoint
 from lobit.quant_recipes.recipe import Recipe
 from tests.oracles import SMALL

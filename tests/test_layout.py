@@ -20,7 +20,7 @@ PARTS = {
     "lobit": "core",  # errors, quiet, memory, tokenizer, the demo's grammar: whatever is not named below
     "lobit.model": "model",
     "lobit.families": "model",
-    "lobit.fields": "model",
+    "lobit.config_fields": "model",
     "lobit.layout": "model",
     "lobit.checkpoint": "model",
     "lobit.gguf_folder": "model",

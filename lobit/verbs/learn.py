@@ -17,8 +17,8 @@ from lobit.errors import InputError
 from lobit.verbs.make import Progress
 
 if TYPE_CHECKING:
+    from lobit.atomic_folder import Work
     from lobit.model import Config, Transformer
-    from lobit.place import Work
     from lobit.quant_recipes.corpus import Corpus
     from lobit.quant_recipes.recipe import Recipe
     from lobit.quant_recipes.schedule import Training
@@ -87,13 +87,13 @@ def train(
         InputError: the text is too short, the batch does not fit, or the model is a quantized checkpoint.
         RecipeError: the recipe does not fit the model, or the loss is no longer finite.
     """
+    from lobit.atomic_folder import Work
     from lobit.checkpoint import load_config, load_model, resolve
-    from lobit.kept import files_of
-    from lobit.place import Work
     from lobit.quant_recipes.apply import check
     from lobit.quant_recipes.quantized import fingerprint
     from lobit.quant_recipes.schedule import training_of
     from lobit.quant_recipes.trainee import new_weights
+    from lobit.stage_cache import files_of
 
     source = resolve(model)
     config = load_config(source)
@@ -182,7 +182,7 @@ def _place(out: Path, run: Run, work: Work) -> Iterator[Path]:
     Raises:
         BundleError: other work has left something there.
     """
-    from lobit.place import new_folder
+    from lobit.atomic_folder import new_folder
 
     if run.rank:
         run.wait()
@@ -226,7 +226,7 @@ def _finish(
     """Writes the checkpoint, the curves and the record, in the first process."""
     from lobit.checkpoint import load_model
     from lobit.quant_recipes.curves import write_curves
-    from lobit.quant_recipes.figures import figures
+    from lobit.quant_recipes.metrics import figures
 
     trained = trainer.trained()
     if trainer.run.rank:

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from lobit.export.plan import Plan
     from lobit.export.plan_detail import Detail
     from lobit.export.stages import Count
-    from lobit.kept import Kept
     from lobit.model import Config, Transformer
-    from lobit.quant_recipes.apply import Fate
+    from lobit.quant_recipes.apply import LayerPlan
     from lobit.quant_recipes.recipe import Recipe
     from lobit.runtime.manifest import Manifest
+    from lobit.stage_cache import StageCache
     from lobit.tokenizer import Tokenizer
     from lobit.verbs.calibrate import Calibration
 
@@ -52,13 +52,13 @@ def choose_recipe(
     return find_recipe(name).with_changes(tuple(exclude), group_size, kv_cache, mixed, scale_rule, rotate)
 
 
-def recipes(recipe: Recipe | None, model: str) -> list[Fate]:
+def recipes(recipe: Recipe | None, model: str) -> list[LayerPlan]:
     """What a recipe does to each layer of a model; None: the recipe that the folder was quantized with before."""
     from lobit.checkpoint import load_config, resolve
-    from lobit.quant_recipes.apply import fates
+    from lobit.quant_recipes.apply import layer_plans
 
     source = resolve(model)
-    return fates(load_config(source), _asked(source, recipe))
+    return layer_plans(load_config(source), _asked(source, recipe))
 
 
 def quantize(
@@ -78,10 +78,10 @@ def quantize(
         RecipeError: the recipe does not fit.
         ModelError: the model cannot be read.
     """
+    from lobit.atomic_folder import Work, new_folder
     from lobit.checkpoint import resolve
-    from lobit.kept import files_of
-    from lobit.place import Work, new_folder
     from lobit.quant_recipes.quantized import save_checkpoint
+    from lobit.stage_cache import files_of
     from lobit.verbs.calibrate import CALIBRATION_FILE, calibrated
 
     source = resolve(model)
@@ -106,7 +106,7 @@ def converted(source: Path, recipe: Recipe | None, progress: Progress | None = N
     """The converted model of a checkpoint, of a folder that was quantized before, or of a float folder under `recipe`."""
     from lobit.checkpoint import Weights, load_config
     from lobit.quant_recipes.apply import check, convert
-    from lobit.quant_recipes.intake import is_taken_in, take_in
+    from lobit.quant_recipes.import_prequantized import is_taken_in, take_in
     from lobit.quant_recipes.quantized import is_checkpoint, load_checkpoint
 
     if is_checkpoint(source):
@@ -161,16 +161,16 @@ def export(
         command: for the record.
         progress: of the whole.
     """
+    from lobit.atomic_folder import Work, check_place, new_folder
     from lobit.checkpoint import load_config, resolve
     from lobit.export import bundle
     from lobit.export.plan import expected_seconds
     from lobit.export.stages import Stages
     from lobit.export.target import Spec, check_target, find_target
-    from lobit.kept import Kept, files_of
-    from lobit.place import Work, check_place, new_folder
     from lobit.quant_recipes.apply import check
     from lobit.quant_recipes.quantized import check_float, empty_model
     from lobit.runtime.manifest import MOST_THREADS, Tokens
+    from lobit.stage_cache import StageCache, files_of
 
     source = resolve(model)
     config = load_config(source)
@@ -201,7 +201,7 @@ def export(
         "versions": bundle.versions(target),
     }
     with new_folder(out, Work("export", settings, shlex.join(command), resumes=True)) as folder:
-        kept = Kept(folder / KEPT)
+        kept = StageCache(folder / KEPT)
         module = find_target(target)
         needs = module.needs(empty_model(config, asked), spec)
         stages = Stages(expected_seconds(bundle.parameter_count(config), needs, module.COSTS), progress)
@@ -275,7 +275,7 @@ def _sizes(config: Config, context: int | None, chunk: int | None) -> tuple[int,
 def _asked(source: Path, recipe: Recipe | None) -> Recipe:
     """The recipe that is named, or the checkpoint's own."""
     from lobit.checkpoint import Weights, load_config
-    from lobit.quant_recipes.intake import taken_recipe
+    from lobit.quant_recipes.import_prequantized import taken_recipe
     from lobit.quant_recipes.quantized import is_checkpoint, load_recipe
 
     if recipe is not None:
@@ -289,7 +289,7 @@ def _asked(source: Path, recipe: Recipe | None) -> Recipe:
 
 
 def _kept_checkpoint(
-    source: Path, recipe: Recipe | None, calibration: Calibration | None, kept: Kept, count: Count
+    source: Path, recipe: Recipe | None, calibration: Calibration | None, kept: StageCache, count: Count
 ) -> tuple[Transformer, Recipe]:
     """The converted model, from an earlier run or from now on for a later one; a checkpoint is not kept twice."""
     from lobit.quant_recipes.quantized import is_checkpoint, save_checkpoint

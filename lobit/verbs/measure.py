@@ -74,8 +74,8 @@ def demo(out: Path, *, on_step: Callable[[str], None] | None = None, repetitions
     """
     import json
 
+    from lobit.atomic_folder import Work, new_folder
     from lobit.demo import TERNARY_FOLDER
-    from lobit.place import Work, new_folder
     from lobit.runtime.manifest import FILE_NAME
 
     say = on_step or (lambda _: None)

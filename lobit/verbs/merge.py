@@ -51,11 +51,11 @@ def merge(
         InputError: fewer than two models, weights that do not fit them, or too short a text.
         ModelError: the models cannot be read or averaged; every reason is named.
     """
+    from lobit.atomic_folder import Work, new_folder
     from lobit.checkpoint import load_model, resolve
-    from lobit.kept import files_of
-    from lobit.place import Work, new_folder
     from lobit.quant_recipes.merge import STEPS, Specialists, held_out_loss, normalize, search
     from lobit.quant_recipes.merge import merge as merged
+    from lobit.stage_cache import files_of
 
     specialists = Specialists([resolve(model) for model in models])
     used = normalize([1.0] * len(models) if weights is None else weights, len(models))

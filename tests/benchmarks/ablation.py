@@ -32,7 +32,7 @@ from lobit.quant_recipes.apply import convert, prepare
 from lobit.quant_recipes.calibration import calibrate
 from lobit.quant_recipes.catalog import LINEARS, find_recipe
 from lobit.quant_recipes.corpus import Corpus, pack
-from lobit.quant_recipes.figures import figures
+from lobit.quant_recipes.metrics import figures
 from lobit.quant_recipes.recipe import Recipe, Rule, WeightGrid
 from lobit.quant_recipes.schedule import Training
 from lobit.quant_recipes.sizes import checkpoint_bytes

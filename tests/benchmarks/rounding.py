@@ -207,7 +207,7 @@ def main() -> None:
     found = measure((floats, None), held_out, reference)
     read = f"{held_out.numel()} tokens of Wikipedia, float perplexity {found['perplexity']:.2f}"
     about = f"{arguments.model.name}, {read}; calibrated on {len(calibration)} x {LENGTH} tokens of other articles"
-    kept = Kept(arguments.out, about)
+    kept = StageCache(arguments.out, about)
     part = ""
     for row in rows:
         part = part if row.what.startswith("the same") else row.what
@@ -221,7 +221,7 @@ def main() -> None:
     print(kept.table())
 
 
-class Kept:
+class StageCache:
     """The rows that were measured, in a file: a run that is killed goes on, and one of a few rows leaves the others as they are.
 
     Args:

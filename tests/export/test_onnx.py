@@ -22,7 +22,6 @@ from lobit.export.onnx_graph import emit
 from lobit.export.onnx_weights import form_of
 from lobit.export.target import Spec
 from lobit.families import read_config
-from lobit.kept import Kept
 from lobit.model import Layer, Transformer
 from lobit.quant_recipes.apply import convert
 from lobit.quant_recipes.catalog import CATALOG, find_recipe
@@ -34,6 +33,7 @@ from lobit.runtime.onnx_ports import GRAPH_FILE
 from lobit.runtime.onnxruntime import stepper
 from lobit.runtime.parity import kl_divergence, log_softmax
 from lobit.runtime.reference import ReferenceEngine
+from lobit.stage_cache import StageCache
 from tests.onnx_walks import (
     CHUNK,
     CONTEXT,
@@ -307,7 +307,7 @@ def test_what_is_composed_of_standard_operators_is_told(head_dim: int, left: set
     rope = replace(random_model().config.layers[0].rope, dim=head_dim)
     recipe = find_recipe("8da8w")
     model = convert(random_model(head_dim=head_dim, layers=(Layer(None, rope),) * 2), recipe)
-    lowered = target.lower(model, Spec(recipe, CONTEXT, CHUNK), Kept(tmp_path / "kept"), lambda *_: None)
+    lowered = target.lower(model, Spec(recipe, CONTEXT, CHUNK), StageCache(tmp_path / "kept"), lambda *_: None)
     assert {"Softmax", "Cos", "Concat"} & set(lowered.delegation.left) == left
     assert not any("MatMulNBits" in name for name in lowered.delegation.left)
     assert lowered.delegation.delegated["com.microsoft::MatMulNBits"] == 2 * 4 + 1
@@ -316,7 +316,7 @@ def test_what_is_composed_of_standard_operators_is_told(head_dim: int, left: set
 def test_a_softcap_and_a_squared_relu_are_told(tmp_path: Path) -> None:
     model = random_model(logits_softcap=2.0, activation="relu2")
     spec = Spec(find_recipe("fp"), CONTEXT, CHUNK)
-    left = target.lower(model, spec, Kept(tmp_path / "kept"), lambda *_: None).delegation.left
+    left = target.lower(model, spec, StageCache(tmp_path / "kept"), lambda *_: None).delegation.left
     assert left == {"Div": 1, "Tanh": 1, "Relu": 2, "Mul": 1 + 2}
 
 

@@ -91,16 +91,16 @@ def test_leftovers_of_another_release_are_not_used(models: Any, tmp_path: Path, 
 
 @pytest.mark.parametrize("cut", [0, 3], ids=["empty", "short"])
 def test_what_a_crash_cut_short_is_made_again(cut: int, tmp_path: Path) -> None:
-    from lobit.kept import Kept
+    from lobit.stage_cache import StageCache
 
-    kept = Kept(tmp_path / "stages")
+    kept = StageCache(tmp_path / "stages")
     for name in ("part", "checkpoint"):
         with kept.making(name) as path:
             if name == "checkpoint":
                 path.mkdir()
             file = path if name == "part" else path / "file"
             file.write_text("finished", encoding="utf-8")
-        assert Kept(tmp_path / "stages").has(name)
+        assert StageCache(tmp_path / "stages").has(name)
         final = kept.folder / file.relative_to(kept.folder).as_posix().replace(".new", "")
         final.write_text("finished"[:cut], encoding="utf-8")
         assert not kept.has(name)
@@ -110,17 +110,17 @@ def test_what_a_crash_cut_short_is_made_again(cut: int, tmp_path: Path) -> None:
 
 
 def test_what_is_half_written_is_not_kept(tmp_path: Path) -> None:
-    from lobit.kept import Kept
+    from lobit.stage_cache import StageCache
 
-    kept = Kept(tmp_path / "stages")
+    kept = StageCache(tmp_path / "stages")
     with pytest.raises(RuntimeError), kept.making("part") as path:
         path.write_text("half", encoding="utf-8")
         raise RuntimeError
-    assert not Kept(tmp_path / "stages").has("part")
+    assert not StageCache(tmp_path / "stages").has("part")
 
 
 def test_a_changed_model_has_other_files(tmp_path: Path) -> None:
-    from lobit.kept import files_of
+    from lobit.stage_cache import files_of
 
     model = tmp_path / "model.safetensors"
     model.write_bytes(b"weights")

@@ -92,7 +92,7 @@ def test_recipes_shows_one_recipe_with_its_changes(lobit: Lobit) -> None:
     assert answer.json == changed.to_json() != find_recipe("8da4w-g32").to_json()
 
 
-def test_recipes_shows_the_fate_of_every_layer(lobit: Lobit) -> None:
+def test_recipes_shows_what_it_does_to_every_layer(lobit: Lobit) -> None:
     layers = lobit("recipes", "8da4w-g32", "--model", "demo", "--json").json["layers"]
     names = [layer["name"] for layer in layers]
     depth = json.loads((REPOSITORY / "lobit/demo/model/config.json").read_text(encoding="utf-8"))["num_hidden_layers"]

@@ -10,7 +10,7 @@ from lobit.demo import FOLDER, TERNARY_FOLDER, held_out_text
 from lobit.demo.stories import training_text
 from lobit.quant_recipes.catalog import find_recipe
 from lobit.quant_recipes.corpus import pack
-from lobit.quant_recipes.figures import figures
+from lobit.quant_recipes.metrics import figures
 from lobit.quant_recipes.quantized import integer_layers, load_checkpoint
 from lobit.tokenizer import Tokenizer
 

@@ -14,7 +14,7 @@ from lobit.model import Transformer
 from lobit.quant_recipes.apply import convert
 from lobit.quant_recipes.catalog import find_recipe
 from lobit.quant_recipes.corpus import Corpus
-from lobit.quant_recipes.figures import figures
+from lobit.quant_recipes.metrics import figures
 from lobit.quant_recipes.quantized import load_checkpoint
 from lobit.runtime.generate import Chat
 from lobit.runtime.reference import ReferenceEngine

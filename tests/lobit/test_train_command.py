@@ -19,7 +19,7 @@ from lobit.checkpoint import load_model
 from lobit.quant_recipes import trainee
 from lobit.quant_recipes.catalog import find_recipe
 from lobit.quant_recipes.corpus import Corpus, pack
-from lobit.quant_recipes.figures import figures
+from lobit.quant_recipes.metrics import figures
 from lobit.quant_recipes.quantized import is_checkpoint, load_checkpoint
 from lobit.quant_recipes.train import Run, Trainer
 from lobit.tokenizer import Tokenizer

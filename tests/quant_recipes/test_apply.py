@@ -11,7 +11,7 @@ from lobit.checkpoint import load_config, load_model
 from lobit.errors import ModelError, RecipeError
 from lobit.families import read_config
 from lobit.model import Transformer, weight_of
-from lobit.quant_recipes.apply import convert, fates, layers_of, prepare, problems
+from lobit.quant_recipes.apply import convert, layer_plans, layers_of, prepare, problems
 from lobit.quant_recipes.catalog import CATALOG, find_recipe
 from lobit.quant_recipes.integer import quantize_linear
 from lobit.quant_recipes.quantized import fingerprint, integer_layers, load_checkpoint, save_checkpoint
@@ -107,8 +107,8 @@ def test_a_recipe_with_unknown_values_is_refused() -> None:
         Recipe.from_json(values)
 
 
-def test_every_layer_has_a_fate_and_a_tied_head_is_shared() -> None:
-    rows = {fate.name: fate for fate in fates(read_config(VALUES), find_recipe("8da4w-g32"))}
+def test_every_layer_is_planned_and_a_tied_head_is_shared() -> None:
+    rows = {layer_plan.name: layer_plan for layer_plan in layer_plans(read_config(VALUES), find_recipe("8da4w-g32"))}
     assert len(rows) == 2 + 3 * 7
     assert rows["head"].shared_with == "embedding"
     assert rows["layers.1.mlp.down"].shape == (64, 128)
@@ -191,7 +191,7 @@ MIXED_WHY = {
 
 
 def test_the_first_pattern_decides_and_floating_point_before_all() -> None:
-    rows = {fate.name: fate for fate in fates(read_config(VALUES), find_recipe("w4-channel").with_changes(mixed=MIXED))}
+    rows = {row.name: row for row in layer_plans(read_config(VALUES), find_recipe("w4-channel").with_changes(mixed=MIXED))}
     assert {name: rows[name].why for name in MIXED_WHY} == MIXED_WHY
     late = find_recipe("w4-channel").with_changes(mixed=("layers.*.mlp.*=int8", "layers.0.*=float"))
     assert late.rule_for("layers.0.mlp.up") is None
@@ -206,7 +206,7 @@ def test_mixed_precision_reaches_training_and_the_checkpoint(name: str, tmp_path
     assert Recipe.from_json(recipe.to_json()) == recipe
     model = convert(small_model(), recipe)
     assert {name: str(grid) for name, *_, grid in integer_layers(model)} == {
-        fate.name: fate.why for fate in fates(read_config(VALUES), recipe) if fate.rule
+        layer_plan.name: layer_plan.why for layer_plan in layer_plans(read_config(VALUES), recipe) if layer_plan.rule
     }
     assert torch.equal(prepare(small_model(), recipe)(tokens), model(tokens))
     target.mkdir()

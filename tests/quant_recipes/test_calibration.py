@@ -19,7 +19,7 @@ from lobit.checkpoint import load_config, load_model
 from lobit.errors import InputError, RecipeError
 from lobit.model import CausalAttention, Transformer, rotary_tables, weight_of
 from lobit.quant_recipes import calibration, moments
-from lobit.quant_recipes.apply import convert, fates, layers_of
+from lobit.quant_recipes.apply import convert, layer_plans, layers_of
 from lobit.quant_recipes.calibration import calibrate
 from lobit.quant_recipes.catalog import find_recipe
 from lobit.quant_recipes.corpus import sequences_of
@@ -269,7 +269,7 @@ def test_a_tied_table_is_rounded_on_what_the_head_reads_and_the_streams_begin_wi
     model, floats = (load_model(small_models(family)[0]) for _ in range(2))
     sequences = torch.randint(model.config.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
     recipe = find_recipe("8da4w-g32").with_changes(kv_cache="float").calibrated()
-    if any(fate.problem for fate in fates(model.config, recipe)):
+    if any(layer_plan.problem for layer_plan in layer_plans(model.config, recipe)):
         recipe = recipe.with_changes(group_size=8)
     calls: list[Any] = []
     found = calibrate(model, recipe, sequences, progress=lambda *call: calls.append(call))

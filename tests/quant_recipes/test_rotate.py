@@ -17,7 +17,7 @@ from lobit.checkpoint import Weights, load_config, load_model
 from lobit.cli_options import chosen_recipe
 from lobit.errors import InputError, RecipeError
 from lobit.model import Config, Layer, Transformer
-from lobit.quant_recipes.apply import arrange, check, convert, fates, prepare
+from lobit.quant_recipes.apply import arrange, check, convert, layer_plans, prepare
 from lobit.quant_recipes.calibration import calibrate
 from lobit.quant_recipes.catalog import CATALOG
 from lobit.quant_recipes.quantized import WEIGHTS_FILE, fingerprint, load_checkpoint, load_recipe
@@ -171,7 +171,7 @@ def test_a_rotated_stream_unties_the_head() -> None:
     config = small()
     assert recipe_of("stream").untied
     assert not recipe_of("heads").untied
-    assert fates(config, recipe_of("stream"))[-1].shared_with is None
+    assert layer_plans(config, recipe_of("stream"))[-1].shared_with is None
     with pytest.raises(RecipeError, match="needs a head of its own"):
         check(config, replace(recipe_of("stream"), untied=False))
 

@@ -19,11 +19,11 @@ from lobit.checkpoint import load_model
 from lobit.errors import InputError, RecipeError
 from lobit.model import Transformer, weight_of
 from lobit.quant_recipes import sensitivity as module
-from lobit.quant_recipes.apply import convert, fates, layers_of
+from lobit.quant_recipes.apply import convert, layer_plans, layers_of
 from lobit.quant_recipes.catalog import find_recipe
 from lobit.quant_recipes.corpus import Corpus
-from lobit.quant_recipes.figures import figures
 from lobit.quant_recipes.integer import quantize_linear
+from lobit.quant_recipes.metrics import figures
 from lobit.quant_recipes.recipe import Recipe, Rule, WeightGrid
 from lobit.quant_recipes.sensitivity import Row, Wider, measured, proposal, sensitivity
 from lobit.quant_recipes.sizes import checkpoint_bytes
@@ -80,7 +80,7 @@ def test_a_layers_kl_is_that_of_the_whole_model_with_it_quantized(name: str, rec
     chosen = find_recipe(recipe)
     corpus = corpus_of(model)
     rows = sensitivity(model, chosen, corpus)
-    assert {name for row in rows for name in row.layers} == {fate.name for fate in fates(model.config, chosen) if fate.rule}
+    assert {name for row in rows for name in row.layers} == {row.name for row in layer_plans(model.config, chosen) if row.rule}
     for row in rows[:4] + rows[-4:]:
         expected = straightforward_kl(model, alone(model, chosen, row.layers), corpus.sequences[:, :-1].long())
         assert row.kl == pytest.approx(expected, rel=1e-3, abs=1e-6), row.layers

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from lobit.checkpoint import save_model
 from lobit.families import read_config
 from lobit.model import Config, Layer, Transformer, weight_of
-from lobit.quant_recipes.apply import convert, fates, layers_of, skeleton
+from lobit.quant_recipes.apply import convert, layer_plans, layers_of, skeleton
 from lobit.quant_recipes.catalog import CATALOG
 from lobit.quant_recipes.integer import quantize_linear
 from lobit.quant_recipes.quantized import WEIGHTS_FILE, save_checkpoint
@@ -74,7 +74,7 @@ def test_kinds_in_two_formats_are_told_apart() -> None:
 
 def test_a_recipe_that_does_not_fit_has_a_size_all_the_same() -> None:
     config = llama(1, 100, 36, 2, vocab=8)
-    assert any(fate.problem for fate in fates(config, CATALOG["8da4w-g32"]))
+    assert any(layer_plan.problem for layer_plan in layer_plans(config, CATALOG["8da4w-g32"]))
     assert checkpoint_bytes(config, CATALOG["8da4w-g32"]) > 0
 
 

@@ -20,7 +20,7 @@ from lobit.quant_recipes.apply import prepare
 from lobit.quant_recipes.catalog import find_recipe
 from lobit.quant_recipes.corpus import Corpus, pack
 from lobit.quant_recipes.fake_quant import attention_for
-from lobit.quant_recipes.figures import figures
+from lobit.quant_recipes.metrics import figures
 from lobit.quant_recipes.schedule import Training
 from lobit.quant_recipes.train import ROWS, TUNING_BATCH, Row, Run, Trainer, is_scale, native_precision
 from lobit.quant_recipes.trainee import Trainee, new_weights

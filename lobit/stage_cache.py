@@ -9,13 +9,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from lobit.place import publish
+from lobit.atomic_folder import publish
 
 CHECKSUM = ".sha256"
 """The ending of the file that says what is in a finished file or folder."""
 
 
-class Kept:
+class StageCache:
     """What is finished of long work, in a folder beside its result: a run that is killed goes on from there.
 
     Args:

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
+from lobit.atomic_folder import FULL
 from lobit.errors import LobitError
-from lobit.place import FULL
 
 DEBUG = "LOBIT_DEBUG"
 SHOW = f" ({DEBUG}=1 shows where)"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lobit import place
+from lobit import atomic_folder
+from lobit.atomic_folder import OWNER, WRITER, Work, new_folder
 from lobit.errors import BundleError
-from lobit.place import OWNER, WRITER, Work, new_folder
 
 ONCE, RESUMING = Work("quantize", {"model": "a"}), Work("export", {"model": "a", "spec": {"context": 64}}, "lobit export a", resumes=True)
 
@@ -99,12 +99,12 @@ def test_the_owner_is_told_while_work_goes_on_and_not_shipped(tmp_path: Path) ->
 
 def test_all_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[str] = []
-    sync, move = place._sync, Path.replace
-    monkeypatch.setattr(place, "_sync", lambda path: (steps.append(f"sync {path.name}"), sync(path))[1])
+    sync, move = atomic_folder._sync, Path.replace
+    monkeypatch.setattr(atomic_folder, "_sync", lambda path: (steps.append(f"sync {path.name}"), sync(path))[1])
     monkeypatch.setattr(Path, "replace", lambda self, to: (steps.append(f"rename {self.name}"), move(self, to))[1])
     (tmp_path / "new" / "inner").mkdir(parents=True)
     (tmp_path / "new" / "inner" / "file").write_text("x", encoding="utf-8")
-    place.publish(tmp_path / "new", tmp_path / "out")
+    atomic_folder.publish(tmp_path / "new", tmp_path / "out")
     assert steps == ["sync new", "sync inner", "sync file", "rename new", f"sync {tmp_path.name}"]
 
 

@@ -18,7 +18,7 @@ from lobit.quant_recipes.catalog import find_recipe
 from lobit.quant_recipes.corpus import Corpus
 from lobit.quant_recipes.curves import PICTURE_FILE, SMOOTH, TABLE_FILE, smooth, write_curves
 from lobit.quant_recipes.fake_quant import attention_for
-from lobit.quant_recipes.figures import Figures, figures
+from lobit.quant_recipes.metrics import Figures, figures
 from lobit.quant_recipes.train import Row
 from lobit.quant_recipes.trainee import new_weights
 from tests.quant_recipes.test_trained import small_model

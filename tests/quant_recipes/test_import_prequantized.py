@@ -18,7 +18,7 @@ from lobit.checkpoint import load_config, load_model, read_json
 from lobit.errors import InputError, ModelError
 from lobit.quant_recipes.apply import convert
 from lobit.quant_recipes.catalog import find_recipe
-from lobit.quant_recipes.intake import take_in, ternary_grid, ternary_scale
+from lobit.quant_recipes.import_prequantized import take_in, ternary_grid, ternary_scale
 from lobit.quant_recipes.quantized import fingerprint, integer_layers
 from lobit.quant_recipes.recipe import WeightGrid
 from lobit.verbs.make import converted

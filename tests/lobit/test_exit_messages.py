@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from lobit.errors import LobitError
-from lobit.trouble import explain
+from lobit.exit_messages import explain
 
 resource = pytest.importorskip("resource")  # limits are POSIX's
 
