@@ -344,7 +344,7 @@ def read_config(values: Mapping[str, Any]) -> Config:
     """
     values, inner = text_values(values), ""
     kind = values.get("model_type")
-    if not _is_family(values):
+    if not isinstance(kind, str) or kind not in FAMILIES:
         if isinstance(values.get("text_config"), dict):
             inner = f" with a text model of model_type {shown(values['text_config'].get('model_type'))}"
         raise ModelError(f"model_type {shown(kind)}{inner} is not a family that lobit knows: {', '.join(sorted(FAMILIES))}")

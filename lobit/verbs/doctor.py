@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lobit.errors import reason
 
@@ -85,8 +85,9 @@ def check_model(model: str) -> dict[str, Any]:
 
     if importlib.util.find_spec("transformers") is None:
         raise MissingPartError("transformers is not installed, with which a model is read once more: pip install transformers")
-    from transformers.utils import logging
+    import transformers
 
+    logging: Any = transformers.utils.logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     source = resolve(model)
@@ -137,9 +138,8 @@ def _compare_logits(source: Path, ids: list[int]) -> dict[str, Any]:
     with torch.inference_mode():
         ours = load_model(source)(tokens)[0, -1]
         try:
-            other, loaded = AutoModelForCausalLM.from_pretrained(
-                source, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
-            )
+            options = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+            other, loaded = cast(Any, AutoModelForCausalLM).from_pretrained(source, **options)
             left = len(loaded["missing_keys"]) + len(loaded["unexpected_keys"]) + len(loaded["mismatched_keys"])
             if left:
                 return _unread(what, _largest(ours), f"{left} tensors are missing, or none that it knows")
