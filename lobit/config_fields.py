@@ -148,7 +148,11 @@ def read_rope(parameters: Fields, head_dim: int, theta: float, context: int = LA
         scaling = _yarn(parameters, context)
     if _turned_share(parameters) != 1:
         parameters.problems.append("partial_rotary_factor is below 1: this family turns whole heads")
-    return Rope(parameters.number("rope_theta", theta, least=1), head_dim, scaling)
+    base = parameters.number("rope_theta", theta, least=1)
+    if kind == "yarn" and base == 1:
+        parameters.problems.append("rope_theta is 1: yarn needs frequencies that differ")
+        scaling = None
+    return Rope(base, head_dim, scaling)
 
 
 def _yarn(parameters: Fields, context: int) -> YarnScaling:

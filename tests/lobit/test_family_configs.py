@@ -233,6 +233,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "mscale": 0.7, "partial_rotary_factor": 0.5}},
         ["rope_type linear has 'mscale'", "partial_rotary_factor is below 1"],
     ),
+    "yarn without frequencies": ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0, "rope_theta": 1.0}}, ["rope_theta is 1: yarn"]),
     "half of each head": (
         "qwen2",
         {"partial_rotary_factor": 0.5, "rope_theta": 0.5},
