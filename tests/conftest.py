@@ -175,7 +175,29 @@ class Bundles:
 
 
 @pytest.fixture(scope="session")
-def bundles(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Bundles:
+def parts_once() -> Iterator[None]:
+    """Each part of a program for target xnnpack is lowered once in this process, whatever exports have it: half of an export's time.
+
+    Parts have random weights, always the same ones, so the bytes are those of an export alone (tests that export in processes of their
+    own compare them).
+    """
+    from lobit.export import xnnpack
+
+    made: dict[str, bytes] = {}
+    make = xnnpack._made_part
+
+    def once(name: str, *work: Any) -> bytes:
+        if name not in made:
+            made[name] = make(name, *work)
+        return made[name]
+
+    xnnpack._made_part = once
+    yield
+    xnnpack._made_part = make
+
+
+@pytest.fixture(scope="session")
+def bundles(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory, parts_once: None) -> Bundles:
     """`bundles(model, recipe, kv_cache=None)`: a bundle for target xnnpack, exported once a session."""
     return Bundles(models, tmp_path_factory.mktemp("bundles"))
 
