@@ -40,7 +40,7 @@ def layer(seed: int, out: int, inner: int, rank: int) -> tuple[Tensor, Tensor]:
 def one_by_one(weight: Tensor, hessian: Tensor, grid: WeightGrid, act_order: bool) -> tuple[Tensor, Tensor]:
     """GPTQ as it is derived: after each column its error is spread over all others, and it is struck out of the inverse Hessian."""
     left, inner = weight.double(), weight.shape[1]
-    inverse = (hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(inner)).inverse()
+    inverse = (hessian.double() + gptq.DAMPING * hessian.diagonal().double().mean() * torch.eye(inner)).inverse()
     importance = importance_of(hessian)
     size, scales, integers = grid.group_size or inner, calibrated_scale(weight, grid, importance), torch.zeros_like(weight)
     order = sorted(range(inner), key=lambda i: -float(hessian[i, i])) if act_order else range(inner)
@@ -131,7 +131,7 @@ def test_inputs_that_are_always_zero_change_nothing(act_order):
     nearest = quantize_linear(weight, grid)
     assert torch.equal(integers[:, dead], nearest[0][:, dead]) and torch.equal(scales[:, dead], nearest[1][:, dead])
     mean = hessian.diagonal().mean() / hessian[alive][:, alive].diagonal().mean()
-    alone = round_with_hessian(weight[:, alive], hessian[alive][:, alive], grid, act_order=act_order, damping=0.01 * float(mean))
+    alone = round_with_hessian(weight[:, alive], hessian[alive][:, alive], grid, act_order=act_order, damping=gptq.DAMPING * float(mean))
     assert torch.equal(integers[:, alive], alone[0]) and torch.equal(scales[:, alive], alone[1])
 
 

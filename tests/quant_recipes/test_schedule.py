@@ -185,7 +185,7 @@ def test_parameters_without_a_gradient_stay() -> None:
     assert still.tolist() == [1, 1]
 
 
-def test_training_that_begins_at_calibrated_integers_is_calmer() -> None:
+def test_training_that_begins_at_calibrated_integers_has_a_rate_of_its_own() -> None:
     for name in ("8da4w-g32", "8da8w", "w4-channel"):
         plain, begun = training_of(find_recipe(name)), training_of(find_recipe(name), begun=True)
-        assert begun == replace(plain, learning_rate=BEGUN * plain.learning_rate) and 0 < BEGUN < 1
+        assert begun == replace(plain, learning_rate=BEGUN * plain.learning_rate)
