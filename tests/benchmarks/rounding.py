@@ -25,6 +25,8 @@ import gguf
 import numpy as np
 import torch
 from gguf.quants import dequantize, quantize
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor, nn
 
 from lobit.checkpoint import load_config, load_model
@@ -44,6 +46,7 @@ Q4_0 = gguf.GGMLQuantizationType.Q4_0
 INT4, INT8 = WeightGrid(4, 32), WeightGrid(8, None)
 EQUATION_4 = replace(INT4, scale_rule="range")
 PLAIN = "the same: llama.cpp's Q4_0"
+COLOURS = {"rounded": "#7aa6d8", "rounded on a text, or trained": "#1a7f5a", "llama.cpp": "#9aa0a6"}
 Result = dict[str, Any]
 Changed = tuple[Transformer, Recipe | None]
 """A model with its weights rounded, and the recipe that its cache is rounded by."""
@@ -207,7 +210,7 @@ def main() -> None:
     found = measure((floats, None), held_out, reference)
     read = f"{held_out.numel()} tokens of Wikipedia, float perplexity {found['perplexity']:.2f}"
     about = f"{arguments.model.name}, {read}; calibrated on {len(calibration)} x {LENGTH} tokens of other articles"
-    kept = StageCache(arguments.out, about)
+    kept = Results(arguments.out, about)
     part = ""
     for row in rows:
         part = part if row.what.startswith("the same") else row.what
@@ -221,7 +224,7 @@ def main() -> None:
     print(kept.table())
 
 
-class StageCache:
+class Results:
     """The rows that were measured, in a file: a run that is killed goes on, and one of a few rows leaves the others as they are.
 
     Args:
@@ -242,6 +245,27 @@ class StageCache:
         self.rows[name] = result
         (self.folder / "table.json").write_text(json.dumps({"about": self.about, "rows": self.rows}, indent=1) + "\n", encoding="utf-8")
         (self.folder / "table.md").write_text(self.table(), encoding="utf-8")
+        self.draw()
+
+    def draw(self) -> None:
+        """The rows as bars in `table.png`."""
+        names, colours, values = [], [], []
+        for name, row in self.rows.items():
+            names.append(row["what"].replace("`", "").replace("the same: ", "… "))
+            learned = "calibrated" in name or "trained" in name
+            colours.append(COLOURS["llama.cpp" if "Q4_0" in name else "rounded on a text, or trained" if learned else "rounded"])
+            values.append(row["kl"])
+        figure = Figure(figsize=(9, 0.6 + 0.27 * len(values)), layout="constrained")
+        axes = figure.subplots()
+        bars = axes.barh(range(len(values)), values, color=colours)
+        axes.bar_label(bars, [f"{value:.3f}" for value in values], padding=3, fontsize=8)
+        axes.set_yticks(range(len(values)), names, fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.12 * max(values))
+        axes.set_xlabel("KL from the float model, nats a token; less is better")
+        axes.legend([Patch(color=colour) for colour in COLOURS.values()], list(COLOURS), frameon=False, loc="upper right")
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(self.folder / "table.png", dpi=110)
 
     def table(self) -> str:
         """The rows in Markdown."""
