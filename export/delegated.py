@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lobit.model import RMSNorm, RotateHalf
+from lobit.model import RMSNorm
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
 from lobit.quant_recipes.packing import pack_int4
 from lobit.quant_recipes.recipe import WeightGrid
+from lobit.rope import RotateHalf
 
 
 def held(grid: WeightGrid, inner: int) -> WeightGrid:

@@ -21,8 +21,9 @@ from lobit.export.onnx_weights import (
     rows_of,
 )
 from lobit.export.target import Spec
-from lobit.model import Block, Config, RMSNorm, Rope, bias_of, rotary_table, weight_of
+from lobit.model import Block, Config, RMSNorm, bias_of, weight_of
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
+from lobit.rope import Rope, rotary_table
 from lobit.runtime.onnx_ports import POSITIONS, TOKENS, cache_names
 
 

@@ -13,9 +13,10 @@ from torch import nn
 from lobit.export.onnx_file import Graph
 from lobit.export.onnx_weights import float_weight, form_of, int4_weight, int8_weight, parameter
 from lobit.export.target import Spec
-from lobit.model import Block, Config, RMSNorm, Rope, bias_of, weight_of
+from lobit.model import Block, Config, RMSNorm, bias_of, weight_of
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
 from lobit.quant_recipes.recipe import Rule
+from lobit.rope import Rope
 from lobit.runtime.onnx_ports import LOGITS, TOKENS, cache_names
 
 MASKED = -1e9

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from lobit.export.attention import Caches
 from lobit.export.parts import INPUTS, OUTPUT, Parts, Step, Tokens, Value
-from lobit.model import Block, Config, Rope, Table, Tables, Transformer, rotary_table, softcap
+from lobit.model import Block, Config, Transformer, softcap
+from lobit.rope import Rope, Table, Tables, rotary_table
 
 
 class Positions(nn.Module):

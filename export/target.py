@@ -17,9 +17,7 @@ from lobit.quant_recipes.recipe import Recipe
 from lobit.quiet import quiet_python
 from lobit.runtime.manifest import CacheInfo, Delegation, FileEntry, Port, TensorGroup
 from lobit.stage_cache import StageCache
-
-TARGETS = {"xnnpack": "lobit.export.xnnpack", "onnx": "lobit.export.onnx"}
-"""A target's name and its module."""
+from lobit.targets import TARGETS
 
 
 @dataclass(frozen=True)
@@ -136,7 +134,7 @@ def find_target(name: str) -> Target:
         raise TargetError(f"there is no target {name!r}: choose one of {', '.join(TARGETS)}")
     try:
         with quiet_python():
-            return cast(Target, importlib.import_module(TARGETS[name]))
+            return cast(Target, importlib.import_module(TARGETS[name].export))
     except ImportError as error:
         raise MissingPartError(f"target {name} needs a package that is not installed ({error}): pip install 'lobit[{name}]'") from None
 

@@ -24,11 +24,12 @@ from lobit.export.pte import write_program
 from lobit.export.size_groups import Tally, held_as
 from lobit.export.stages import Count
 from lobit.export.target import Costs, Lowered, Needs, Spec
-from lobit.model import Config, RMSNorm, RotateHalf, Transformer
+from lobit.model import Config, RMSNorm, Transformer
 from lobit.quant_recipes.apply import LayerPlan, layer_plans
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
 from lobit.quant_recipes.recipe import Recipe
 from lobit.quant_recipes.sizes import kind_of
+from lobit.rope import RotateHalf
 from lobit.runtime.manifest import CacheInfo, Delegation, FileEntry, Port, TensorGroup
 from lobit.stage_cache import StageCache
 

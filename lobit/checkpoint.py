@@ -339,7 +339,7 @@ def _tensor_problems(name: str, shapes: Shapes, header: Header | None) -> list[s
 
 def copy_companions(source: Path, folder: Path, names: Iterable[str] = COMPANIONS) -> list[str]:
     """Copies the files of a model's folder that go with its weights; the names of those that are there."""
-    from lobit.tokenizer import FILE_NAME, copy_tokenizer
+    from lobit.tokenizer_files import FILE_NAME, copy_tokenizer
 
     found = [name for name in names if (source / name).is_file()]
     for name in found:

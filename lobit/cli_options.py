@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from lobit.errors import InputError
+from lobit.targets import TARGETS
 
 if TYPE_CHECKING:
     from lobit import verbs
@@ -57,7 +58,7 @@ BundleThreads = Annotated[
 ]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that `lobit export` wrote.")]
 Source = Annotated[str, typer.Argument(metavar="MODEL|CKPT", help="A float model, or a quantized checkpoint.")]
-Target = Annotated[str, typer.Option("--target", help="xnnpack or onnx.")]
+Target = Annotated[str, typer.Option("--target", help=f"{', '.join(f'{name} ({target.what})' for name, target in TARGETS.items())}.")]
 FloatRecipe = Annotated[str | None, typer.Option("--recipe", help="For a float model (`lobit recipes`).")]
 Context = Annotated[int | None, typer.Option("--context", help="Tokens to hold; default: the model's, at most 2048.")]
 Chunk = Annotated[int | None, typer.Option("--chunk", help="Most tokens in one prefill call; default: 512.")]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lobit.errors import shown
-from lobit.model import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
+from lobit.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
 
 LARGEST_SIZE = 1 << 24
 """No real config.json holds a larger width, context or vocabulary; a larger one is a damaged file."""

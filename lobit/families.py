@@ -14,7 +14,8 @@ import torch
 
 from lobit.config_fields import FULL, LARGEST_SIZE, SLIDING, Fields, layers_with_rope, long_rope, only_rope, read_rope, read_windows
 from lobit.errors import ModelError, listed, shown
-from lobit.model import Config, Layer, Rope, YarnScaling
+from lobit.model import Config, Layer
+from lobit.rope import Rope, YarnScaling
 
 ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh", "relu2"]] = {
     "silu": "silu",

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from lobit.errors import InputError, ModelError, listed, reason, shown
-from lobit.quiet import quiet_native
+from lobit.errors import InputError, shown
+from lobit.tokenizer_files import (
+    CONFIG_NAME,
+    FILE_NAME,
+    chat_template_of,
+    check_vocabulary,
+    declared_stops,
+    first_added,
+    guarded,
+    is_unicode,
+    load,
+    read_optional,
+    special_tokens,
+)
 
-FILE_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
-SLOW = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "tekken.json")
-"""Tokenizers of other kinds."""
-SAVE_FAST = "save one with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-ADDED_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-"""What tokenizer.json says of an added token besides its content."""
-LARGEST_TOKENIZER = 64 << 20
-"""Bytes; the files of vocabularies of a quarter million tokens have about 30 MB."""
-LARGEST_TEMPLATE = 1 << 20
-"""Characters; real chat templates have a few thousand."""
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""The special tokens that a chat template may name (transformers `SPECIAL_TOKENS_ATTRIBUTES`)."""
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 """A token that stands for one byte in vocabularies with byte fallback."""
-SURROGATE = re.compile("[\ud800-\udfff]")
 IN_USE = "the model's tokenizer.json is damaged, which shows only in use"
 KEPT = 8
 """Tokens before the new ones that a stream decodes with them, for the spaces between words."""
@@ -75,14 +72,14 @@ class Tokenizer:
         Raises:
             ModelError: missing, damaged or too large files, or a tokenizer that does not fit the vocabulary.
         """
-        config = _read_optional(folder / CONFIG_NAME)
-        special = _special_tokens(folder, config)
-        inner = _load(folder / FILE_NAME, special, config)
-        template = _chat_template(folder, config)
+        config = read_optional(folder / CONFIG_NAME)
+        special = special_tokens(folder, config)
+        inner = load(folder / FILE_NAME, special, config)
+        template = chat_template_of(folder, config)
         eos = inner.token_to_id(special.get("eos_token", ""))
-        stop = sorted({*_declared_stops(folder), *([] if eos is None else [eos])})
-        bos = _first_added(inner)
-        _check_vocabulary(inner, stop, bos, vocab_size, folder)
+        stop = sorted({*declared_stops(folder), *([] if eos is None else [eos])})
+        bos = first_added(inner)
+        check_vocabulary(inner, stop, bos, vocab_size, folder)
         return Tokenizer(inner, bos=bos, stop=stop, chat_template=template, special=special, vocab_size=vocab_size)
 
     @staticmethod
@@ -105,8 +102,8 @@ class Tokenizer:
         Raises:
             ModelError: the file is missing, damaged or too large, or does not fit the vocabulary.
         """
-        inner = _load(tokenizer_json, special)
-        _check_vocabulary(inner, stop, bos, vocab_size, tokenizer_json.parent)
+        inner = load(tokenizer_json, special)
+        check_vocabulary(inner, stop, bos, vocab_size, tokenizer_json.parent)
         return Tokenizer(inner, bos=bos, stop=list(stop), chat_template=chat_template, special=dict(special), vocab_size=vocab_size)
 
     def encode_lines(self, text: str, count: int) -> tuple[list[int], list[int]]:
@@ -138,9 +135,9 @@ class Tokenizer:
         return self._encoded(text, bos).ids
 
     def _encoded(self, text: str, bos: bool) -> tokenizers.Encoding:
-        if not _is_unicode(text):
+        if not is_unicode(text):
             raise InputError("the text has half a surrogate pair, which is no character: read it as UTF-8")
-        with _guarded(IN_USE):
+        with guarded(IN_USE):
             encoding = self._inner.encode(text, add_special_tokens=bos)
         ids = encoding.ids
         if self.vocab_size is not None and max(ids, default=0) >= self.vocab_size:
@@ -161,7 +158,7 @@ class Tokenizer:
         Raises:
             ModelError: the tokenizer is damaged in a way that shows only now.
         """
-        with _guarded(IN_USE):
+        with guarded(IN_USE):
             return self._inner.decode(list(ids), skip_special_tokens=not special)
 
     def stream(self) -> TextStream:
@@ -227,192 +224,5 @@ class TextStream:
         return text
 
     def _decoded(self, tokens: list[int]) -> str:
-        with _guarded(IN_USE):
+        with guarded(IN_USE):
             return self._inner.decode(tokens)
-
-
-@contextmanager
-def _guarded(what: str) -> Iterator[None]:
-    """Turns what a damaged tokenizer.json raises into one message."""
-    try:
-        yield
-    except BaseException as error:  # the library raises bare Exception, and BaseException where its Rust code panics
-        if isinstance(error, (ModelError, KeyboardInterrupt, SystemExit, MemoryError)):
-            raise
-        raise ModelError(f"{what} ({reason(error)}): fetch it again") from None
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether UTF-8 can hold the text: no half of a surrogate pair."""
-    return not SURROGATE.search(text)
-
-
-def _load(path: Path, special: Mapping[str, str], config: Mapping[str, Any] | None = None) -> tokenizers.Tokenizer:
-    """tokenizer.json, without the truncation and padding that it may carry; the named tokens of its vocabulary are special.
-
-    Args:
-        path: the file.
-        special: the named tokens.
-        config: tokenizer_config.json.
-    """
-    with _guarded(f"{path} is no tokenizer that can be read"), quiet_native():
-        text = _whole(path, config or {})
-        inner = tokenizers.Tokenizer.from_str(text)
-        _check_ids(inner, json.loads(text).get("added_tokens") or [], path)
-        inner.no_truncation()
-        inner.no_padding()
-        added = {entry.content for entry in inner.get_added_tokens_decoder().values()}
-        plain = [token for token in special.values() if token not in added and inner.token_to_id(token) is not None]
-        inner.add_special_tokens(plain)
-        inner.decode(inner.encode("a").ids)  # some damage shows only in use
-    return inner
-
-
-def _whole(path: Path, config: Mapping[str, Any]) -> str:
-    """The text of tokenizer.json, with the added tokens that tokenizer_config.json alone knows (transformers adds them too).
-
-    Raises:
-        ModelError: it is missing or too large, or an added token is unusable.
-    """
-    if not path.is_file():
-        raise ModelError(f"{path} is missing: lobit needs a fast tokenizer, {SAVE_FAST}")
-    size = path.stat().st_size
-    if size > LARGEST_TOKENIZER:
-        raise ModelError(f"{path} has {size} bytes, at most {LARGEST_TOKENIZER} are read: fetch it again")
-    with path.open(encoding="utf-8", newline="") as file:
-        text = file.read()
-    values = json.loads(text)
-    vocabulary, added = values["model"].get("vocab") or {}, values.get("added_tokens") or []
-    known = {entry["id"] for entry in added} | set(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))
-    missing = {int(name): entry for name, entry in (config.get("added_tokens_decoder") or {}).items() if int(name) not in known}
-    unusable = [token for token, entry in missing.items() if not isinstance(entry.get("content"), str)]
-    if unusable:
-        raise ModelError(f"{path.parent / CONFIG_NAME} has added tokens without a content, {shown(unusable)}: {SAVE_FAST}")
-    for token, entry in sorted(missing.items()):
-        flags = {name: bool(entry.get(name, name == "normalized" and not entry.get("special"))) for name in ADDED_FLAGS}
-        added.append({"id": token, "content": entry["content"], **flags})
-    return json.dumps({**values, "added_tokens": added}, ensure_ascii=False) if missing else text
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Writes a folder's tokenizer.json to another one, with all added tokens in it, so that a reader of this file alone knows them."""
-    path = source / FILE_NAME
-    with _guarded(f"{path} is no tokenizer that can be read"):
-        text = _whole(path, _read_optional(source / CONFIG_NAME))
-    (folder / FILE_NAME).write_text(text, encoding="utf-8", newline="")
-
-
-def _check_ids(inner: tokenizers.Tokenizer, added: list[dict[str, Any]], path: Path) -> None:
-    """One token an id, and added tokens have the file's: the library numbers them itself."""
-    ids = list(inner.get_vocab(with_added_tokens=False).values())
-    problems = [f"{len(ids)} tokens have {len(set(ids))} ids"] if len(set(ids)) < len(ids) else []
-    for entry in added:
-        found = inner.token_to_id(entry["content"])
-        if found != entry["id"]:
-            problems.append(f"{shown(entry['content'])} is token {found}, and {shown(entry['id'])} in the list of added tokens")
-    if problems:
-        raise ModelError(listed(problems, f"{path} contradicts itself, fetch it again:"))
-
-
-def _first_added(inner: tokenizers.Tokenizer) -> int | None:
-    """The token that the tokenizer puts before a text."""
-    encoding = inner.encode("a")
-    return encoding.ids[0] if encoding.special_tokens_mask[:1] == [1] else None
-
-
-def _read_optional(path: Path) -> dict[str, Any]:
-    from lobit.checkpoint import read_json  # brings torch, which a bundle's tokenizer does not need
-
-    return read_json(path) if path.is_file() else {}
-
-
-def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """The named special tokens; special_tokens_map.json decides for folders of old (no `added_tokens_decoder`)."""
-    values = dict(config)
-    if "added_tokens_decoder" not in config:
-        values |= _read_optional(folder / "special_tokens_map.json")
-    tokens: dict[str, str] = {}
-    problems = []
-    for name in NAMED:
-        value = values.get(name)
-        content = value.get("content") if isinstance(value, dict) else value
-        if isinstance(content, str) and _is_unicode(content):
-            tokens[name] = content
-        elif value is not None:
-            problems.append(f"{name} is {shown(value)}: a text, or an object with `content`, is needed")
-    if problems:
-        raise ModelError(listed(problems, f"{folder / 'tokenizer_config.json'} has {len(problems)} unusable tokens:"))
-    return tokens
-
-
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, or tokenizer_config.json's text, or the one named `default` in its list."""
-    path = folder / "chat_template.jinja"
-    template = config.get("chat_template")
-    if path.is_file():
-        if path.stat().st_size > LARGEST_TEMPLATE:
-            raise ModelError(f"{path} has {path.stat().st_size} bytes, at most {LARGEST_TEMPLATE} are read: fetch it again")
-        try:
-            template = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ModelError(f"{path} is not text in UTF-8: fetch it again") from None
-    if isinstance(template, list):
-        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
-        template = named[0].get("template") if named else None
-    if template is None or (isinstance(template, str) and _is_unicode(template) and len(template) <= LARGEST_TEMPLATE):
-        return template
-    told = f"{len(template)} characters" if isinstance(template, str) else type(template).__name__
-    raise ModelError(
-        f"chat_template in {folder / 'tokenizer_config.json'} is {told}: a text of at most {LARGEST_TEMPLATE} Unicode characters is needed"
-    )
-
-
-STOP_FILES = ("generation_config.json", "config.json")
-"""Where stop tokens are declared; the first that has any counts."""
-NO_TOKEN = -1
-"""What some config.json files say for none."""
-
-
-def _declared_stops(folder: Path) -> list[int]:
-    """`eos_token_id`, one or several, of generation_config.json or else of config.json."""
-    for name in STOP_FILES:
-        values = _read_optional(folder / name)
-        inner = values.get("text_config")
-        value = values.get("eos_token_id", inner.get("eos_token_id") if isinstance(inner, dict) else None)
-        if value in (None, NO_TOKEN):
-            continue
-        stops = value if isinstance(value, list) else [value]
-        if all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in stops):
-            return stops
-        raise ModelError(f"eos_token_id in {folder / name} is {shown(value)}: token ids are needed, whole numbers from 0")
-    return []
-
-
-def _check_vocabulary(inner: tokenizers.Tokenizer, stop: Sequence[int], bos: int | None, vocab_size: int | None, folder: Path) -> None:
-    """Compares with the model.
-
-    Tokens that were added behind the vocabulary may lie outside it (Gemma 3's image token does), unless they begin or stop a text.
-    """
-    if vocab_size is None:
-        return
-    outside = sorted(token for token in stop if token >= vocab_size)
-    if outside:
-        where = next((name for name in STOP_FILES if (folder / name).is_file() and _is_declared(folder / name, outside[0])), CONFIG_NAME)
-        raise ModelError(
-            f"eos_token_id of {folder / where} is token {outside[0]}, and the model's vocabulary ends at {vocab_size - 1}: correct it, or "
-            "put the model's own file there"
-        )
-    added = inner.get_added_tokens_decoder()
-    own = [token for token in inner.get_vocab(with_added_tokens=False).values() if token not in added]
-    largest = max([*own, -1 if bos is None else bos])
-    if largest >= vocab_size:
-        raise ModelError(
-            f"{folder} has a tokenizer that does not fit the vocabulary: its largest token is {shown(largest)}, "
-            f"the model has {vocab_size}: put the model's own tokenizer there"
-        )
-
-
-def _is_declared(path: Path, stop: int) -> bool:
-    """Whether a file names a stop token."""
-    value = _read_optional(path).get("eos_token_id")
-    return stop in value if isinstance(value, list) else value == stop

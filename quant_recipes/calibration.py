@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lobit.errors import InputError
-from lobit.model import Attend, Block, CausalAttention, Tables, Transformer, rotary_tables, weight_of
+from lobit.model import Attend, Block, CausalAttention, Transformer, rotary_tables, weight_of
 from lobit.quant_recipes.apply import Integers, Progress, arrange
 from lobit.quant_recipes.fake_quant import FakeQuantizedAttention
 from lobit.quant_recipes.gptq import DAMPING, catch_up, relative_error, round_with_hessian
@@ -25,6 +25,7 @@ from lobit.quant_recipes.grid import dequantize
 from lobit.quant_recipes.integer import quantize_linear
 from lobit.quant_recipes.moments import moments, squares
 from lobit.quant_recipes.recipe import Recipe, WeightGrid
+from lobit.rope import Tables
 
 TOGETHER = 2048
 """Tokens that go through a block at once: what they need stays in the processor's cache."""

@@ -25,7 +25,7 @@ from lobit.model import Config, Transformer, weight_of
 from lobit.prequantized import FLOATS
 from lobit.quant_recipes.apply import Progress, skeleton
 from lobit.quant_recipes.quantized import is_checkpoint
-from lobit.tokenizer import FILE_NAME
+from lobit.tokenizer_files import FILE_NAME
 
 LONGEST_SEQUENCE = 512
 """Tokens that are read at once: their logits and the logits' gradients are in memory together."""

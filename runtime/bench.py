@@ -21,12 +21,13 @@ from lobit.runtime.bundle import Bundle, open_bundle
 from lobit.runtime.engine import default_threads
 from lobit.runtime.host import cpu, memory_bandwidth
 from lobit.runtime.manifest import CacheInfo, Manifest
+from lobit.targets import TARGETS
 
 Progress = Callable[[str, int, int], None]
 """(what, done, of how many)"""
 READ_BY_ROW = {"embedding", "embedding scales", "tables"}
 """Kinds of weights of which a token reads only its own row."""
-VERSIONED = ("torch", "executorch", "onnxruntime")
+VERSIONED = ("torch", *(package for target in TARGETS.values() for package in target.packages))
 WHAT = (
     "ppN: a prompt of N tokens is read at once; tgN: N tokens are read one by one; @dD: with D tokens in the cache before. "
     "Timed: the engine's prefill or decode calls, until the logits are in Python. Not timed: loading, one warm-up, tokenizing, "

@@ -1,4 +1,4 @@
-"""The three verbs that every runtime has. Parity, benchmarks, generation and evaluation know engines and nothing else."""
+"""The verbs that every runtime has. Parity, benchmarks, generation and evaluation know engines and nothing else."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from numpy.typing import NDArray
 from lobit.errors import BundleError, InputError
 from lobit.runtime.bundle import Bundle
 from lobit.runtime.host import usable_cores
+from lobit.targets import HOST, TARGETS
 
 Logits = NDArray[np.float32]
-
-ENGINES = {"xnnpack": "lobit.runtime.executorch", "onnx": "lobit.runtime.onnxruntime"}
-"""A target's name and the module whose `open_engine(bundle, threads)` runs its bundles; imported on use."""
 
 
 class Engine(Protocol):
@@ -46,6 +44,13 @@ class Engine(Protocol):
             InputError: as `prefill`.
         """
 
+    def rewind(self, position: int) -> bool:
+        """Forgets the tokens from a position on; false, and nothing is forgotten, where a layer no longer has all tokens before it.
+
+        Raises:
+            InputError: fewer tokens were read.
+        """
+
     def reset(self) -> None:
         """Forgets all tokens."""
 
@@ -73,17 +78,19 @@ Step = Callable[[list[int], int], Logits]
 
 
 class SteppingEngine:
-    """The three verbs over one function that reads a chunk of tokens at a position.
+    """The verbs over one function that reads a chunk of tokens at a position.
 
     Args:
         step: reads 1 to `chunk` tokens. Positions begin at 0 after a reset; what lies behind a position is overwritten.
         context: positions that the cache holds.
         chunk: the most tokens in one step.
         vocab_size: length of the logits.
+        slots: positions that the shortest cache of a layer holds; None: the context.
     """
 
-    def __init__(self, step: Step, context: int, chunk: int, vocab_size: int) -> None:
+    def __init__(self, step: Step, context: int, chunk: int, vocab_size: int, slots: int | None = None) -> None:
         self.step, self.context, self.chunk, self.vocab_size = step, context, chunk, vocab_size
+        self.slots = context if slots is None else slots
         self.position = 0
 
     def prefill(self, tokens: Sequence[int]) -> Logits:
@@ -99,6 +106,14 @@ class SteppingEngine:
         """See `Engine.decode`."""
         return self.prefill([token])
 
+    def rewind(self, position: int) -> bool:
+        """See `Engine.rewind`: once a window is full, each token takes the place of an older one."""
+        if not 0 <= position <= self.position:
+            raise InputError(f"position {position} is not among the {self.position} tokens that were read")
+        possible = self.position <= self.slots or position == self.position
+        self.position = position if possible else self.position
+        return possible
+
     def reset(self) -> None:
         """See `Engine.reset`."""
         self.position = 0
@@ -111,9 +126,9 @@ def target_module(bundle: Bundle) -> Any:
         BundleError: the target is unknown to this version.
     """
     target = bundle.manifest.target
-    if target not in ENGINES:
-        raise BundleError(f"bundle {bundle.manifest.name} is for target {target!r}, this lobit runs {', '.join(ENGINES)}")
-    return importlib.import_module(ENGINES[target])
+    if target not in TARGETS:
+        raise BundleError(f"bundle {bundle.manifest.name} is for target {target!r}, this lobit runs {', '.join(TARGETS)}")
+    return importlib.import_module(TARGETS[target].engines[HOST])
 
 
 def open_engine(bundle: Bundle, threads: int | None = None) -> Engine:
@@ -136,7 +151,7 @@ def import_runtime(bundle: Bundle) -> None:
     Raises:
         MissingPartError: the runtime is not installed.
     """
-    if bundle.manifest.target in ENGINES:
+    if bundle.manifest.target in TARGETS:
         getattr(target_module(bundle), "import_runtime", lambda: None)()
 
 

@@ -80,7 +80,7 @@ def open_engine(bundle: Bundle, threads: int) -> SteppingEngine:
         step([0], 0)  # what it leaves in the cache is overwritten by the first token that is read
     except RuntimeError as error:
         raise BundleError(f"ExecuTorch cannot load {bundle.path('program')} ({error}): export it again") from None
-    return SteppingEngine(step, manifest.context, manifest.chunk, manifest.model.vocab_size)
+    return SteppingEngine(step, manifest.context, manifest.chunk, manifest.model.vocab_size, min(manifest.cache.slots))
 
 
 class ProgramFile:

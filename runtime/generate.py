@@ -238,7 +238,7 @@ class Chat:
     """A conversation that stays in the engine's cache: a turn reads only what is new in the rendered conversation.
 
     Where the tokens that were read are no beginning of the rendered conversation's tokens (a template that rewrites old turns, an
-    answer that the tokenizer would have cut otherwise), the engine is reset and reads all of it.
+    answer that the tokenizer would have cut otherwise), the engine is rewound to where they part, or reset where it cannot be.
 
     Attributes:
         messages: the conversation; an answer that was cut short is in it as far as it came.
@@ -297,10 +297,11 @@ class Chat:
         self._keep(turn, pieces, tokens + generation.tokens)
 
     def _reusable(self, tokens: list[int]) -> int:
-        """How many of `tokens` the engine has read; resets it where it has read something else."""
-        known = len(self._read)
-        if self.engine.position == known < len(tokens) and tokens[:known] == self._read:
-            return known
+        """How many of `tokens` the engine has read; takes it back to where it has read something else."""
+        read, last = self._read, len(tokens) - 1  # one token at least is read, for its logits
+        same = next((i for i, (old, new) in enumerate(zip(read, tokens[:last], strict=False)) if old != new), min(len(read), last))
+        if self.engine.position == len(read) and self.engine.rewind(same):
+            return same
         self._forget()
         return 0
 

@@ -57,7 +57,7 @@ def open_engine(bundle: Bundle, threads: int) -> SteppingEngine:
     """
     manifest = bundle.manifest
     step = stepper(bundle.path("program"), manifest.cache.slots, threads, manifest.delegation.backend)
-    return SteppingEngine(step, manifest.context, min(manifest.chunk, STEP), manifest.model.vocab_size)
+    return SteppingEngine(step, manifest.context, min(manifest.chunk, STEP), manifest.model.vocab_size, min(manifest.cache.slots))
 
 
 def stepper(path: Path, slots: list[int], threads: int, provider: str = "CPUExecutionProvider") -> Step:
@@ -145,6 +145,8 @@ class Growing:
     def __call__(self, tokens: list[int], position: int) -> Logits:
         if position == 0:
             self.caches = {port.name: self._zeros(1, port.shape[1], 0, port.shape[3]) for port in self.pasts}
+        elif any(value.shape()[2] > position for value in self.caches.values()):  # the engine was rewound
+            self.caches = {name: self._value(value.numpy()[:, :, :position].copy()) for name, value in self.caches.items()}
         binding = self.session.io_binding()
         binding.bind_ortvalue_input(TOKENS, self._value(np.array([tokens], np.int64)))
         for name, value in self.caches.items():

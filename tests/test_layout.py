@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 import tomllib
+import types
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -19,6 +21,7 @@ LONGEST_FILE = 400
 PARTS = {
     "lobit": "core",  # errors, quiet, memory, tokenizer, the demo's grammar: whatever is not named below
     "lobit.model": "model",
+    "lobit.rope": "model",
     "lobit.families": "model",
     "lobit.config_fields": "model",
     "lobit.layout": "model",
@@ -143,3 +146,27 @@ def test_no_path_of_one_machine():
     names = ("*.md", "*.toml", "*.txt", "Makefile", ".ci/*", ".gitignore")
     texts = [*source_files(), *(path for name in names for path in ROOT.glob(name))]
     assert [relative(path) for path in texts if absolute.search(path.read_text(encoding="utf-8"))] == []
+
+
+def test_a_target_is_its_modules_and_one_line(monkeypatch):
+    """An empty target is found by export, run, doctor and help, and refused where its modules are missing."""
+    from lobit.errors import MissingPartError
+    from lobit.export.target import find_target
+    from lobit.targets import HOST, TARGETS, TargetEntry
+
+    monkeypatch.setitem(TARGETS, "foo", TargetEntry("nothing", "lobit.export.foo", {HOST: "lobit.runtime.foo"}, ("foo",)))
+    with pytest.raises(MissingPartError, match=r"target foo needs .*pip install 'lobit\[foo\]'"):
+        find_target("foo")
+    module = types.ModuleType("lobit.export.foo")
+    monkeypatch.setitem(sys.modules, "lobit.export.foo", module)
+    assert find_target("foo") is module
+
+
+def test_every_target_has_its_modules_packages_and_extra():
+    from lobit.targets import TARGETS
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert set(TARGETS) <= set(extras)
+    for target in TARGETS.values():
+        for module in (target.export, *target.engines.values()):
+            assert module_exists(module), module

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lobit.errors import reason
+from lobit.targets import TARGETS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,8 +15,7 @@ if TYPE_CHECKING:
 
 PARTS = {
     "lobit": ("torch", "safetensors", "tokenizers", "huggingface_hub"),
-    "xnnpack": ("executorch", "torchao"),
-    "onnx": ("onnx", "onnxruntime"),
+    **{name: target.packages for name, target in TARGETS.items()},
     "fetch": ("gguf",),
 }
 """Packages that the core, each target, and `lobit fetch` need."""
@@ -81,7 +81,8 @@ def check_model(model: str) -> dict[str, Any]:
     from lobit.checkpoint import load_config, resolve
     from lobit.errors import MissingPartError
     from lobit.quant_recipes.quantized import check_float
-    from lobit.tokenizer import FILE_NAME, Tokenizer
+    from lobit.tokenizer import Tokenizer
+    from lobit.tokenizer_files import FILE_NAME
 
     if importlib.util.find_spec("transformers") is None:
         raise MissingPartError("transformers is not installed, with which a model is read once more: pip install transformers")

@@ -319,7 +319,8 @@ def _tokenizer(source: Path, config: Config) -> Tokenizer | None:
         ModelError: it has one of another kind alone, which no runtime here reads.
     """
     from lobit.errors import ModelError
-    from lobit.tokenizer import FILE_NAME, SAVE_FAST, SLOW, Tokenizer
+    from lobit.tokenizer import Tokenizer
+    from lobit.tokenizer_files import FILE_NAME, SAVE_FAST, SLOW
 
     slow = [name for name in SLOW if (source / name).is_file()]
     if slow and not (source / FILE_NAME).is_file():

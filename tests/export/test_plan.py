@@ -9,9 +9,9 @@ import pytest
 from lobit import verbs
 from lobit.errors import InputError
 from lobit.export.stages import WHOLE, Stages
-from lobit.export.target import TARGETS
 from lobit.quant_recipes.catalog import CATALOG
 from lobit.runtime.bundle import open_bundle
+from lobit.targets import TARGETS
 
 FILE_SHARE = 0.03
 """What the bytes of a file may differ from the plan's."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lobit.checkpoint import load_config, load_model, read_json
 from lobit.errors import ModelError
 from lobit.families import FAMILIES, read_config
-from lobit.model import Config, Layer, LongRopeScaling
+from lobit.model import Config, Layer
+from lobit.rope import LongRopeScaling
 from tests import small_models as zoo
 from tests.oracles import CONTEXT, SMALL, WINDOW
 from tests.small_models import oracle_logits

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lobit.errors import InputError, ModelError
-from lobit.tokenizer import LARGEST_TEMPLATE, LARGEST_TOKENIZER, Tokenizer
+from lobit.tokenizer import Tokenizer
+from lobit.tokenizer_files import LARGEST_TEMPLATE, LARGEST_TOKENIZER
 
 Pair = tuple[Tokenizer, Any]
 """Ours and Hugging Face's."""

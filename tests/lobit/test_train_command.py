@@ -384,22 +384,17 @@ def test_other_settings_are_refused_and_touch_nothing(setting: str, train: Lobit
     assert contents(partial) == before
 
 
-@pytest.mark.parametrize("verb", ["quantize", "export", "merge", "demo", "fetch"])
+VERBS = {"quantize": ("--recipe", "8da8w"), "export": ("--recipe", "8da8w", "--target", "onnx"), "merge": (), "demo": (), "fetch": ()}
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_an_unfinished_training_survives_every_other_verb(
     verb: str, train: Lobit, lobit: Lobit, plain: Path, stories: Path, unfinished: Path, tmp_path: Path
 ) -> None:
     out, partial = tmp_path / "out", Path(shutil.copytree(unfinished, tmp_path / "out.partial"))
-    before = contents(partial)
-    commands: dict[str, tuple[Any, ...]] = {
-        "quantize": ("quantize", stories, "--recipe", "8da8w"),
-        "export": ("export", stories, "--recipe", "8da8w", "--target", "onnx", "--context", 64, "--chunk", 8),
-        "merge": ("merge", stories, stories),
-        "demo": ("demo",),
-        "fetch": ("fetch", "smollm2"),
-    }
-    answer = lobit(*commands[verb], "-o", out)
+    before, names = contents(partial), {"merge": [stories, stories], "demo": [], "fetch": ["smollm2"]}
+    answer = lobit(verb, *names.get(verb, [stories]), *VERBS[verb], "-o", out)
     assert answer.code == MISTAKE
     assert "out.partial holds an unfinished `lobit train`: go on with it (" in answer.err
     assert contents(partial) == before
-    assert train(out, "--checkpoint-minutes", 0).code == DONE
-    assert same_weights(out, plain)
+    assert train(out, "--checkpoint-minutes", 0).code == DONE and same_weights(out, plain)

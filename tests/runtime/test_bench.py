@@ -98,6 +98,12 @@ def manifest_of(folder: Path, target: str, **changes: Any) -> Manifest:
     return dataclasses.replace(manifest, **changes)
 
 
+FAKE_TARGET = """
+from lobit.targets import HOST, TARGETS, TargetEntry
+TARGETS["fake"] = TargetEntry("a fake", "", {HOST: "fake_engine"}, ())
+"""
+
+
 def make_bundle(folder: Path, target: str = "fake", **changes: Any) -> Path:
     folder.mkdir()
     (folder / "model.bin").write_bytes(b"program")
@@ -111,7 +117,7 @@ def fake_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "path"
     folder.mkdir()
     (folder / "fake_engine.py").write_text(FAKE_ENGINE)
-    (folder / "sitecustomize.py").write_text("from lobit.runtime.engine import ENGINES\nENGINES['fake'] = 'fake_engine'\n")
+    (folder / "sitecustomize.py").write_text(FAKE_TARGET)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
 
 

@@ -264,6 +264,17 @@ def test_chat_reads_all_again_where_someone_else_used_the_engine(tokenizer: Toke
     assert engine.history == rendered[: len(engine.history)]
 
 
+def test_chat_reads_on_from_where_a_template_rewrote_what_was_said(tokenizer: Tokenizer) -> None:
+    engine = ScriptedEngine(tokenizer, ["one", "two"])
+    chat = Chat(engine, tokenizer, system="Be brief.")
+    list(chat.say("a", max_new_tokens=9))
+    chat.messages[-1]["content"] = "another"
+    assert "".join(chat.say("b", max_new_tokens=9)) == "two"
+    rendered = tokenizer.encode(tokenizer.render_chat(chat.messages[:4]), bos=False)
+    assert 0 < chat.stats.prompt_tokens < len(rendered) - len(tokenizer.encode("Be brief.", bos=False))
+    assert engine.history[: len(rendered)] == rendered
+
+
 def test_an_answer_cut_short_stays_in_the_conversation_as_far_as_it_came(tokenizer: Tokenizer) -> None:
     engine = ScriptedEngine(tokenizer, ["one two three four", "yes"])
     chat = Chat(engine, tokenizer)
