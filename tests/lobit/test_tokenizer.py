@@ -264,7 +264,7 @@ def test_added_token_behind_the_vocabulary_is_let_be_unless_it_is_needed(stories
     folder = with_folder(stories, tmp_path / "a", tokenizer=values)
     assert Tokenizer.from_folder(folder, vocab_size=512).size == 513
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 512]}')
-    with pytest.raises(ModelError, match="does not fit the vocabulary"):
+    with pytest.raises(ModelError, match=r"generation_config\.json is token 512, and the model's vocabulary ends at 511"):
         Tokenizer.from_folder(folder, vocab_size=512)
 
 

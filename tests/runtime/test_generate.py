@@ -245,13 +245,17 @@ def test_chat_reads_only_the_new_part_of_a_conversation(tokenizer: Tokenizer) ->
     assert [message["role"] for message in chat.messages] == ["system"] + ["user", "assistant"] * 3
 
 
-def test_chat_reads_all_again_where_the_template_rewrites_old_turns(tokenizer: Tokenizer) -> None:
+def test_chat_reads_again_from_where_the_template_rewrites_old_turns(tokenizer: Tokenizer) -> None:
     tokenizer.chat_template = CHATML.replace("message.content", "(message.content if loop.last else message.content | upper)")
     engine = ScriptedEngine(tokenizer, ["one", "two"])
     chat = Chat(engine, tokenizer)
     assert "".join(chat.say("a", max_new_tokens=9)) == "one"
     assert "".join(chat.say("b", max_new_tokens=9)) == "two"
-    assert chat.stats.prompt_tokens == len(tokenizer.encode(tokenizer.render_chat(chat.messages[:3]), bos=False))
+    begin, rewritten = (tokenizer.encode(f"<|im_start|>user{text}", bos=False) for text in ("\n", "\nA"))
+    rendered = tokenizer.encode(tokenizer.render_chat(chat.messages[:3]), bos=False)
+    assert rendered[: len(rewritten)] == rewritten
+    assert chat.stats.prompt_tokens == len(rendered) - len(begin)
+    assert engine.history[: len(rendered)] == rendered
 
 
 def test_chat_reads_all_again_where_someone_else_used_the_engine(tokenizer: Tokenizer) -> None:
@@ -262,17 +266,6 @@ def test_chat_reads_all_again_where_someone_else_used_the_engine(tokenizer: Toke
     assert "".join(chat.say("b", max_new_tokens=9)) == "two"
     rendered = tokenizer.encode(tokenizer.render_chat(chat.messages, add_generation_prompt=False), bos=False)
     assert engine.history == rendered[: len(engine.history)]
-
-
-def test_chat_reads_on_from_where_a_template_rewrote_what_was_said(tokenizer: Tokenizer) -> None:
-    engine = ScriptedEngine(tokenizer, ["one", "two"])
-    chat = Chat(engine, tokenizer, system="Be brief.")
-    list(chat.say("a", max_new_tokens=9))
-    chat.messages[-1]["content"] = "another"
-    assert "".join(chat.say("b", max_new_tokens=9)) == "two"
-    rendered = tokenizer.encode(tokenizer.render_chat(chat.messages[:4]), bos=False)
-    assert 0 < chat.stats.prompt_tokens < len(rendered) - len(tokenizer.encode("Be brief.", bos=False))
-    assert engine.history[: len(rendered)] == rendered
 
 
 def test_an_answer_cut_short_stays_in_the_conversation_as_far_as_it_came(tokenizer: Tokenizer) -> None:
