@@ -17,11 +17,16 @@ from executorch.exir._serialize.padding import aligned_size
 from executorch.exir.scalar_type import ScalarType
 from torch import Tensor, nn
 
+from lobit.errors import TargetError, listed
 from lobit.export.lowering import LoweredPart
 from lobit.export.parts import INPUTS, OUTPUT, Choice, Parts, Step, Tokens, Value
 from lobit.export.stages import Count
 from lobit.export.stamp import digest_of, key_of, serialized
 
+ARENA = 1
+"""The memory that ExecuTorch plans; 0 is its own word for none."""
+INSTRUCTIONS = {schema.KernelCall, schema.DelegateCall, schema.MoveCall, schema.JumpFalseCall, schema.FreeCall}
+"""Kinds of instructions whose values and operators are renumbered."""
 ALIGNMENT = 64
 """Bytes, of a tensor in memory: a cache line."""
 SCALARS = {
@@ -68,9 +73,14 @@ class Linker:
         parts: the program.
         lowered: each part, by `parts.part_of`.
         chunk: the most tokens in one call.
+
+    Raises:
+        TargetError: a part has what is not known here.
     """
 
     def __init__(self, parts: Parts, lowered: Mapping[str, LoweredPart], chunk: int) -> None:
+        for name, part in lowered.items():
+            _check(part, name.partition("\n")[0])
         self.parts, self.lowered, self.chunk = parts, lowered, chunk
         self.values: list[schema.EValue] = []
         self.operators: list[schema.Operator] = []
@@ -108,14 +118,30 @@ class Linker:
         outputs = [self._value(OUTPUT)]
         begin, *_, end = self.parts.every_step()
         first, last = self._plan(begin), self._plan(end)
-        container = schema.ContainerMetadata(first.container_meta_type.encoded_inp_str, last.container_meta_type.encoded_out_str)
-        chain = schema.Chain(inputs=inputs, outputs=outputs, instructions=self.instructions, stacktrace=None)
-        plan = schema.ExecutionPlan(
-            "forward", container, self.values, inputs, outputs, [chain], self.operators, self.delegates, [0, self.size]
+        container = schema.ContainerMetadata(
+            encoded_inp_str=first.container_meta_type.encoded_inp_str, encoded_out_str=last.container_meta_type.encoded_out_str
         )
-        version = next(iter(self.lowered.values())).program.version
-        empty = schema.SubsegmentOffsets(0, [])
-        program = schema.Program(version, [plan, *constant_methods], [], [], [], empty, [], [])
+        plan = schema.ExecutionPlan(
+            name="forward",
+            container_meta_type=container,
+            values=self.values,
+            inputs=inputs,
+            outputs=outputs,
+            chains=[schema.Chain(inputs=inputs, outputs=outputs, instructions=self.instructions, stacktrace=None)],
+            operators=self.operators,
+            delegates=self.delegates,
+            non_const_buffer_sizes=[0, self.size],
+        )
+        program = schema.Program(
+            version=next(iter(self.lowered.values())).program.version,
+            execution_plan=[plan, *constant_methods],
+            constant_buffer=[],
+            backend_delegate_data=[],
+            segments=[],
+            constant_segment=schema.SubsegmentOffsets(segment_index=0, offsets=[]),
+            mutable_data_segments=[],
+            named_data=[],
+        )
         return Linked(program, self.constants, self.blobs, self.weights)
 
     def _plan(self, step: Step) -> schema.ExecutionPlan:
@@ -132,12 +158,12 @@ class Linker:
         for flag, steps in choice.cases:
             skip = None
             if flag is not None:
-                skip = schema.JumpFalseCall(self._value(flag), 0)
-                self.instructions.append(schema.Instruction(skip))
+                skip = schema.JumpFalseCall(cond_value_index=self._value(flag), destination_instruction=0)
+                self.instructions.append(schema.Instruction(instr_args=skip))
             for step in steps:
                 self._emit(step)
-            to_end.append(schema.JumpFalseCall(false, 0))
-            self.instructions.append(schema.Instruction(to_end[-1]))
+            to_end.append(schema.JumpFalseCall(cond_value_index=false, destination_instruction=0))
+            self.instructions.append(schema.Instruction(instr_args=to_end[-1]))
             if skip:
                 skip.destination_instruction = len(self.instructions)
         for jump in to_end:
@@ -163,7 +189,7 @@ class Linker:
                 call.op_index = self._operator(plan.operators[call.op_index])
             if isinstance(call, schema.DelegateCall):
                 call.delegate_index = self._delegate(step, part, plan.delegates[call.delegate_index])
-            self.instructions.append(schema.Instruction(call))
+            self.instructions.append(schema.Instruction(instr_args=call))
 
     def _index(self, step: Step, index: int, bound: dict[int, int]) -> int:
         """A value of a part, among the values of the program; `bound` are those that only this step has."""
@@ -213,8 +239,8 @@ class Linker:
         known = (blob, delegate.id)
         if known not in self._delegates:
             self.blobs.append(blob)
-            where = schema.BackendDelegateDataReference(schema.DataLocation.SEGMENT, len(self.blobs) - 1)
-            self.delegates.append(schema.BackendDelegate(delegate.id, where, delegate.compile_specs))
+            where = schema.BackendDelegateDataReference(location=schema.DataLocation.SEGMENT, index=len(self.blobs) - 1)
+            self.delegates.append(schema.BackendDelegate(id=delegate.id, processed=where, compile_specs=delegate.compile_specs))
             self._delegates[known] = len(self.delegates) - 1
         return self._delegates[known]
 
@@ -239,7 +265,7 @@ class Linker:
         place, where = self.parts.place_of(name), None
         if place is not None:
             offset = self._offset(place)
-            where = schema.AllocationDetails(1, offset & 0xFFFFFFFF, offset >> 32)
+            where = schema.AllocationDetails(memory_id=ARENA, memory_offset_low=offset & 0xFFFFFFFF, memory_offset_high=offset >> 32)
         return schema.Tensor(
             scalar_type=SCALARS[value.dtype],
             storage_offset=0,
@@ -257,6 +283,28 @@ class Linker:
             self._places[place] = self.size
             self.size += aligned_size(self._sizes[place], ALIGNMENT)
         return self._places[place]
+
+
+def _check(part: LoweredPart, what: str) -> None:
+    """Refuses what a later ExecuTorch may write and this linker would drop or misplace.
+
+    Raises:
+        TargetError: every instruction and memory of a part that is not known.
+    """
+    program = part.program
+    plans = program.execution_plan
+    problems = [] if len(plans[0].chains) == 1 else [f"{len(plans[0].chains)} chains of instructions, 1 is known"]
+    kinds = {type(instruction.instr_args) for chain in plans[0].chains for instruction in chain.instructions}
+    problems += [f"instructions of kind {kind.__name__}" for kind in sorted(kinds - INSTRUCTIONS, key=lambda kind: kind.__name__)]
+    tensors = [value.val for value in plans[0].values if isinstance(value.val, schema.Tensor)]
+    arenas = {tensor.allocation_info.memory_id for tensor in tensors if tensor.allocation_info}
+    problems += [f"tensors in memory {arena}, {ARENA} is known" for arena in sorted(arenas - {ARENA})]
+    problems += [f"{len(sizes)} memories, {ARENA + 1} are known"] if len(sizes := plans[0].non_const_buffer_sizes) > ARENA + 1 else []
+    problems += ["data that the program changes"] if program.mutable_data_segments else []
+    problems += ["memory of a device"] if plans[0].non_const_buffer_device else []
+    if problems:
+        heading = f"ExecuTorch wrote of {what} what lobit cannot link; install the release that `lobit doctor xnnpack` names:"
+        raise TargetError(listed(problems, heading))
 
 
 def _scratch(part: LoweredPart) -> int:

@@ -43,7 +43,7 @@ class _Layout:
 
     def segment(self, offset: int, size: int) -> int:
         """Names a place; its number."""
-        self.segments.append(schema.DataSegment(offset, size))
+        self.segments.append(schema.DataSegment(offset=offset, size=size))
         return len(self.segments) - 1
 
 
@@ -51,17 +51,17 @@ def write_program(linked: Linked, path: Path, count: Count | None = None) -> Non
     """Writes a linked program; `count` is told how many bytes are written."""
     layout, program = _Layout(), linked.program
     offsets = _constants(linked, layout)
-    program.constant_segment = schema.SubsegmentOffsets(0, [0, *offsets])
+    program.constant_segment = schema.SubsegmentOffsets(segment_index=0, offsets=[0, *offsets])
     numbers = [layout.segment(layout.place(blob, len(blob), SEGMENT_ALIGNMENT), len(blob)) for blob in linked.delegates]
     for delegate in program.execution_plan[0].delegates:
-        where = schema.BackendDelegateDataReference(schema.DataLocation.SEGMENT, numbers[delegate.processed.index])
+        where = schema.BackendDelegateDataReference(location=schema.DataLocation.SEGMENT, index=numbers[delegate.processed.index])
         delegate.processed = where
     held = dict(zip(linked.constants, offsets, strict=True))
     program.named_data = []
     for key, weight in linked.weights.items():
         digest = key.removeprefix(SCALE)
         offset = held[digest] if digest in held else layout.place(weight, weight.bytes, SEGMENT_ALIGNMENT)
-        program.named_data.append(schema.NamedData(key, layout.segment(offset, weight.bytes)))
+        program.named_data.append(schema.NamedData(key=key, segment_index=layout.segment(offset, weight.bytes)))
     program.segments = layout.segments
     with path.open("wb") as file:
         begin = file.write(_head(program, layout.end))

@@ -1,14 +1,18 @@
 """Stamped programs: one lowered graph for all layers of a kind gives what lowering every layer by itself gives."""
 
-from dataclasses import replace
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from executorch.exir import schema
 
 from lobit import verbs
+from lobit.errors import TargetError
 from lobit.export import lowering, xnnpack
 from lobit.export.link import Linked, Linker
 from lobit.export.parts import Parts, Step
@@ -92,3 +96,52 @@ def test_a_tied_embedding_is_in_the_file_once(bundles: Any, models: Any) -> None
     assert data.count(packed) == 1
     other = ((codes[:, 1::2] << 4) | codes[:, ::2]).tobytes()
     assert data.count(other) == 0, "nor with the halves of its bytes exchanged"
+
+
+def unknown_instruction(part: lowering.LoweredPart) -> None:
+    @dataclass
+    class NewCall:
+        value_index: int = 0
+
+    part.program.execution_plan[0].chains[0].instructions.append(schema.Instruction(NewCall()))  # type: ignore[arg-type]
+
+
+def another_memory(part: lowering.LoweredPart) -> None:
+    part.program.execution_plan[0].non_const_buffer_sizes.append(64)
+    tensors = (value.val for value in part.program.execution_plan[0].values if isinstance(value.val, schema.Tensor))
+    planned = next(tensor for tensor in tensors if tensor.allocation_info)
+    planned.allocation_info = schema.AllocationDetails(memory_id=2, memory_offset_low=0, memory_offset_high=0)
+
+
+def two_chains(part: lowering.LoweredPart) -> None:
+    part.program.execution_plan[0].chains *= 2
+
+
+def mutable_data(part: lowering.LoweredPart) -> None:
+    part.program.mutable_data_segments = [schema.SubsegmentOffsets(segment_index=0, offsets=[0])]
+
+
+UNKNOWN: dict[str, Callable[[lowering.LoweredPart], None]] = {
+    "instructions of kind NewCall": unknown_instruction,
+    "tensors in memory 2, 1 is known": another_memory,
+    "2 chains of instructions": two_chains,
+    "data that the program changes": mutable_data,
+}
+"""What a later ExecuTorch might write."""
+
+
+@pytest.fixture(scope="module")
+def two_parts(models: Any) -> tuple[Parts, dict[str, lowering.LoweredPart]]:
+    integer, used = converted(models("llama"), verbs.choose_recipe("fp"))
+    parts = xnnpack.program(integer, Spec(used, CONTEXT, CHUNK))
+    return parts, {name: lowering.lower_part(step, lowering.trace_part(step, parts, CHUNK), {}) for name, step in parts.distinct().items()}
+
+
+@pytest.mark.parametrize("told", UNKNOWN)
+def test_what_the_linker_does_not_know_is_refused(told: str, two_parts: tuple[Parts, dict[str, lowering.LoweredPart]]) -> None:
+    parts, lowered = two_parts
+    changed = copy.deepcopy(lowered)
+    UNKNOWN[told](max(changed.values(), key=lambda part: len(part.program.execution_plan[0].values)))
+    with pytest.raises(TargetError, match=told):
+        Linker(parts, changed, CHUNK)
+    Linker(parts, lowered, CHUNK).link()
