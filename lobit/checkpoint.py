@@ -247,8 +247,9 @@ class Weights:
         """What the files and `tie_word_embeddings` say of the head that cannot both be true."""
         headers = self.headers
         if not self.config.tied:
+            place = self.places["head.weight"]
             hint = "tie_word_embeddings is false in config.json: write true there if the head shares the embedding"
-            return [hint] if HEAD not in headers and EMBEDDING in headers else []
+            return [hint] if place.quantized is None and place.name not in headers and EMBEDDING in headers else []
         if HEAD not in headers or EMBEDDING not in headers or headers[HEAD][1] != headers[EMBEDDING][1]:
             return []
         parts = zip(self._get(HEAD).split(ROWS), self._get(EMBEDDING).split(ROWS), strict=True)

@@ -93,7 +93,7 @@ def run(
     repetition_penalty: Annotated[
         float, typer.Option("--repetition-penalty", help="Above 1: tokens that were there before are less likely.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the drawing: the same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the drawing: the same seed gives the same text.")] = 0,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:

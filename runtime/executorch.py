@@ -21,6 +21,8 @@ from lobit.runtime.bundle import Bundle
 from lobit.runtime.engine import Logits, SteppingEngine
 from lobit.runtime.verify import StoredLayer
 
+FLOAT32 = 6
+"""ExecuTorch's number of the type."""
 EMBEDDINGS = {"quantized_decomposed::embedding_4bit": 4, "quantized_decomposed::embedding_byte": 8, "aten::embedding": 32}
 """Operator of the embedding and the bits of an entry."""
 
@@ -139,23 +141,29 @@ class ProgramFile:
             call = instruction.instr_args
             if hasattr(call, "delegate_index"):
                 graph = self.graphs[self.plan.delegates[call.delegate_index].processed.index]
-                yield from self._vectors(graph, f"delegate {call.delegate_index}")
+                yield from self._vectors(graph, call.args, f"delegate {call.delegate_index}")
 
-    def _vectors(self, graph: dict[str, Any], where: str) -> Iterator[StoredLayer]:
+    def _vectors(self, graph: dict[str, Any], arguments: list[int], where: str) -> Iterator[StoredLayer]:
+        """Of a delegate: biases among its own constants, norms' weights among those of the program that it is called with."""
         values = {_tensor(value)["id_out"]: _tensor(value) for value in graph["xvalues"]}
+        given = {name: self._given(argument) for name, argument in zip(graph["input_ids"], arguments, strict=False)}
         for number, node in enumerate(graph["xnodes"]):
-            operands = node["xnode_union"]
+            operands, name = node["xnode_union"], f"{where}, node {number}"
             match node["xnode_union_type"]:
-                case "XNNFullyConnected":
-                    found = [operands["bias_id"]]
+                case "XNNFullyConnected" if operands["bias_id"] in values:
+                    bias = values[operands["bias_id"]]
+                    if math.prod(bias["dims"]) > 1:  # one number is a norm's eps
+                        data = self.data(graph["constant_data"][bias["constant_buffer_idx"]]["named_key"])
+                        yield StoredLayer(name, np.frombuffer(data, np.float32), None)
                 case "XNNMultiply":
-                    found = [operands["input1_id"], operands["input2_id"]]
-                case _:
-                    continue
-            for value in (values[name] for name in found if name in values):
-                if value["constant_buffer_idx"] and math.prod(value["dims"]) > 1:  # one number is an eps or a factor
-                    data = self.data(graph["constant_data"][value["constant_buffer_idx"]]["named_key"])
-                    yield StoredLayer(f"{where}, node {number}", np.frombuffer(data, np.float32), None)
+                    weights = (given.get(operands[side]) for side in ("input1_id", "input2_id"))
+                    yield from (StoredLayer(name, weight, None) for weight in weights if weight is not None)
+
+    def _given(self, index: int) -> NDArray[np.float32] | None:
+        """A value of the program if it is a constant vector of floats."""
+        value = self.plan.values[index].val
+        is_vector = hasattr(value, "data_buffer_idx") and value.data_buffer_idx and len(value.sizes) == 1 and value.sizes[0] > 1
+        return self.constant(index) if is_vector and int(value.scalar_type) == FLOAT32 else None
 
     def _embedding(self, bits: int, arguments: list[int]) -> StoredLayer:
         table = self.constant(arguments[0])

@@ -176,24 +176,29 @@ class Bundles:
 
 @pytest.fixture(scope="session")
 def parts_once() -> Iterator[None]:
-    """Each part of a program for target xnnpack is lowered once in this process, whatever exports have it: half of an export's time.
+    """Each part of a model's program for target xnnpack is lowered once in this process, whatever recipes it is exported under.
 
     Parts have random weights, always the same ones, so the bytes are those of an export alone (tests that export in processes of their
     own compare them).
     """
     from lobit.export import xnnpack
 
-    made: dict[str, bytes] = {}
-    make = xnnpack._made_part
+    made: dict[tuple[str, str], bytes] = {}
+    make, lower, models = xnnpack._made_part, xnnpack.lower, [""]
 
     def once(name: str, *work: Any) -> bytes:
-        if name not in made:
-            made[name] = make(name, *work)
-        return made[name]
+        key = (models[-1], name)  # the name stands for what differs between the parts of one program
+        if key not in made:
+            made[key] = make(name, *work)
+        return made[key]
 
-    xnnpack._made_part = once
+    def lower_once(model: Any, spec: Any, *rest: Any) -> Any:
+        models.append(f"{model.config} {spec.context} {spec.chunk} {spec.recipe.kv_bits}")
+        return lower(model, spec, *rest)
+
+    xnnpack._made_part, xnnpack.lower = once, lower_once
     yield
-    xnnpack._made_part = make
+    xnnpack._made_part, xnnpack.lower = make, lower
 
 
 @pytest.fixture(scope="session")

@@ -74,6 +74,7 @@ def test_planted_pickles_and_code_are_not_run(pointed: bool, tmp_path: Path) -> 
     values |= {"auto_map": {"AutoModelForCausalLM": "modeling_demo.Model", "AutoConfig": "modeling_demo.Config"}}
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
     if pointed:
+        (folder / "model.safetensors").rename(folder / "shard.safetensors")
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": "pytorch_model.bin"}}))
     done = run(folder, tmp_path / "out")
     assert "unpickled" not in done.stdout + done.stderr

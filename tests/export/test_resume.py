@@ -78,7 +78,9 @@ def test_leftovers_of_another_release_are_not_used(models: Any, tmp_path: Path, 
         monkeypatch.setattr(bundle.metadata, "version", lambda name: release)
         verbs.export(models("llama"), "xnnpack", tmp_path / "bundle", recipe=verbs.choose_recipe("fp"), context=64, chunk=8)
 
-    def stop(*_: Any) -> None:
+    def stop(source: Path, recipe: Any, calibration: Any, kept: Any, count: Any) -> None:
+        with kept.making("part") as path:
+            path.write_text("finished", encoding="utf-8")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(make, "_kept_checkpoint", stop)

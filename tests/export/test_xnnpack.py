@@ -360,7 +360,7 @@ def test_every_family_ships_its_own_integers(model: str, bundles: Bundles, model
     result = verbs.verify(bundles(model, "8da4w-g32"), str(models(model)))
     differing = {name: count for name, count in result.items() if name.startswith("differing")}
     assert differing == {"differing_integers": 0, "differing_scales": 0, "differing_floats": 0}
-    assert result["floats"] == 0
+    assert result["floats"] > 0, "norms and biases"
     assert result["checkpoint_matches"]
 
 

@@ -293,6 +293,7 @@ def test_pickled_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
 
 def test_an_index_that_points_outside_the_folder_is_refused(tmp_path: Path) -> None:
     folder = broken_folder(tmp_path)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../model.safetensors"}}))
     with pytest.raises(ModelError, match="outside"):
         load_model(folder)

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from lobit.model import FloatAttention, rotary_tables
-from lobit.quant_recipes import figures as figures_module
+from lobit.quant_recipes import metrics as metrics_module
 from lobit.quant_recipes.apply import convert, prepare
 from lobit.quant_recipes.catalog import find_recipe
 from lobit.quant_recipes.corpus import Corpus
@@ -32,7 +32,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("at_once", [1, 1 << 24])
 def test_figures_are_torchs(at_once: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures_module, "AT_ONCE", at_once)
+    monkeypatch.setattr(metrics_module, "AT_ONCE", at_once)
     recipe, reference, model = find_recipe("8da8w"), new_weights(CONFIG, 0), new_weights(CONFIG, 0)
     for each in (reference, model):
         each.config = replace(each.config, logits_softcap=softcap)
@@ -53,7 +53,7 @@ def test_figures_are_torchs(at_once: int, softcap: float | None, monkeypatch: py
 
 
 def test_each_model_reads_the_text_once_and_progress_tells(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures_module, "TOGETHER", 24)
+    monkeypatch.setattr(metrics_module, "TOGETHER", 24)
     models, reads, told = (new_weights(CONFIG, 0), new_weights(CONFIG, 1)), [0, 0], []
     for i, model in enumerate(models):
         model.embedding.register_forward_hook(lambda layer, given, out, i=i: reads.__setitem__(i, reads[i] + given[0].numel()))

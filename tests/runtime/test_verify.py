@@ -108,7 +108,8 @@ def test_no_integer_differs_and_every_one_is_compared(model: str, recipe: str, b
     rounded = list(integer_layers(converted))
     assert result["integers"] == sum(integers.numel() for _, integers, _, _ in rounded)
     assert result["scales"] == sum(scale.numel() for _, _, scale, _ in rounded)
-    assert result["tensors"] == 2 + 7 * len(converted.config.layers)
+    norms_and_biases = sum(tensor.ndim == 1 for name, tensor in converted.named_parameters() if "norm" in name or name.endswith("bias"))
+    assert result["tensors"] == 2 + 7 * len(converted.config.layers) + norms_and_biases
     assert result["bundle"]["recipe"] == recipe
 
 
@@ -179,6 +180,7 @@ def test_a_checkpoint_that_differs_in_a_norm_does_not_pass(bundles: Bundles, mod
     result = verbs.verify(bundles("mobilellm_p1", "8da4w-g32"), another(models, tmp_path, edit))
     assert not result["checkpoint_matches"]
     assert not result["passed"]
+    assert differing(result) == {"layers.1.mlp_norm.weight": {"floats": 1}}, "read back out of the program, and named"
 
 
 @pytest.mark.parametrize("other", ["qwen3", "llama"])
