@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lobit.errors import reason
+from lobit.quiet import quiet_python
 from lobit.targets import TARGETS
 
 if TYPE_CHECKING:
@@ -86,20 +87,21 @@ def check_model(model: str) -> dict[str, Any]:
 
     if importlib.util.find_spec("transformers") is None:
         raise MissingPartError("transformers is not installed, with which a model is read once more: pip install transformers")
-    import transformers
-
-    logging: Any = transformers.utils.logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     source = resolve(model)
     check_float(source)
     config = load_config(source)
     checks, ids = [], list(range(1, min(32, config.vocab_size, config.max_context)))
-    if (source / FILE_NAME).is_file():
-        tokenizer = Tokenizer.from_folder(source, config.vocab_size)
-        checks += _compare_tokenizers(source, tokenizer)
-        ids = tokenizer.encode(SENTENCE)[: config.max_context]
-    checks.append(_compare_logits(source, ids))
+    with quiet_python():
+        import transformers
+
+        logging: Any = transformers.utils.logging
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        if (source / FILE_NAME).is_file():
+            tokenizer = Tokenizer.from_folder(source, config.vocab_size)
+            checks += _compare_tokenizers(source, tokenizer)
+            ids = tokenizer.encode(SENTENCE)[: config.max_context]
+        checks.append(_compare_logits(source, ids))
     return {"model": model, "checks": checks, "passed": all(check["same"] is not False for check in checks)}
 
 
