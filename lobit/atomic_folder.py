@@ -30,6 +30,8 @@ MOST_DIFFERENCES = 3
 """Settings that a message names."""
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """What the system says where there is no space, or no more is allowed."""
+CANNOT_TELL = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}
+"""What the system says where it does not wait for the disk."""
 TRIES = 100
 """To take the lock, while other processes finish and their folder goes away."""
 
@@ -118,13 +120,16 @@ def publish(new: Path, place: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk; where the system cannot tell, it is left to it."""
-    with contextlib.suppress(PermissionError, *([OSError] if sys.platform == "win32" else [])):
+    """Waits until a file, or the names in a folder, are on the disk; file systems that cannot tell are left to themselves."""
+    try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError as error:
+        if sys.platform != "win32" and error.errno not in CANNOT_TELL:
+            raise
 
 
 def _check_owner(partial: Path, asked: dict[str, Any]) -> None:

@@ -108,6 +108,21 @@ def test_all_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch:
     assert steps == ["sync new", "sync inner", "sync file", "rename new", f"sync {tmp_path.name}"]
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_disk_that_cannot_tell_is_let_be_and_one_that_fails_is_not(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    (tmp_path / "new").write_text("x", encoding="utf-8")
+    if number == errno.EIO:
+        with pytest.raises(OSError, match="error"):
+            atomic_folder.publish(tmp_path / "new", tmp_path / "out")
+    else:
+        atomic_folder.publish(tmp_path / "new", tmp_path / "out")
+    assert (tmp_path / "out").exists() == (number != errno.EIO)
+
+
 def test_a_place_that_cannot_be_written_is_found_at_once(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="cannot be made"), new_folder(Path("/proc/out"), ONCE):
         pass
