@@ -282,7 +282,7 @@ def _to_floats(module: nn.Module, recipe: Recipe, name: str) -> nn.Module:
     """The layer with its weight as the recipe keeps floats."""
     if recipe.float_bits == 16:
         weight = weight_of(module)
-        beyond = int((weight.data.abs() > HALF.max).sum())
+        beyond = 0 if weight.is_meta else int((weight.data.abs() > HALF.max).sum())
         if beyond:
             raise RecipeError(
                 f"{beyond} of {weight.numel()} weights of {name} are beyond {HALF.max:g}, the largest that 16 bits hold, and recipe "
