@@ -82,7 +82,7 @@ def recipes(
     rotate: Rotate = None,
     as_json: Json = False,
 ) -> None:
-    """The catalogue; one recipe; the layer_plan of every layer of a model."""
+    """The catalogue; one recipe; what it does to every layer of a model."""
     import dataclasses
 
     from lobit import tables, verbs

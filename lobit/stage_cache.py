@@ -19,7 +19,7 @@ class StageCache:
     """What is finished of long work, in a folder beside its result: a run that is killed goes on from there.
 
     Args:
-        folder: made where it is missing. It lies in an unfinished folder, whose owner is the work (`place.Work`).
+        folder: made where it is missing. It lies in an unfinished folder, whose owner is the work (`atomic_folder.Work`).
     """
 
     def __init__(self, folder: Path) -> None:

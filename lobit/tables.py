@@ -74,7 +74,7 @@ def fetchable(found: Sequence[Fetchable]) -> Table:
 
 
 def layer_plans(rows: Sequence[LayerPlan]) -> Table:
-    """What happens to each layer; layers of the same kind, shape and row share a row."""
+    """What happens to each layer; layers of the same kind and shape to which the same happens share a row."""
     table = _table("layer by layer", "layers", "shape", "parameters", "weights", "activations", right=("parameters",))
     grouped: dict[tuple[str, tuple[int, int], str, str], list[LayerPlan]] = {}
     for row in rows:

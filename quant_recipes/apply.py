@@ -85,10 +85,10 @@ def problems(config: Config, recipe: Recipe) -> list[str]:
     """Every reason why the recipe does not fit the model, each with the way out."""
     rows = layer_plans(config, recipe)
     found = []
-    misfits = [(layer_plan, layer_plan.problem) for layer_plan in rows if layer_plan.problem and layer_plan.rule]
+    misfits = [(row, row.problem) for row in rows if row.problem and row.rule]
     if misfits:
-        divisors = sorted({layer_plan.rule.weights.divisor for layer_plan, _ in misfits if layer_plan.rule})
-        patterns = sorted({_pattern(layer_plan.name) for layer_plan, _ in misfits})
+        divisors = sorted({row.rule.weights.divisor for row, _ in misfits if row.rule})
+        patterns = sorted({_pattern(row.name) for row, _ in misfits})
         exclusion = " ".join(f"--except '{pattern}'" for pattern in patterns)
         named = ", ".join(text for _, text in misfits[:MOST_LISTED] if text)
         named += f" … and {len(misfits) - MOST_LISTED} more" if len(misfits) > MOST_LISTED else ""
@@ -96,16 +96,16 @@ def problems(config: Config, recipe: Recipe) -> list[str]:
             f"{len(misfits)} layers do not divide by {', '.join(divisors)}: {named}; "
             f"keep them in floating point with {exclusion}, take another --group-size, or a recipe without groups such as 8da8w"
         )
-    by_name = {layer_plan.name: layer_plan for layer_plan in rows}
+    by_name = {row.name: row for row in rows}
     embedding, head = by_name["embedding"], by_name["head"]
     if head.shared_with and _elsewhere(head.rule) != _elsewhere(embedding.rule):
         found.append(
             f"head ({head.why}) and embedding ({embedding.why}) share one tensor but not one grid: give both the same, or untie them"
         )
-    unused = [pattern for pattern in recipe.exclude if not any(recipe.excluded_by(layer_plan.name) == pattern for layer_plan in rows)]
+    unused = [pattern for pattern in recipe.exclude if not any(recipe.excluded_by(row.name) == pattern for row in rows)]
     found += [f"the exclusion '{shown_name(pattern)}' matches no layer: names are such as {rows[-2].name}" for pattern in unused]
     patterns = [pattern for rule in recipe.rules for pattern in rule.match]
-    idle = [pattern for pattern in patterns if not any(fnmatchcase(layer_plan.name, pattern) for layer_plan in rows)]
+    idle = [pattern for pattern in patterns if not any(fnmatchcase(row.name, pattern) for row in rows)]
     found += [f"the pattern '{shown_name(pattern)}' matches no layer: names are such as {rows[-2].name}" for pattern in idle]
     return found + rotation_problems(config, recipe)
 
