@@ -238,11 +238,6 @@ def _decode_graphs(blobs: list[bytes]) -> list[dict[str, Any]]:
         return [json.loads(re.sub(r": (-?)inf\b", r": \1Infinity", text)) for text in texts]
 
 
-def read_weights(bundle: Bundle) -> Iterator[StoredLayer]:
-    """The program's embedding and linear layers in the order of execution (`verify.WeightReader`)."""
-    return ProgramFile(bundle.path("program")).layers()
-
-
-def read_vectors(bundle: Bundle) -> Iterator[StoredLayer]:
-    """The program's norms and biases in the order of execution (`verify.WeightReader`)."""
-    return ProgramFile(bundle.path("program")).vectors()
+def read_program(bundle: Bundle) -> ProgramFile:
+    """The bundle's program taken apart (`verify.ProgramReader`)."""
+    return ProgramFile(bundle.path("program"))

@@ -243,9 +243,23 @@ class GraphFile:
 
     def layers(self) -> Iterator[StoredLayer]:
         """The embedding and the products in the order of execution."""
+        return self._checked(self._layers(), 2)
+
+    def vectors(self) -> Iterator[StoredLayer]:
+        """Norms and biases in the order of execution."""
+        names = (name for node in self.graph.node for name in node.input if name in self.initializers and VECTOR.search(name))
+        return self._checked((StoredLayer(name, self.constant(name), None) for name in names), 1)
+
+    def _checked(self, found: Iterator[StoredLayer], axes: int) -> Iterator[StoredLayer]:
+        """What was found, if it can be read and is of so many axes.
+
+        Raises:
+            BundleError: the files are damaged.
+        """
         try:
-            for layer in self._layers():
-                if layer.values.ndim != 2 or (layer.scale is not None and (layer.scale.ndim != 2 or len(layer.scale) != len(layer.values))):
+            for layer in found:
+                values, scale = layer.values, layer.scale
+                if values.ndim != axes or (scale is not None and (scale.ndim != 2 or len(scale) != len(values))):
                     raise ValueError(f"{layer.name} has weights or scales that are no matrix of its rows")
                 yield layer
         except (LookupError, ValueError, TypeError, OSError) as error:
@@ -265,13 +279,6 @@ class GraphFile:
                     yield StoredLayer(node.name, self.constant(self._source(node.input[1])), None)
                 case "MatMul" if (source := self._source(node.input[1])) in self.initializers:
                     yield self._product(node, source)
-
-    def vectors(self) -> Iterator[StoredLayer]:
-        """Norms and biases in the order of execution."""
-        for node in self.graph.node:
-            for name in node.input:
-                if name in self.initializers and VECTOR.search(name):
-                    yield StoredLayer(name, self.constant(name).reshape(-1).astype(np.float32), None)
 
     def _source(self, name: str) -> str:
         """The constant that a weight was cast or dequantized from, or the weight's own name."""
@@ -313,11 +320,6 @@ class GraphFile:
         return StoredLayer(node.name, integers[:, :columns], self.constant(scale))
 
 
-def read_weights(bundle: Bundle) -> Iterator[StoredLayer]:
-    """The graph's embedding and products in the order of execution (`verify.WeightReader`)."""
-    return GraphFile(bundle.path("program"), bundle.path("weights")).layers()
-
-
-def read_vectors(bundle: Bundle) -> Iterator[StoredLayer]:
-    """The graph's norms and biases in the order of execution (`verify.WeightReader`)."""
-    return GraphFile(bundle.path("program"), bundle.path("weights")).vectors()
+def read_program(bundle: Bundle) -> GraphFile:
+    """The bundle's graph taken apart (`verify.ProgramReader`)."""
+    return GraphFile(bundle.path("program"), bundle.path("weights"))

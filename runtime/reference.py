@@ -6,7 +6,6 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -146,17 +145,9 @@ def stored_layers(model: Transformer) -> list[StoredLayer]:
 
 def stored_vectors(model: Transformer) -> list[StoredLayer]:
     """The model's norms and biases in the order of execution, for `verify`."""
-    paths = [f"blocks.{i}.{path}" for i in range(len(model.blocks)) for path in VECTORS * model.config.repeats]
-    vectors = ((path, _vector(model, path)) for path in [*paths, "norm.weight"])
-    return [StoredLayer(path.replace("blocks.", "layers."), vector.numpy(), None) for path, vector in vectors if vector is not None]
-
-
-def _vector(model: Transformer, path: str) -> Tensor | None:
-    """A norm's weight or a bias; None of a norm without weights, a product without a bias, and a part that the family lacks."""
-    part: Any = model
-    for name in path.split("."):
-        part = part[int(name)] if name.isdigit() else getattr(part, name, None)
-    return None if part is None else part.detach().float()
+    tensors = model.state_dict()
+    names = [f"layers.{i}.{part}" for i in range(len(model.blocks)) for part in VECTORS * model.config.repeats]
+    return [StoredLayer(name, tensors[name].float().numpy(), None) for name in (*names, "norm.weight") if name in tensors]
 
 
 def _executed(model: Transformer) -> Iterator[tuple[str, nn.Module]]:

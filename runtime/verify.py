@@ -27,20 +27,27 @@ class StoredLayer:
     """[out, groups]; None where the layer is not quantized."""
 
 
-class WeightReader(Protocol):
+class StoredProgram(Protocol):
+    """A program taken apart; joined products, and their biases, have the rows of all parts."""
+
+    def layers(self) -> Iterator[StoredLayer]:
+        """Its embedding and linear layers in the order of execution."""
+
+    def vectors(self) -> Iterator[StoredLayer]:
+        """Its norms and biases in the order of execution."""
+
+
+class ProgramReader(Protocol):
     """What a target's runtime module has beside `open_engine`."""
 
-    def read_weights(self, bundle: Bundle) -> Iterator[StoredLayer]:
-        """The program's embedding and linear layers in the order of execution; joined products have the rows of all parts."""
-
-    def read_vectors(self, bundle: Bundle) -> Iterator[StoredLayer]:
-        """Norms and biases, as the layers."""
+    def read_program(self, bundle: Bundle) -> StoredProgram:
+        """Takes a bundle's program apart."""
 
 
-def read_weights(bundle: Bundle) -> Iterator[StoredLayer]:
-    """The weights that a bundle holds, read by its target's module."""
-    module: WeightReader = target_module(bundle)
-    return module.read_weights(bundle)
+def read_program(bundle: Bundle) -> StoredProgram:
+    """A bundle's program, taken apart by its target's module."""
+    module: ProgramReader = target_module(bundle)
+    return module.read_program(bundle)
 
 
 def verify(
@@ -61,24 +68,20 @@ def verify(
     Raises:
         BundleError: the program does not have the checkpoint's layers.
     """
-    module: WeightReader = target_module(bundle)
-    pairs = itertools.chain(paired(bundle, checkpoint), _paired(module.read_vectors(bundle), vectors))
+    program = read_program(bundle)
+    pairs = itertools.chain(paired(program.layers(), checkpoint), paired(program.vectors(), vectors))
     rows = [_compare(part, values, scale) for part, values, scale in pairs]
     return _summary(bundle, rows, fingerprint)
 
 
-def paired(bundle: Bundle, checkpoint: Sequence[StoredLayer]) -> Iterator[tuple[StoredLayer, NDArray[Any], NDArray[np.float32] | None]]:
-    """Each layer of a checkpoint, and the values and scales that a bundle's program has in its place.
+def paired(
+    program: Iterator[StoredLayer], checkpoint: Sequence[StoredLayer]
+) -> Iterator[tuple[StoredLayer, NDArray[Any], NDArray[np.float32] | None]]:
+    """Each layer of a checkpoint, and the values and scales that a program has in its place.
 
     Raises:
         BundleError: the program does not have the checkpoint's layers.
     """
-    return _paired(read_weights(bundle), checkpoint)
-
-
-def _paired(
-    program: Iterator[StoredLayer], checkpoint: Sequence[StoredLayer]
-) -> Iterator[tuple[StoredLayer, NDArray[Any], NDArray[np.float32] | None]]:
     expected = list(checkpoint)
     position = 0
     for stored in program:

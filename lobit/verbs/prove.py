@@ -134,12 +134,12 @@ def _converted_like(source: Path, recipe: Recipe, bundle: Bundle) -> Transformer
 
     from lobit.quant_recipes.quantized import is_checkpoint
     from lobit.runtime.reference import stored_layers
-    from lobit.runtime.verify import paired
+    from lobit.runtime.verify import paired, read_program
 
     if is_checkpoint(source) or not recipe.is_calibrated:
         return converted_like(source, recipe)[0]
     model, _ = converted_like(source, recipe.to_nearest())
-    for part, values, scale in paired(bundle, stored_layers(model)):
+    for part, values, scale in paired(read_program(bundle).layers(), stored_layers(model)):
         rule = recipe.rule_for(part.name)
         if rule and rule.rounding == "gptq" and part.scale is not None and scale is not None:
             layer = model.get_submodule(part.name)

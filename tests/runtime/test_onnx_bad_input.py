@@ -17,7 +17,7 @@ from lobit.errors import BundleError, InputError, LobitError, MissingPartError
 from lobit.runtime.bundle import open_bundle
 from lobit.runtime.engine import open_engine
 from lobit.runtime.manifest import FILE_NAME, FileEntry, sealed
-from lobit.runtime.onnxruntime import read_weights
+from lobit.runtime.onnxruntime import read_program
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 THREADS = 1
@@ -174,6 +174,7 @@ PORTABLE_EDITS: dict[str, Callable[[onnx.GraphProto], Any]] = {
     "one product less": lambda graph: without(graph, "MatMul", 0),
     "a zero point": lambda graph: of_kind(graph, "DequantizeLinear").input.append(of_kind(graph, "DequantizeLinear").input[0]),
     "a weight in no file": lambda graph: nowhere(graph, of_kind(graph, "DequantizeLinear").input[0]),
+    "a norm in no file": lambda graph: nowhere(graph, next(one.name for one in graph.initializer if one.name.endswith("norm"))),
 }
 
 
@@ -190,7 +191,7 @@ def test_verify_says_which_package_it_lacks(bundle: Path, models: Any, monkeypat
     opened = open_bundle(bundle)
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(MissingPartError, match=r"pip install 'lobit\[onnx\]'"):
-        list(read_weights(opened))
+        list(read_program(opened).layers())
 
 
 def test_a_cast_of_itself_ends(bundle: Path, models: Any) -> None:
