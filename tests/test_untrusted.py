@@ -56,16 +56,14 @@ lobit.cli.main()
 """
 
 
-def run(folder: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    arguments = ["quantize", folder, "--recipe", "8da4w-g32", "-o", out]
+def run(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-P", "-c", WATCHED, *map(str, arguments)]  # -P: as the installed command, which has no such path
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False, input="y\n" * 9)
 
 
-@pytest.mark.parametrize("pointed", [False, True], ids=["beside", "in the index"])
-def test_planted_pickles_and_code_are_not_run(pointed: bool, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(ROOT / "lobit" / "demo" / "model", tmp_path / "model"))
+def plant(folder: Path) -> None:
+    """Puts pickles and code into a model's folder, the code where transformers looks for a model's own."""
     for name in ("pytorch_model.bin", "training_args.bin", "model.pt", "optimizer.pth"):
         (folder / name).write_bytes(pickle.dumps(Planted()))
     for name in ("modeling_demo.py", "torch.py", "tokenizers.py", "json.py", "sitecustomize.py"):
@@ -73,10 +71,25 @@ def test_planted_pickles_and_code_are_not_run(pointed: bool, tmp_path: Path) -> 
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     values |= {"auto_map": {"AutoModelForCausalLM": "modeling_demo.Model", "AutoConfig": "modeling_demo.Config"}}
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+
+
+def test_doctor_runs_no_code_of_a_folder_and_asks_for_no_leave_to(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(ROOT / "lobit" / "demo" / "model", tmp_path / "model"))
+    plant(folder)
+    done = run(folder, "doctor", folder, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "unpickled" not in done.stdout + done.stderr and "y/N" not in done.stdout + done.stderr
+    assert "contains custom code" in json.loads(done.stdout)["checks"][-1]["theirs"], "transformers would have run it"
+
+
+@pytest.mark.parametrize("pointed", [False, True], ids=["beside", "in the index"])
+def test_planted_pickles_and_code_are_not_run(pointed: bool, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(ROOT / "lobit" / "demo" / "model", tmp_path / "model"))
+    plant(folder)
     if pointed:
         (folder / "model.safetensors").rename(folder / "shard.safetensors")
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": "pytorch_model.bin"}}))
-    done = run(folder, tmp_path / "out")
+    done = run(folder, "quantize", folder, "--recipe", "8da4w-g32", "-o", tmp_path / "out")
     assert "unpickled" not in done.stdout + done.stderr
     if pointed:
         assert done.returncode == 2 and "pytorch_model.bin" in done.stderr and "cannot be read" in done.stderr

@@ -20,11 +20,11 @@ PARTS = {
     "fetch": ("gguf",),
 }
 """Packages that the core, each target, and `lobit fetch` need."""
-
-
 SENTENCE = "The capital of France is Paris. 2 + 2 = 4, isn't it?\n"
 """What both read."""
 MESSAGES = [{"role": "user", "content": "Name the capital of France."}]
+OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""Nothing is fetched; code in the folder is neither run nor asked about."""
 FAR = 1e-3
 """How far apart logits may be, of their standard deviation: float32 products in another order move them by less than 1e-5 of it."""
 
@@ -111,7 +111,7 @@ def _compare_tokenizers(source: Path, tokenizer: Tokenizer) -> list[dict[str, An
 
     what, ours = "tokens of a sentence", tokenizer.encode(SENTENCE)
     try:
-        theirs = AutoTokenizer.from_pretrained(source, local_files_only=True)
+        theirs = AutoTokenizer.from_pretrained(source, **OFFLINE)
         checks = [_check(what, ours, theirs(SENTENCE)["input_ids"])]
     except Exception as error:  # transformers raises many kinds; what it cannot read is not compared
         return [_unread(what, ours, reason(error))]
@@ -141,8 +141,8 @@ def _compare_logits(source: Path, ids: list[int]) -> dict[str, Any]:
     with torch.inference_mode():
         ours = load_model(source)(tokens)[0, -1]
         try:
-            options = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-            other, loaded = cast(Any, AutoModelForCausalLM).from_pretrained(source, **options)
+            options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+            other, loaded = cast(Any, AutoModelForCausalLM).from_pretrained(source, **options, **OFFLINE)
             left = len(loaded["missing_keys"]) + len(loaded["unexpected_keys"]) + len(loaded["mismatched_keys"])
             if left:
                 return _unread(what, _largest(ours), f"{left} tensors are missing, or none that it knows")
