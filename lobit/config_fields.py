@@ -120,7 +120,7 @@ def _turned_share(parameters: Fields) -> float:
     return parameters.number("partial_rotary_factor", 1.0, largest=1)
 
 
-def read_rope(parameters: Fields, head_dim: int, theta: float, context: int = LARGEST_SIZE) -> Rope:
+def read_rope(parameters: Fields, head_dim: int, theta: float, context: int) -> Rope:
     """Rotary embedding of whole heads.
 
     One that is `dynamic` is the plain one up to the model's context, which is where lobit ends.

@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh", "relu2"]] = {
 """transformers' names of the activations."""
 
 
-OF_THE_WHOLE = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config", "eos_token_id")
+OF_THE_WHOLE = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
 """Fields of a model of images and text that stand beside its `text_config`."""
 
 
@@ -190,11 +190,11 @@ def _gemma3_ropes(fields: Fields, head_dim: int) -> dict[str, Rope]:
     flat = sorted(map(shown, set(nested.values) - {FULL, SLIDING}))
     if flat:
         fields.problems.append(f"rope_parameters has {', '.join(flat[:9])}: {FULL} and {SLIDING} are needed, each with its own")
-    full, sliding = nested.nested(FULL), nested.nested(SLIDING)
+    full, sliding, context = nested.nested(FULL), nested.nested(SLIDING), fields.size("max_position_embeddings")
     full.values = {**full.values, **fields.nested("rope_scaling").values}
     return {
-        FULL: read_rope(full, head_dim, fields.number("rope_theta", least=1)),
-        SLIDING: read_rope(sliding, head_dim, fields.number("rope_local_base_freq", least=1)),
+        FULL: read_rope(full, head_dim, fields.number("rope_theta", least=1), context),
+        SLIDING: read_rope(sliding, head_dim, fields.number("rope_local_base_freq", least=1), context),
     }
 
 

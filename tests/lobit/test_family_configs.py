@@ -160,6 +160,11 @@ def test_yarn_is_that_of_transformers_and_reaches_as_far_as_it_stretches(name: s
     assert config.max_context == reach
 
 
+def test_gemmas_yarn_stretches_the_models_own_context() -> None:
+    config = config_of("gemma3_text", num_hidden_layers=6, rope_scaling={"rope_type": "yarn", "factor": 2.0})
+    assert config.max_context == 2 * CONTEXT
+
+
 @pytest.mark.parametrize(
     "scaling",
     [
