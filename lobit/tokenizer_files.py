@@ -26,6 +26,10 @@ LARGEST_TEMPLATE = 1 << 20
 """Characters; real chat templates have a few thousand."""
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The special tokens that a chat template may name (transformers `SPECIAL_TOKENS_ATTRIBUTES`)."""
+STOP_FILES = ("generation_config.json", "config.json")
+"""Where stop tokens are declared; the first that has any counts."""
+NO_TOKEN = -1
+"""What some config.json files say for none."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -54,9 +58,9 @@ def load(path: Path, special: Mapping[str, str], config: Mapping[str, Any] | Non
         config: tokenizer_config.json.
     """
     with guarded(f"{path} is no tokenizer that can be read"), quiet_native():
-        text = _whole(path, config or {})
+        text, added_tokens = _whole(path, config or {})
         inner = tokenizers.Tokenizer.from_str(text)
-        _check_ids(inner, json.loads(text).get("added_tokens") or [], path)
+        _check_ids(inner, added_tokens, path)
         inner.no_truncation()
         inner.no_padding()
         added = {entry.content for entry in inner.get_added_tokens_decoder().values()}
@@ -66,8 +70,8 @@ def load(path: Path, special: Mapping[str, str], config: Mapping[str, Any] | Non
     return inner
 
 
-def _whole(path: Path, config: Mapping[str, Any]) -> str:
-    """The text of tokenizer.json, with the added tokens that tokenizer_config.json alone knows (transformers adds them too).
+def _whole(path: Path, config: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    """The text of tokenizer.json and its added tokens, with those that tokenizer_config.json alone knows (transformers adds them too).
 
     Raises:
         ModelError: it is missing or too large, or an added token is unusable.
@@ -89,14 +93,14 @@ def _whole(path: Path, config: Mapping[str, Any]) -> str:
     for token, entry in sorted(missing.items()):
         flags = {name: bool(entry.get(name, name == "normalized" and not entry.get("special"))) for name in ADDED_FLAGS}
         added.append({"id": token, "content": entry["content"], **flags})
-    return json.dumps({**values, "added_tokens": added}, ensure_ascii=False) if missing else text
+    return json.dumps({**values, "added_tokens": added}, ensure_ascii=False) if missing else text, added
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Writes a folder's tokenizer.json to another one, with all added tokens in it, so that a reader of this file alone knows them."""
     path = source / FILE_NAME
     with guarded(f"{path} is no tokenizer that can be read"):
-        text = _whole(path, read_optional(source / CONFIG_NAME))
+        text, _ = _whole(path, read_optional(source / CONFIG_NAME))
     (folder / FILE_NAME).write_text(text, encoding="utf-8", newline="")
 
 
@@ -140,7 +144,7 @@ def special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
         elif value is not None:
             problems.append(f"{name} is {shown(value)}: a text, or an object with `content`, is needed")
     if problems:
-        raise ModelError(listed(problems, f"{folder / 'tokenizer_config.json'} has {len(problems)} unusable tokens:"))
+        raise ModelError(listed(problems, f"{folder / CONFIG_NAME} has {len(problems)} unusable tokens:"))
     return tokens
 
 
@@ -162,29 +166,29 @@ def chat_template_of(folder: Path, config: Mapping[str, Any]) -> str | None:
         return template
     told = f"{len(template)} characters" if isinstance(template, str) else type(template).__name__
     raise ModelError(
-        f"chat_template in {folder / 'tokenizer_config.json'} is {told}: a text of at most {LARGEST_TEMPLATE} Unicode characters is needed"
+        f"chat_template in {folder / CONFIG_NAME} is {told}: a text of at most {LARGEST_TEMPLATE} Unicode characters is needed"
     )
-
-
-STOP_FILES = ("generation_config.json", "config.json")
-"""Where stop tokens are declared; the first that has any counts."""
-NO_TOKEN = -1
-"""What some config.json files say for none."""
 
 
 def declared_stops(folder: Path) -> list[int]:
     """`eos_token_id`, one or several, of generation_config.json or else of config.json."""
     for name in STOP_FILES:
-        values = read_optional(folder / name)
-        inner = values.get("text_config")
-        value = values.get("eos_token_id", inner.get("eos_token_id") if isinstance(inner, dict) else None)
-        if value in (None, NO_TOKEN):
+        stops = _stops_of(folder / name)
+        if stops is None:
             continue
-        stops = value if isinstance(value, list) else [value]
         if all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in stops):
             return stops
-        raise ModelError(f"eos_token_id in {folder / name} is {shown(value)}: token ids are needed, whole numbers from 0")
+        told = shown(stops[0] if len(stops) == 1 else stops)
+        raise ModelError(f"eos_token_id in {folder / name} is {told}: token ids are needed, whole numbers from 0")
     return []
+
+
+def _stops_of(path: Path) -> list[Any] | None:
+    """What a file has for `eos_token_id`, beside its text model's fields or among them, whatever it is; None: nothing."""
+    values = read_optional(path)
+    inner = values.get("text_config")
+    value = values.get("eos_token_id", inner.get("eos_token_id") if isinstance(inner, dict) else None)
+    return value if isinstance(value, list) else None if value in (None, NO_TOKEN) else [value]
 
 
 def check_vocabulary(inner: tokenizers.Tokenizer, stop: Sequence[int], bos: int | None, vocab_size: int | None, folder: Path) -> None:
@@ -196,7 +200,7 @@ def check_vocabulary(inner: tokenizers.Tokenizer, stop: Sequence[int], bos: int 
         return
     outside = sorted(token for token in stop if token >= vocab_size)
     if outside:
-        where = next((name for name in STOP_FILES if (folder / name).is_file() and _is_declared(folder / name, outside[0])), CONFIG_NAME)
+        where = next((name for name in STOP_FILES if outside[0] in (_stops_of(folder / name) or [])), CONFIG_NAME)
         raise ModelError(
             f"eos_token_id of {folder / where} is token {outside[0]}, and the model's vocabulary ends at {vocab_size - 1}: correct it, or "
             "put the model's own file there"
@@ -209,9 +213,3 @@ def check_vocabulary(inner: tokenizers.Tokenizer, stop: Sequence[int], bos: int 
             f"{folder} has a tokenizer that does not fit the vocabulary: its largest token is {shown(largest)}, "
             f"the model has {vocab_size}: put the model's own tokenizer there"
         )
-
-
-def _is_declared(path: Path, stop: int) -> bool:
-    """Whether a file names a stop token."""
-    value = read_optional(path).get("eos_token_id")
-    return stop in value if isinstance(value, list) else value == stop

@@ -196,7 +196,6 @@ def export(
         "files": files_of(source),
         "target": target,
         "spec": asdict(spec),
-        "tokens": asdict(tokens),
         "calibration": calibration and calibration.to_json(),
         "versions": bundle.versions(target),
     }
@@ -325,7 +324,7 @@ def _tokenizer(source: Path, config: Config) -> Tokenizer | None:
     slow = [name for name in SLOW if (source / name).is_file()]
     if slow and not (source / FILE_NAME).is_file():
         raise ModelError(f"{source} has a tokenizer in {', '.join(slow)} alone, and a bundle needs {FILE_NAME}: {SAVE_FAST}")
-    return Tokenizer.from_folder(source, config.vocab_size) if (source / "tokenizer.json").is_file() else None
+    return Tokenizer.from_folder(source, config.vocab_size) if (source / FILE_NAME).is_file() else None
 
 
 def converted_like(source: Path, recipe: Recipe) -> tuple[Transformer, Recipe]:
