@@ -101,7 +101,7 @@ def new_folder(out: Path, work: Work) -> Iterator[Path]:
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # gives back what the work held: there may be no memory left
             told = _told(error, partial)
-            if not work.resumes or not any(path.is_file() for path in partial.rglob("*") if path.name not in OURS):
+            if not work.resumes or not _has_files(partial):
                 shutil.rmtree(partial, ignore_errors=True)
             else:
                 told.add_note(f"what is finished is kept in {partial}: the same command goes on from there")
@@ -138,7 +138,7 @@ def _check_owner(partial: Path, asked: dict[str, Any]) -> None:
     Raises:
         BundleError: with the owner's name and the command that goes on.
     """
-    if not _contents(partial):
+    if not _has_files(partial):
         return
     there = _owner(partial / OWNER)
     if there is None:
@@ -187,12 +187,13 @@ def _differences(there: Any, asked: Any, name: str = "") -> Iterator[str]:
         yield f"{name}: {shown(there)} there, {shown(asked)} now"
 
 
-def _contents(partial: Path) -> list[Path]:
-    return [path for path in partial.glob("*") if path.name not in OURS]
+def _has_files(partial: Path) -> bool:
+    """Whether anything was written: empty folders are nothing."""
+    return any(path.name not in OURS for path in partial.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
 def _clear(partial: Path) -> None:
-    for path in _contents(partial):
+    for path in [path for path in partial.glob("*") if path.name not in OURS]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

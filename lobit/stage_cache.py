@@ -9,8 +9,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from lobit.atomic_folder import publish
-
 CHECKSUM = ".sha256"
 """The ending of the file that says what is in a finished file or folder."""
 
@@ -33,8 +31,8 @@ class StageCache:
         for path in (new, self.folder / name):
             _remove(path)
         yield new
-        self._checksum(name).write_text(_checksum(new), encoding="utf-8")
-        publish(new, self.folder / name)
+        self._checksum(name).write_text(_checksum(new), encoding="utf-8")  # tells what a crash cut short, so that none waits for the disk
+        new.replace(self.folder / name)
 
     def has(self, name: str) -> Path | None:
         """A file or folder that is finished and as it was written, or None."""
