@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lobit.errors import MissingPartError, ModelError, listed, reason, shown, shown_name
 from lobit.families import read_config
-from lobit.layout import Stored, layout, read, read_integers, write
+from lobit.layout import LLAMA, Stored, layout, read, read_integers, write
 from lobit.model import Config, Transformer
 from lobit.prequantized import FAKE_QUANTIZER, Header, Shapes, torchao_weights
 
@@ -28,16 +28,16 @@ LONGEST_NAME = 80
 """Characters of the name of a shard; with four bytes each still less than file systems hold."""
 LARGEST_JSON = 64 << 20
 """Bytes; tokenizer.json files of a quarter million tokens have about 30 MB."""
-SAFE_FILES = ["*.safetensors", "config.json", "generation_config.json", "model.safetensors.index.json"]
+SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+SAFE_FILES = ["*.safetensors", "config.json", "generation_config.json", INDEX]
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"]
 COMPANIONS = ["generation_config.json", *TOKENIZER_FILES]
 """What goes with weights, wherever they are written."""
 ROWS = 4096
 """Of a tensor that are looked at together, so that temporary memory stays small."""
-OWN_HEAD = f"lm_head.{FAKE_QUANTIZER}scale"
+OWN_HEAD = f"{LLAMA['head']}.{FAKE_QUANTIZER}scale"
 """Scales of a head that shares its floats with the embedding, but not its integers."""
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+HEAD, EMBEDDING = f"{LLAMA['head']}.weight", f"{LLAMA['embedding']}.weight"
 WRAPPED = (("model.language_model.", "model."), ("language_model.model.", "model."), ("language_model.lm_head.", "lm_head."))
 """What models of images and text put before the names of their text model, and what it calls them itself."""
 BARE = ("layers.", "embed_tokens.", "norm.")
@@ -318,7 +318,7 @@ def load_model(folder: Path, config: Config | None = None) -> Transformer:
 
 def _problems(places: Mapping[str, Stored], headers: Mapping[str, Header], config: Config) -> list[str]:
     """Every tensor that is missing, misshapen, of an unknown kind or left over."""
-    problems, used = [], {"lm_head.weight"} if config.tied else set()
+    problems, used = [], {HEAD} if config.tied else set()
     for stored in places.values():
         for name, shapes in stored.tensors().items():
             if name not in used:

@@ -23,7 +23,7 @@ class Sampling:
     temperature: float = 0.0
     """0: the likeliest token, the lowest id of equal ones; else logits are divided by it."""
     top_k: int = 0
-    """Only so many of the likeliest tokens are drawn from; 0: all."""
+    """Only so many of the likeliest tokens are drawn from, and any as likely as the last of them; 0: all."""
     top_p: float = 1.0
     """Only the fewest likeliest of these whose probabilities reach this share are drawn from."""
     seed: int = 0
@@ -74,9 +74,8 @@ class Sampler:
         share = weights / weights.sum()
         tokens = np.arange(len(share))
         if 0 < self.sampling.top_k < len(share):
-            tokens = np.argsort(-share, kind="stable")[: self.sampling.top_k]
-            share = np.where(np.isin(np.arange(len(share)), tokens), share, 0.0)
-            share /= share.sum()
+            share = np.where(share < np.partition(share, -self.sampling.top_k)[-self.sampling.top_k], 0.0, share)
+            share, tokens = share / share.sum(), np.flatnonzero(share)
         if top_p < 1:
             # Tokens below this bound together have less than 1 - top_p, so the nucleus is among the others: few to sort.
             tokens = np.flatnonzero(share >= (1 - top_p) / len(share))

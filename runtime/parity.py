@@ -94,8 +94,9 @@ def plan_walks(tokens: Sequence[int], context: int, bos: int | None, lines: Sequ
     while start < len(tokens):
         end = start + room
         if end < len(tokens):
-            nearest = [line for line in lines[: bisect.bisect_right(lines, end)][-1:] if line > start + room // 2]
-            end = nearest[0] if nearest else end
+            before = bisect.bisect_right(lines, end) - 1
+            if before >= 0 and lines[before] > start + room // 2:
+                end = lines[before]
         pieces.append(head + list(tokens[start:end]))
         start = end
     walks = []
