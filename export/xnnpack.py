@@ -225,15 +225,9 @@ def _kept_part(step: Step, parts: Parts, chunk: int, methods: dict[str, Any], ke
     """A lowered part, from an earlier run or from now on for a later one."""
     name = hashlib.sha256(f"{parts.part_of(step)}\n{chunk}\n{methods}".encode()).hexdigest()[:16] + ".part"
     if not kept.has(name):
-        with kept.making(name) as path:
-            path.write_bytes(_made_part(name, step, parts, chunk, methods))
+        with without_collection(), kept.making(name) as path:
+            path.write_bytes(lower_part(step, trace_part(step, parts, chunk), methods).to_bytes())
     return LoweredPart.from_bytes((kept.folder / name).read_bytes())
-
-
-def _made_part(name: str, step: Step, parts: Parts, chunk: int, methods: dict[str, Any]) -> bytes:
-    """A lowered part; the name stands for all that it depends on."""
-    with without_collection():
-        return lower_part(step, trace_part(step, parts, chunk), methods).to_bytes()
 
 
 def _delegation(parts: Parts, lowered: Mapping[str, LoweredPart]) -> Delegation:

@@ -182,23 +182,25 @@ def parts_once() -> Iterator[None]:
     own compare them).
     """
     from lobit.export import xnnpack
+    from lobit.export.lowering import LoweredPart
 
-    made: dict[tuple[str, str], bytes] = {}
-    make, lower, models = xnnpack._made_part, xnnpack.lower, [""]
+    made: dict[tuple[Any, ...], bytes] = {}
+    keep, lower, programs = xnnpack._kept_part, xnnpack.lower, [""]
 
-    def once(name: str, *work: Any) -> bytes:
-        key = (models[-1], name)  # the name stands for what differs between the parts of one program
+    def keep_once(step: Any, parts: Any, chunk: int, methods: dict[str, Any], kept: Any) -> LoweredPart:
+        # A part's own description tells the parts of one program from each other, not those of several models.
+        key = (programs[-1], parts.part_of(step), str(methods))
         if key not in made:
-            made[key] = make(name, *work)
-        return made[key]
+            made[key] = keep(step, parts, chunk, methods, kept).to_bytes()
+        return LoweredPart.from_bytes(made[key])
 
     def lower_once(model: Any, spec: Any, *rest: Any) -> Any:
-        models.append(f"{model.config} {spec.context} {spec.chunk} {spec.recipe.kv_bits}")
+        programs.append(f"{model.config} {spec.context} {spec.chunk} {spec.recipe.kv_bits}")
         return lower(model, spec, *rest)
 
-    xnnpack._made_part, xnnpack.lower = once, lower_once
+    xnnpack._kept_part, xnnpack.lower = keep_once, lower_once
     yield
-    xnnpack._made_part, xnnpack.lower = make, lower
+    xnnpack._kept_part, xnnpack.lower = keep, lower
 
 
 @pytest.fixture(scope="session")
