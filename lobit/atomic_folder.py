@@ -101,9 +101,9 @@ def new_folder(out: Path, work: Work) -> Iterator[Path]:
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # gives back what the work held: there may be no memory left
             told = _told(error, partial)
-            if not work.resumes or not _has_files(partial):
+            if not work.resumes:
                 shutil.rmtree(partial, ignore_errors=True)
-            else:
+            elif _has_files(partial):
                 told.add_note(f"what is finished is kept in {partial}: the same command goes on from there")
             if told is error:
                 raise
@@ -192,6 +192,12 @@ def _has_files(partial: Path) -> bool:
     return any(path.name not in OURS for path in partial.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
+def _drop(partial: Path) -> None:
+    """Removes a folder in which nothing was written."""
+    if not _has_files(partial):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def _clear(partial: Path) -> None:
     for path in [path for path in partial.glob("*") if path.name not in OURS]:
         if path.is_dir() and not path.is_symlink():
@@ -202,56 +208,99 @@ def _clear(partial: Path) -> None:
 
 @contextlib.contextmanager
 def _held(partial: Path) -> Iterator[None]:
-    """Makes the folder and keeps other processes out of it; the system lets them in when this one ends, however it ends."""
-    try:
-        if partial.is_symlink():
-            raise OSError(errno.EEXIST, "it is a link")
-        descriptor = _lock(partial)
-    except OSError as error:
-        raise BundleError(f"{partial} cannot be made ({error.strerror}): choose a place that can be written to with -o") from None
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
+    """Makes the folder and keeps other processes out of it; the system lets them in when this one ends, however it ends.
 
-
-def _lock(partial: Path) -> int | None:
-    """Makes the folder and locks it: the descriptor holds the lock. None on Windows, where it would be in the way of renaming."""
-    for _ in range(TRIES):
-        with contextlib.suppress(FileExistsError):
-            partial.mkdir()
-        if sys.platform == "win32":
-            return None
-        with contextlib.suppress(FileNotFoundError):  # another process has just finished, and the folder is gone
-            descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                _take(descriptor, partial)
-                if os.path.samestat(os.fstat(descriptor), partial.stat()):
-                    (partial / WRITER).write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
-                    return descriptor
-            except BaseException:
-                os.close(descriptor)
-                raise
-            os.close(descriptor)
-    raise OSError(errno.EAGAIN, f"it went away {TRIES} times")
-
-
-def _take(descriptor: int, partial: Path) -> None:
-    """Takes the lock.
+    Where something fails, an interruption at any moment included, a folder in which nothing was written goes away again.
 
     Raises:
-        BundleError: another process has it.
+        BundleError: the folder cannot be made, or another process has it.
     """
+    lock = _Lock(partial)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        writer = "another process"
-        with contextlib.suppress(OSError):
-            writer = (partial / WRITER).read_text(encoding="utf-8", errors="replace") or writer
-        raise BundleError(f"{partial} is being written by {writer}: wait until it is done, or choose another place with -o") from None
-    except OSError:  # a file system that locks no folders, such as NFS
-        pass
+        lock.take()
+        yield
+    except BaseException:
+        if lock.taken and not _has_files(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+        elif lock.made:
+            with contextlib.suppress(OSError):  # another process writes there by now
+                partial.rmdir()
+        raise
+    finally:
+        lock.close()
+
+
+class _Lock:
+    """The right to write in a folder.
+
+    Attributes:
+        made: whether the folder may be this process's.
+        taken: whether this process has the right.
+    """
+
+    def __init__(self, partial: Path) -> None:
+        self.partial = partial
+        self.made = self.taken = False
+        self._descriptor: int | None = None
+        """Of the folder: it holds the lock. None on Windows, where it would be in the way of renaming."""
+
+    def take(self) -> None:
+        """Makes the folder and takes the lock.
+
+        Raises:
+            BundleError: the folder cannot be made, or another process has it.
+        """
+        try:
+            if self.partial.is_symlink():
+                raise OSError(errno.EEXIST, "it is a link")
+            for _ in range(TRIES):
+                if self._try():
+                    return
+                self.close()
+            raise OSError(errno.EAGAIN, f"it went away {TRIES} times")
+        except OSError as error:
+            told = f"{self.partial} cannot be made ({error.strerror}): choose a place that can be written to with -o"
+            raise BundleError(told) from None
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self._descriptor = None
+
+    def _try(self) -> bool:
+        """One try: False where another process has finished in the meantime, and the folder is gone."""
+        try:
+            self.made = not self.partial.exists()
+            self.partial.mkdir(exist_ok=True)
+            if sys.platform == "win32":
+                self.taken = True
+                return True
+            self._descriptor = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY)
+            self._flock(self._descriptor)
+            self.taken = os.path.samestat(os.fstat(self._descriptor), self.partial.stat())
+            if self.taken:
+                (self.partial / WRITER).write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+        except FileNotFoundError:
+            self.taken = False
+        return self.taken
+
+    def _flock(self, descriptor: int) -> None:
+        """Takes the system's lock; file systems that lock no folders, such as NFS, are let be.
+
+        Raises:
+            BundleError: another process has it.
+        """
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.made = False
+            writer = "another process"
+            with contextlib.suppress(OSError):
+                writer = (self.partial / WRITER).read_text(encoding="utf-8", errors="replace") or writer
+            told = f"{self.partial} is being written by {writer}: wait until it is done, or choose another place with -o"
+            raise BundleError(told) from None
+        except OSError:
+            pass
 
 
 def _told(error: BaseException, partial: Path) -> BaseException:

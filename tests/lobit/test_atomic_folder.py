@@ -1,10 +1,15 @@
 """A folder appears when it is finished, or not at all, and one process at a time writes it."""
 
+import contextlib
 import errno
 import json
 import os
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -30,6 +35,42 @@ def test_nothing_is_left_of_work_that_failed(failure: type[BaseException], tmp_p
         (folder / "file").write_text("x")
         raise failure
     assert not list(tmp_path.iterdir())
+
+
+class Interrupting:
+    """A trace function that interrupts `atomic_folder` once, before a line: the how-manieth is counted from 1."""
+
+    def __init__(self, line: int) -> None:
+        self.left = line
+
+    def __call__(self, frame: FrameType, event: str, _: Any) -> "Interrupting":
+        if frame.f_code.co_filename == atomic_folder.__file__ and event == "line":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+
+@pytest.mark.parametrize("work", [ONCE, RESUMING], ids=["once", "resuming"])
+def test_an_interruption_before_any_line_leaves_all_or_nothing(work: Work, tmp_path: Path) -> None:
+    out, line, outcomes = tmp_path / "out", 0, set()
+    while True:
+        line += 1
+        interrupting, before = Interrupting(line), sys.gettrace()
+        with contextlib.suppress(KeyboardInterrupt):
+            try:
+                sys.settrace(interrupting)
+                with new_folder(out, work) as folder:
+                    (folder / "stages").mkdir()
+            finally:
+                sys.settrace(before)
+        left = {path.name: sorted(inner.name for inner in path.iterdir()) for path in tmp_path.iterdir()}
+        assert left in ({}, {"out": ["stages"]}), f"interrupted before line {line}"
+        outcomes.add(bool(left))
+        if interrupting.left > 0:
+            break
+        shutil.rmtree(out, ignore_errors=True)
+    assert outcomes == {True, False} and line > 50
 
 
 def test_what_is_there_is_left_as_it_is(tmp_path: Path) -> None:
