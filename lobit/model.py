@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,7 @@ class Config:
         return max((layer.window or 0 for layer in self.layers), default=0)
 
 
+Kind = TypeVar("Kind", bound=nn.Module)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [B, T, H, E], k [B, T, K, E], v [B, T, K, E]) -> [B, T, H, E]; keeps k and v where it has a cache."""
 
@@ -263,6 +264,15 @@ class Transformer(nn.Module):
         if tables is None:
             tables = rotary_tables(self.config, torch.arange(tokens.shape[1], device=tokens.device))
         return self.logits(self.hidden(tokens, tables, attend or CausalAttention(self.config)))
+
+
+def replace_layers(model: Transformer, kind: type[Kind], replace: Callable[[Kind], nn.Module]) -> None:
+    """Puts `replace(module)` where a module of `kind` is; a module in two places stays one. In place."""
+    made: dict[nn.Module, nn.Module] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, kind):
+            made[module] = made.get(module) or replace(module)
+            model.set_submodule(name, made[module])
 
 
 def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:

@@ -28,7 +28,7 @@ class TargetEntry:
 
 TARGETS: dict[str, TargetEntry] = {
     "xnnpack": TargetEntry(
-        "ExecuTorch on the CPU", "lobit.export.xnnpack", {HOST: "lobit.runtime.executorch"}, ("executorch", "torchao")
+        "ExecuTorch on the CPU", "lobit.export.xnnpack.target", {HOST: "lobit.runtime.executorch"}, ("executorch", "torchao")
     ),
-    "onnx": TargetEntry("ONNX Runtime", "lobit.export.onnx", {HOST: "lobit.runtime.onnxruntime"}, ("onnx", "onnxruntime")),
+    "onnx": TargetEntry("ONNX Runtime", "lobit.export.onnx.target", {HOST: "lobit.runtime.onnxruntime"}, ("onnx", "onnxruntime")),
 }

@@ -88,8 +88,8 @@ def write_opened(bundle: Bundle, out: Path, longest: int) -> list[str]:
 class _Opened:
     """Gives every layer of a program values of its own, in place.
 
-    What lies behind the scratch area is what parts hand to each other (`export/link.py`), numbered as it is first used: the positions'
-    values, the stream, q, k, v, the cache entries, y.
+    What lies behind the scratch area is what parts hand to each other (`export/xnnpack/link.py`), numbered as it is first used: the
+    positions' values, the stream, q, k, v, the cache entries, y.
     """
 
     def __init__(self, plan: Any, longest: int, width: int, layers: int) -> None:

@@ -181,8 +181,8 @@ def parts_once() -> Iterator[None]:
     Parts have random weights, always the same ones, so the bytes are those of an export alone (tests that export in processes of their
     own compare them).
     """
-    from lobit.export import xnnpack
-    from lobit.export.lowering import LoweredPart
+    from lobit.export.xnnpack import target as xnnpack
+    from lobit.export.xnnpack.lowering import LoweredPart
 
     made: dict[tuple[Any, ...], bytes] = {}
     keep, lower, programs = xnnpack._kept_part, xnnpack.lower, [""]

@@ -6,11 +6,12 @@ import ast
 import re
 import sys
 import tomllib
-import types
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+
+from lobit.targets import HOST, TARGETS, TargetEntry
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("lobit", "quant_recipes", "export", "runtime")
@@ -148,23 +149,51 @@ def test_no_path_of_one_machine():
     assert [relative(path) for path in texts if absolute.search(path.read_text(encoding="utf-8"))] == []
 
 
-def test_a_target_is_its_modules_and_one_line(monkeypatch):
-    """An empty target is found by export, run, doctor and help, and refused where its modules are missing."""
+TARGET_FILES = {"__init__.py", "target.py", "weights.py"}
+"""That every target's folder has: its way to a bundle, and how integers lie in its files."""
+
+
+def targets_of(path: Path) -> set[str]:
+    """The targets whose folders a file imports from."""
+    return {module.split(".")[2] for module in imported(path) if module.startswith("lobit.export.") and module.split(".")[2] in TARGETS}
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS))
+def test_a_target_is_a_folder_with_the_same_names(target):
+    folder = ROOT / "export" / target
+    assert {path.name for path in folder.iterdir()} >= TARGET_FILES
+    assert TARGETS[target].export == f"lobit.export.{target}.target"
+
+
+def test_no_target_imports_another_and_what_they_share_imports_none():
+    """What all targets share lies directly in export/, and finds a target through the registry."""
+    for path in python_files():
+        folder, name = relative(path).split("/")[:2]
+        own = {name} if folder == "export" and name in TARGETS else set()
+        assert targets_of(path) <= own, relative(path)
+
+
+def test_a_target_is_a_folder_and_one_line(monkeypatch, tmp_path):
+    """An empty target is found by its name, and refused with what to install where its folder or packages are missing."""
+    import lobit.export
     from lobit.errors import MissingPartError
     from lobit.export.target import find_target
-    from lobit.targets import HOST, TARGETS, TargetEntry
 
-    monkeypatch.setitem(TARGETS, "foo", TargetEntry("nothing", "lobit.export.foo", {HOST: "lobit.runtime.foo"}, ("foo",)))
+    monkeypatch.setitem(TARGETS, "foo", TargetEntry("nothing", "lobit.export.foo.target", {HOST: "lobit.runtime.foo"}, ("foo",)))
     with pytest.raises(MissingPartError, match=r"target foo needs .*pip install 'lobit\[foo\]'"):
         find_target("foo")
-    module = types.ModuleType("lobit.export.foo")
-    monkeypatch.setitem(sys.modules, "lobit.export.foo", module)
-    assert find_target("foo") is module
+    (tmp_path / "foo").mkdir()
+    for name in sorted(TARGET_FILES):
+        (tmp_path / "foo" / name).write_text("", encoding="utf-8")
+    monkeypatch.setattr(lobit.export, "__path__", [*lobit.export.__path__, str(tmp_path)])
+    try:
+        assert find_target("foo") is sys.modules["lobit.export.foo.target"]
+    finally:
+        for module in ("lobit.export.foo", "lobit.export.foo.target"):
+            sys.modules.pop(module, None)
 
 
 def test_every_target_has_its_modules_packages_and_extra():
-    from lobit.targets import TARGETS
-
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert set(TARGETS) <= set(extras)
     for target in TARGETS.values():

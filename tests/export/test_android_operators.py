@@ -8,7 +8,7 @@ from importlib import resources
 import pytest
 
 HEADER, OPERATORS = [], []
-for line in resources.files("lobit.export").joinpath("android_operators.txt").read_text(encoding="utf-8").splitlines():
+for line in resources.files("lobit.export.xnnpack").joinpath("android_operators.txt").read_text(encoding="utf-8").splitlines():
     (HEADER if line.startswith("#") else OPERATORS).append(line)
 
 LANGUAGE_MODEL = (

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lobit import verbs
 from lobit.checkpoint import load_model
-from lobit.export import lowering
-from lobit.export.delegated import DelegatedLinear, PackedEmbedding
-from lobit.export.stamp import serialized
+from lobit.export.xnnpack import lowering
+from lobit.export.xnnpack.delegated import DelegatedLinear, PackedEmbedding
+from lobit.export.xnnpack.stamp import serialized
 from lobit.quant_recipes.apply import convert
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
 from lobit.quant_recipes.recipe import Recipe, Rule, WeightGrid

@@ -16,10 +16,10 @@ from lobit import verbs
 from lobit.checkpoint import load_config, load_model
 from lobit.demo import held_out_text
 from lobit.errors import InputError
-from lobit.export import onnx as target
-from lobit.export.onnx import GENAI_FILE
-from lobit.export.onnx_graph import emit
-from lobit.export.onnx_weights import form_of
+from lobit.export.onnx import target
+from lobit.export.onnx.emit import emit
+from lobit.export.onnx.target import GENAI_FILE
+from lobit.export.onnx.weights import form_of
 from lobit.export.target import Spec
 from lobit.families import read_config
 from lobit.model import Layer, Transformer

@@ -9,8 +9,8 @@ import pytest
 from lobit import verbs
 from lobit.checkpoint import load_config
 from lobit.errors import RecipeError, TargetError
-from lobit.export import xnnpack
 from lobit.export.target import Spec, check_target
+from lobit.export.xnnpack import target as xnnpack
 from lobit.quant_recipes.catalog import CATALOG, find_recipe
 from lobit.quant_recipes.recipe import Recipe, Rule, WeightGrid
 

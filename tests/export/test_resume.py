@@ -18,7 +18,7 @@ DRIVER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 from lobit import verbs
-import lobit.export.xnnpack
+import lobit.export.xnnpack.target
 import executorch.extension.llm.custom_ops.custom_ops
 
 model, out, seconds, kills = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])

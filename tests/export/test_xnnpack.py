@@ -16,8 +16,8 @@ from lobit import verbs
 from lobit.checkpoint import load_model
 from lobit.demo import held_out_text
 from lobit.errors import InputError, TargetError
-from lobit.export import xnnpack
 from lobit.export.target import Spec
+from lobit.export.xnnpack import target as xnnpack
 from lobit.families import read_config
 from lobit.model import Config
 from lobit.quant_recipes.apply import convert

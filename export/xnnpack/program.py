@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lobit.export.attention import Caches
-from lobit.export.parts import INPUTS, OUTPUT, Parts, Step, Tokens, Value
+from lobit.export.xnnpack.attention import Caches
+from lobit.export.xnnpack.parts import INPUTS, OUTPUT, Parts, Step, Tokens, Value
 from lobit.model import Block, Config, Transformer, softcap
 from lobit.rope import Rope, Table, Tables, rotary_table
 
@@ -58,12 +57,12 @@ class Positions(nn.Module):
         made += [queries.float()[:, None].expand(-1, self.group).reshape(-1, 1)]
         for ring in self.rings:
             slots = getattr(self, f"slots_{ring}")
-            made += [torch.remainder(queries, ring)[None], held(last, slots).float()]
-            made += [torch.cat([held(input_pos - 1, slots), queries]).float()]
+            made += [torch.remainder(queries, ring)[None], position_in(last, slots).float()]
+            made += [torch.cat([position_in(input_pos - 1, slots), queries]).float()]
         return tuple(made)
 
 
-def held(last: Tensor, slots: Tensor) -> Tensor:
+def position_in(last: Tensor, slots: Tensor) -> Tensor:
     """The position that each slot of a ring holds after position `last` [1] was written; negative where none was."""
     # ExecuTorch's portable remainder follows C's sign, so its operand is kept from being negative.
     count = slots.shape[0]
@@ -169,15 +168,3 @@ def _table(parts: Parts, embedding: nn.Module) -> list[str]:
         names.append(f"embedding.{name}")
         parts.values[names[-1]] = Value(tuple(tensor.shape), tensor.dtype, constant=tensor.detach())
     return names
-
-
-Kind = TypeVar("Kind", bound=nn.Module)
-
-
-def replace_layers(model: Transformer, kind: type[Kind], replace: Callable[[Kind], nn.Module]) -> None:
-    """Puts `replace(module)` where a module of `kind` is; a module in two places stays one. In place."""
-    made: dict[nn.Module, nn.Module] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, kind):
-            made[module] = made.get(module) or replace(module)
-            model.set_submodule(name, made[module])

@@ -15,9 +15,9 @@ from executorch.exir._serialize._program import _ExtendedHeader, _insert_flatbuf
 from executorch.exir._serialize.padding import aligned_size
 from torch import Tensor
 
-from lobit.export.link import Linked, Weight
 from lobit.export.stages import Count
-from lobit.export.stamp import SCALE, as_bytes
+from lobit.export.xnnpack.link import Linked, Weight
+from lobit.export.xnnpack.stamp import SCALE, as_bytes
 
 SEGMENT_ALIGNMENT = 128
 CONSTANT_ALIGNMENT = 16

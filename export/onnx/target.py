@@ -12,10 +12,10 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
-from lobit.export.onnx_arithmetic import arithmetic as arithmetic
-from lobit.export.onnx_fused import in_place, inner_ropes, slots_name
-from lobit.export.onnx_graph import emit
-from lobit.export.onnx_weights import SMALLEST_BLOCK, Form, form_of, rounds_inputs
+from lobit.export.onnx.arithmetic import arithmetic as arithmetic
+from lobit.export.onnx.emit import emit
+from lobit.export.onnx.fused import in_place, inner_ropes, slots_name
+from lobit.export.onnx.weights import SMALLEST_BLOCK, Form, form_of, rounds_inputs
 from lobit.export.size_groups import Tally, held_as
 from lobit.export.stages import Count
 from lobit.export.target import Costs, Lowered, Needs, Spec

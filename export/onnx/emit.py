@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from lobit.export.onnx_file import Graph
-from lobit.export.onnx_fused import Fused
-from lobit.export.onnx_standard import Standard
+from lobit.export.onnx.fused import Fused
+from lobit.export.onnx.graph import Graph
+from lobit.export.onnx.standard import Standard
 from lobit.export.target import Spec
 from lobit.model import RMSNorm, Transformer
 

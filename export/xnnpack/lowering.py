@@ -24,8 +24,8 @@ from executorch.exir.schema import Tensor as TensorValue
 from torch.export import Dim, ExportedProgram, export
 from torch.fx.passes.dialect.common.cse_pass import CSEPass
 
-from lobit.export.parts import Parts, Step, Tokens
-from lobit.export.stamp import Stamp, randomize, stamp_of
+from lobit.export.xnnpack.parts import Parts, Step, Tokens
+from lobit.export.xnnpack.stamp import Stamp, randomize, stamp_of
 from lobit.quiet import quiet_python
 
 

@@ -10,19 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lobit.export.xnnpack.weights import form_of
 from lobit.model import RMSNorm
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
 from lobit.quant_recipes.packing import pack_int4
-from lobit.quant_recipes.recipe import WeightGrid
 from lobit.rope import RotateHalf
-
-
-def held(grid: WeightGrid, inner: int) -> WeightGrid:
-    """The grid of the program, INT4 or INT8, that holds the integers of a weight [out, inner]; their values stay.
-
-    Rows of odd length are INT8: with them XNNPACK's INT4 products give wrong sums (google/XNNPACK issue 5935; so in ExecuTorch 1.5.1).
-    """
-    return WeightGrid(4 if grid.bits <= 4 and inner % 2 == 0 else 8, grid.group_size)
 
 
 class DelegatedLinear(nn.Module):
@@ -35,7 +27,7 @@ class DelegatedLinear(nn.Module):
 
     def __init__(self, linear: IntegerLinear) -> None:
         super().__init__()
-        grid = held(linear.rule.weights, linear.integers.shape[1])
+        grid = form_of(linear.rule.weights, linear.integers.shape[1]).grid
         self.grid, self.activation_bits = grid, linear.rule.activation_bits
         scale = linear.scale if grid.group_size else linear.scale[:, 0]
         self.register_buffer("integers", linear.integers)
@@ -128,7 +120,7 @@ class PackedEmbedding(nn.Module):
     def __init__(self, embedding: IntegerEmbedding) -> None:
         super().__init__()
         integers, grid = embedding.integers, embedding.rule.weights
-        self.grid = held(grid, integers.shape[1])
+        self.grid = form_of(grid, integers.shape[1], rows=True).grid
         if self.grid.bits == 4:
             packed = pack_int4(integers)
             self.register_buffer("packed", (packed << 4) | (packed >> 4))

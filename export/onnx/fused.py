@@ -9,9 +9,9 @@ import torch
 from onnx import TensorProto
 from torch import nn
 
-from lobit.export.onnx_file import FUSED, Graph
-from lobit.export.onnx_standard import Standard
-from lobit.export.onnx_weights import (
+from lobit.export.onnx.graph import FUSED, Graph
+from lobit.export.onnx.standard import Standard
+from lobit.export.onnx.weights import (
     alike,
     blocks_weight,
     float_weight,

@@ -10,8 +10,8 @@ import torch
 from onnx import TensorProto
 from torch import nn
 
-from lobit.export.onnx_file import Graph
-from lobit.export.onnx_weights import float_weight, form_of, int4_weight, int8_weight, parameter
+from lobit.export.onnx.graph import Graph
+from lobit.export.onnx.weights import float_weight, form_of, int4_weight, int8_weight, parameter
 from lobit.export.target import Spec
 from lobit.model import Block, Config, RMSNorm, bias_of, weight_of
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear

@@ -14,18 +14,19 @@ import torch
 from torch import Tensor
 
 from lobit.errors import TargetError, listed
-from lobit.export.attention import Caches
-from lobit.export.delegated import DelegatedLinear, DelegatedNorm, DelegatedTurn, PackedEmbedding, SharedHead, held
-from lobit.export.link import Linker
-from lobit.export.lowering import LoweredPart, lower_part, trace_part, without_collection
-from lobit.export.parts import Interpreter, Parts, Step
-from lobit.export.program import build, replace_layers
-from lobit.export.pte import write_program
-from lobit.export.size_groups import Tally, held_as
+from lobit.export.size_groups import Tally
 from lobit.export.stages import Count
 from lobit.export.target import Costs, Lowered, Needs, Spec
-from lobit.model import Config, RMSNorm, Transformer
-from lobit.quant_recipes.apply import LayerPlan, layer_plans
+from lobit.export.xnnpack.attention import Caches
+from lobit.export.xnnpack.delegated import DelegatedLinear, DelegatedNorm, DelegatedTurn, PackedEmbedding, SharedHead
+from lobit.export.xnnpack.link import Linker
+from lobit.export.xnnpack.lowering import LoweredPart, lower_part, trace_part, without_collection
+from lobit.export.xnnpack.parts import Interpreter, Parts, Step
+from lobit.export.xnnpack.program import build
+from lobit.export.xnnpack.pte import write_program
+from lobit.export.xnnpack.weights import form_of, format_of, layer_form
+from lobit.model import Config, RMSNorm, Transformer, replace_layers
+from lobit.quant_recipes.apply import layer_plans
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
 from lobit.quant_recipes.recipe import Recipe
 from lobit.quant_recipes.sizes import kind_of
@@ -99,19 +100,14 @@ def weights(spec: Spec, config: Config) -> list[TensorGroup]:
     A format says what the recipe has, and what the program has where that is another: integers of few bits are INT4 there, activations
     have a zero point, floats are float32. An embedding that is the head too is there once, with two sets of scales where it is of integers.
     """
-    recipe, tally = spec.recipe, Tally()
-    for layer_plan in layer_plans(config, recipe):
-        out, inner = layer_plan.shape
-        grid = layer_plan.rule.weights if layer_plan.rule else None
+    tally = Tally()
+    for layer_plan in layer_plans(config, spec.recipe):
+        (out, inner), form, format = layer_plan.shape, layer_form(layer_plan), format_of(layer_plan, spec.recipe)
         kind = kind_of(layer_plan.name)
-        shared = layer_plan.shared_with is not None
-        format = _format(layer_plan, recipe)
-        if not shared:
-            tally.add(kind, format, out * inner, out * inner * (held(grid, inner).bits if grid else 32) // 8)
-        if grid:
-            scales = out * (inner // grid.group_size if grid.group_size else 1)
-            width = 4 if grid.scale_rule == "exact" or (kind != "embedding" and not grid.group_size) else 2
-            tally.add(f"{kind} scales" if kind in ("embedding", "head") else kind, format, 0, scales * width)
+        if layer_plan.shared_with is None:
+            tally.add(kind, format, out * inner, out * inner * (form.grid.bits if form else 32) // 8)
+        if form:
+            tally.add(f"{kind} scales" if kind in ("embedding", "head") else kind, format, 0, out * form.scales * form.scale_bytes)
     tally.add_norms_and_biases(config)
     return tally.groups()
 
@@ -128,20 +124,10 @@ def cache(spec: Spec, config: Config) -> CacheInfo:
     return CacheInfo("float32", slots, heads * config.head_dim * 4, 0)
 
 
-def _format(layer_plan: LayerPlan, recipe: Recipe) -> str:
-    """The recipe's and the program's numbers of a layer."""
-    if layer_plan.rule is None:
-        return "half as float32" if recipe.float_bits == 16 else "float32"
-    grid, bits = layer_plan.rule.weights, held(layer_plan.rule.weights, layer_plan.shape[1]).bits
-    weights = held_as(grid, bits)
-    absmax = layer_plan.rule.activation_bits and layer_plan.rule.activation_rule == "absmax" and layer_plan.name != "embedding"
-    return f"{weights}, inputs with zero point" if absmax else weights
-
-
 def program(model: Transformer, spec: Spec) -> Parts:
     """The model in parts, its layers in the delegate's operators, its caches written in place."""
     config, head = model.config, model.head
-    if config.tied and isinstance(head, IntegerLinear) and held(head.rule.weights, config.hidden_size).bits == 4:
+    if config.tied and isinstance(head, IntegerLinear) and form_of(head.rule.weights, config.hidden_size).grid.bits == 4:
         model.head = SharedHead(head)
     replace_layers(model, IntegerLinear, DelegatedLinear)
     replace_layers(model, IntegerEmbedding, PackedEmbedding)
@@ -160,7 +146,7 @@ def needs(model: Transformer, spec: Spec) -> Needs:
     config = model.config
     stored = sum(group.bytes for group in weights(spec, config))
     # A head that is the embedding is in the file once, but packed anew for the head.
-    bits = held(model.head.rule.weights, config.hidden_size).bits if isinstance(model.head, IntegerLinear) else 32
+    bits = form_of(model.head.rule.weights, config.hidden_size).grid.bits if isinstance(model.head, IntegerLinear) else 32
     head = config.vocab_size * config.hidden_size * bits // 8 if config.tied else 0
     parts = program(model, spec)
     handed = sum(parts.places(spec.chunk).values())
@@ -254,7 +240,7 @@ def write(lowered: Lowered, folder: Path, count: Count) -> list[FileEntry]:
 
 def android_operators() -> set[str]:
     """The operators that ExecuTorch's Android library registers, from `android_operators.txt`."""
-    text = (resources.files("lobit.export") / "android_operators.txt").read_text(encoding="utf-8")
+    text = (resources.files("lobit.export.xnnpack") / "android_operators.txt").read_text(encoding="utf-8")
     return {line for line in text.splitlines() if line and not line.startswith("#")}
 
 

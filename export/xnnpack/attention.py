@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lobit.export.parts import Choice, Parts, Step, Tokens, Value
+from lobit.export.xnnpack.parts import Choice, Parts, Step, Tokens, Value
 from lobit.model import Config
 
 HIDDEN = -1e9

@@ -12,7 +12,7 @@ from onnx import TensorProto
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lobit.export.onnx_file import Bytes, Graph
+from lobit.export.onnx.graph import Bytes, Graph
 from lobit.model import weight_of
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
 from lobit.quant_recipes.packing import FixedWidth, layout_of

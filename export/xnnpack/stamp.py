@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from lobit.errors import TargetError
-from lobit.export.delegated import DelegatedLinear
+from lobit.export.xnnpack.delegated import DelegatedLinear
 from lobit.quant_recipes.packing import pack_int4
 
 SCALE = "scale_"

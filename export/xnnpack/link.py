@@ -18,10 +18,10 @@ from executorch.exir.scalar_type import ScalarType
 from torch import Tensor, nn
 
 from lobit.errors import TargetError, listed
-from lobit.export.lowering import LoweredPart
-from lobit.export.parts import INPUTS, OUTPUT, Choice, Parts, Step, Tokens, Value
 from lobit.export.stages import Count
-from lobit.export.stamp import digest_of, key_of, serialized
+from lobit.export.xnnpack.lowering import LoweredPart
+from lobit.export.xnnpack.parts import INPUTS, OUTPUT, Choice, Parts, Step, Tokens, Value
+from lobit.export.xnnpack.stamp import digest_of, key_of, serialized
 
 ARENA = 1
 """The memory that ExecuTorch plans; 0 is its own word for none."""

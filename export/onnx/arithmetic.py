@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lobit.export.onnx_weights import FAST_BLOCK, form_of, rounds_inputs
-from lobit.export.program import replace_layers
+from lobit.export.onnx.weights import FAST_BLOCK, form_of, rounds_inputs
 from lobit.export.target import Spec
-from lobit.model import Transformer
+from lobit.model import Transformer, replace_layers
 from lobit.quant_recipes.integer import IntegerLinear
 from lobit.quant_recipes.recipe import Recipe
 

@@ -1,0 +1,1 @@
+"""Target `onnx`: a graph for ONNX Runtime, in its own fast operators or in standard ones."""
