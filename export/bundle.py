@@ -17,8 +17,9 @@ from lobit.model import Config, Transformer
 from lobit.quant_recipes.apply import skeleton
 from lobit.quant_recipes.quantized import fingerprint
 from lobit.quant_recipes.recipe import Recipe
-from lobit.runtime.manifest import FILE_NAME, FileEntry, Manifest, ModelInfo, Tokens
+from lobit.runtime.manifest import FILE_NAME, FileEntry, Generation, Manifest, ModelInfo, Tokens
 from lobit.stage_cache import StageCache
+from lobit.tokenizer_files import declared_generation
 
 BUILD_FILE = "build.json"
 """The command, seconds and memory of the export; beside the manifest, because they differ from run to run."""
@@ -88,12 +89,14 @@ def write_bundle(model: Transformer, recipe: Recipe, request: Request, folder: P
         recipe=recipe.to_json(),
         checkpoint_sha256=digest,
         context=spec.context,
-        chunk=spec.chunk,
+        chunk=module.step(spec),
         threads=spec.threads,
-        inputs=lowered.inputs,
-        outputs=lowered.outputs,
+        options=module.options(spec),
+        methods=lowered.methods,
+        states=lowered.states,
         cache=module.cache(spec, config),
         tokens=tokens,
+        generation=Generation(**declared_generation(request.source)),
         delegation=lowered.delegation,
         weights=module.weights(spec, config),
         files=files,

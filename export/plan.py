@@ -98,7 +98,7 @@ def plan(config: Config, spec: Spec, target: str) -> Plan:
         bits_per_weight=8 * file_bytes / parameters,
         cache=cache,
         context=spec.context,
-        chunk=spec.chunk,
+        chunk=module.step(spec),
         host_peak_bytes=host_peak(config, recipe, module.COSTS),
         device_peak_bytes=needs.device_peak_bytes,
         export_seconds=module.COSTS.imports_seconds + sum(seconds.values()),

@@ -15,7 +15,7 @@ from lobit.export.stages import Count
 from lobit.model import Config, Transformer
 from lobit.quant_recipes.recipe import Recipe
 from lobit.quiet import quiet_python
-from lobit.runtime.manifest import CacheInfo, Delegation, FileEntry, Port, TensorGroup
+from lobit.runtime.manifest import CacheInfo, Delegation, FileEntry, Method, State, TensorGroup
 from lobit.stage_cache import StageCache
 from lobit.targets import TARGETS
 
@@ -51,8 +51,8 @@ class Lowered:
 
     payload: Any
     """What the target's `write` puts into files."""
-    inputs: list[Port]
-    outputs: list[Port]
+    methods: list[Method]
+    states: list[State]
     delegation: Delegation
 
 
@@ -106,6 +106,12 @@ class Target(Protocol):
 
     def check(self, spec: Spec, config: Config) -> list[str]:
         """Every reason why the target cannot hold the model, before anything slow."""
+
+    def step(self, spec: Spec) -> int:
+        """The most tokens that are read in one call, of the `chunk` that was asked for."""
+
+    def options(self, spec: Spec) -> dict[str, str | int | bool]:
+        """What the program is made for besides, and how it is to be run, by names of the target's own."""
 
     def weights(self, spec: Spec, config: Config) -> list[TensorGroup]:
         """The bytes that each kind of weights will take in the files."""

@@ -27,6 +27,8 @@ LARGEST_TEMPLATE = 1 << 20
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The special tokens that a chat template may name (transformers `SPECIAL_TOKENS_ATTRIBUTES`)."""
 STOP_FILES = ("generation_config.json", "config.json")
+DRAWING = {"temperature": (0, 100), "top_k": (0, 1 << 31), "top_p": (0, 1), "repetition_penalty": (0.01, 100)}
+"""Fields of generation_config.json and what they lie in."""
 """Where stop tokens are declared; the first that has any counts."""
 NO_TOKEN = -1
 """What some config.json files say for none."""
@@ -189,6 +191,31 @@ def _stops_of(path: Path) -> list[Any] | None:
     inner = values.get("text_config")
     value = values.get("eos_token_id", inner.get("eos_token_id") if isinstance(inner, dict) else None)
     return value if isinstance(value, list) else None if value in (None, NO_TOKEN) else [value]
+
+
+def declared_generation(folder: Path) -> dict[str, Any]:
+    """How the model's authors draw tokens, as far as generation_config.json says; a temperature of 0 where they do not draw.
+
+    Raises:
+        ModelError: a value is none; all of them are named.
+    """
+    path = folder / STOP_FILES[0]
+    values = read_optional(path)
+    found = {name: values[name] for name in DRAWING if values.get(name) is not None}
+    wrong = [name for name, value in found.items() if not _draws(name, value)]
+    if wrong:
+        told = ", ".join(f"{name} is {shown(found[name])}" for name in wrong)
+        raise ModelError(f"{told} in {path}: correct it or leave it out")
+    if values.get("do_sample") is False:
+        found["temperature"] = 0.0
+    return {name: value if name == "top_k" else float(value) for name, value in found.items()}
+
+
+def _draws(name: str, value: Any) -> bool:
+    """Whether tokens can be drawn with the value."""
+    low, high = DRAWING[name]
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return (whole or (name != "top_k" and isinstance(value, float))) and low <= value <= high
 
 
 def check_vocabulary(inner: tokenizers.Tokenizer, stop: Sequence[int], bos: int | None, vocab_size: int | None, folder: Path) -> None:

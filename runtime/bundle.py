@@ -36,10 +36,7 @@ def open_bundle(folder: Path | str, hashes: bool = True) -> Bundle:
         raise BundleError(f"{folder} is no bundle, it has no {FILE_NAME}: make one with `lobit export`")
     if path.stat().st_size > LARGEST_MANIFEST:
         raise BundleError(f"{path} has {path.stat().st_size} bytes, at most {LARGEST_MANIFEST} are read: export the bundle again")
-    try:
-        manifest = Manifest.from_json(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise BundleError(f"{path} is not text: export the bundle again") from None
+    manifest = Manifest.from_json(path.read_bytes())
     problems = [problem for entry in manifest.files if (problem := _problem(folder, entry.path, entry.bytes, entry.sha256, hashes))]
     if problems:
         raise BundleError(listed(problems, f"bundle {folder} is not as export wrote it, export it again:"))

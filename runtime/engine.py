@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -44,6 +44,13 @@ class Engine(Protocol):
             InputError: as `prefill`.
         """
 
+    def score(self, tokens: Sequence[int]) -> Logits:
+        """Reads tokens as `prefill` does; the logits [T, V] after each.
+
+        Raises:
+            InputError: as `prefill`.
+        """
+
     def rewind(self, position: int) -> bool:
         """Forgets the tokens from a position on; false, and nothing is forgotten, where a layer no longer has all tokens before it.
 
@@ -74,7 +81,7 @@ def check_tokens(engine: Engine, tokens: Sequence[int]) -> None:
 
 
 Step = Callable[[list[int], int], Logits]
-"""(tokens, position of the first) -> logits [V] after the last; keeps what it read in its cache."""
+"""(tokens, position of the first) -> logits [n, V] after the last, or after each of them; keeps what it read in its cache."""
 
 
 class SteppingEngine:
@@ -86,21 +93,34 @@ class SteppingEngine:
         chunk: the most tokens in one step.
         vocab_size: length of the logits.
         slots: positions that the shortest cache of a layer holds; None: the context.
+        all_logits: whether a step gives the logits after each of its tokens.
     """
 
-    def __init__(self, step: Step, context: int, chunk: int, vocab_size: int, slots: int | None = None) -> None:
-        self.step, self.context, self.chunk, self.vocab_size = step, context, chunk, vocab_size
+    def __init__(
+        self, step: Step, context: int, chunk: int, vocab_size: int, slots: int | None = None, all_logits: bool = False
+    ) -> None:
+        self.step, self.context, self.chunk, self.vocab_size, self.all_logits = step, context, chunk, vocab_size, all_logits
         self.slots = context if slots is None else slots
         self.position = 0
 
     def prefill(self, tokens: Sequence[int]) -> Logits:
         """See `Engine.prefill`; long prompts go in chunks."""
-        check_tokens(self, tokens)
-        for start in range(0, len(tokens), self.chunk):
-            part = list(tokens[start : start + self.chunk])
-            logits = self.step(part, self.position)
-            self.position += len(part)
+        for rows in self._steps(tokens, self.chunk):
+            logits: Logits = rows[-1]
         return logits
+
+    def score(self, tokens: Sequence[int]) -> Logits:
+        """See `Engine.score`; token by token where the program gives the logits of the last alone."""
+        return np.concatenate(list(self._steps(tokens, self.chunk if self.all_logits else 1)))
+
+    def _steps(self, tokens: Sequence[int], length: int) -> Iterator[Logits]:
+        """What the steps over pieces of a length give."""
+        check_tokens(self, tokens)
+        for start in range(0, len(tokens), length):
+            part = list(tokens[start : start + length])
+            rows = self.step(part, self.position)
+            self.position += len(part)
+            yield rows
 
     def decode(self, token: int) -> Logits:
         """See `Engine.decode`."""

@@ -75,14 +75,15 @@ def open_engine(bundle: Bundle, threads: int) -> SteppingEngine:
     def step(tokens: list[int], position: int) -> Logits:
         inputs = (torch.tensor([tokens], dtype=torch.int64), torch.tensor([position], dtype=torch.int64))
         (logits,) = module.forward(inputs)
-        return logits.reshape(-1).numpy().copy()  # type: ignore[no-any-return]
+        return logits[0].numpy().copy()  # type: ignore[no-any-return]
 
     try:
         module = native._load_for_executorch(str(bundle.path("program")))
         step([0], 0)  # what it leaves in the cache is overwritten by the first token that is read
     except RuntimeError as error:
         raise BundleError(f"ExecuTorch cannot load {bundle.path('program')} ({error}): export it again") from None
-    return SteppingEngine(step, manifest.context, manifest.chunk, manifest.model.vocab_size, min(manifest.cache.slots))
+    slots = min(manifest.cache.slots)
+    return SteppingEngine(step, manifest.context, manifest.chunk, manifest.model.vocab_size, slots, manifest.all_logits)
 
 
 class ProgramFile:

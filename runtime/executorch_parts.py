@@ -49,6 +49,7 @@ def read_parts(bundle: Bundle, threads: int, calls: Sequence[Sequence[int]]) -> 
             for tokens in calls:
                 values = module.forward((torch.tensor([list(tokens)]), torch.tensor([position])))
                 seen.append({name: value.clone() for name, value in zip(names, values, strict=True)})
+                seen[-1]["logits"] = seen[-1]["logits"][:, -1:]
                 position += len(tokens)
         except RuntimeError as error:
             raise BundleError(f"ExecuTorch cannot run the parts of {bundle.path('program')} ({error}): export it again") from None

@@ -15,14 +15,17 @@ from typing import Any
 from lobit.errors import BundleError, listed, reason, shown
 from lobit.from_json import build
 
-SCHEMA_VERSION = 1
+MAJOR, MINOR = 2, 0
+"""Of the schema. A reader refuses another major version; of a newer minor one it leaves out the fields that it does not know."""
 FILE_NAME = "manifest.json"
 LONGEST_PATH = 80
 """Characters; no target names its files so."""
 MOST_THREADS = 1024
 """Of a runtime; no processor has more."""
 SEAL = "sha256"
-"""The last entry of the file: the digest of all others."""
+"""The last entry of the file."""
+SEALED = re.compile(rb'(.*,\n  "sha256": ")([0-9a-f]{64})"\n\}\n', re.DOTALL)
+"""A file: all that is before the digest, which is of these bytes, and the digest."""
 LARGEST_MANIFEST = 8 << 20
 """Bytes that are read at most."""
 
@@ -49,9 +52,42 @@ class Port:
     """An input or output of the program."""
 
     name: str
+    role: str
+    """`tokens`; `position`: of the first of them, or `positions` of all; `logits`; `state`: one of `states`."""
     shape: list[int | str]
-    """Fixed sizes, or a name and its range such as `1..128`."""
+    """Fixed sizes, or the range of one that changes from call to call, such as `1..128`."""
     dtype: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """A function of the program."""
+
+    name: str
+    """As the runtime calls it."""
+    role: str
+    """`step`: reads 1 to `chunk` tokens behind those already read, and gives the logits of the last, or of all."""
+    inputs: list[Port]
+    outputs: list[Port]
+
+
+@dataclass(frozen=True)
+class State:
+    """What a program remembers from call to call, where the client keeps it: zeros at first, then what the call before has given."""
+
+    input: str
+    """The port that takes it."""
+    output: str
+    """The port that gives it back."""
+    dtype: str
+    shape: list[int]
+    """When it is full."""
+    axis: int | None
+    """Of the shape: the one with an entry for every position. None: the state has none, and is of this shape from the beginning."""
+    window: int | None
+    """Positions that the model looks back at; None: at all."""
+    in_place: bool
+    """Whether input and output are one piece of memory of the full shape. Otherwise the axis is as long as tokens were read: 0 at first."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +123,20 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Generation:
+    """How the model's authors draw tokens (generation_config.json); null where they say nothing."""
+
+    temperature: float | None = None
+    """0: always the likeliest."""
+    top_k: int | None = None
+    """0: from all."""
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+@dataclass(frozen=True)
 class Delegation:
-    """Where the program's operators run."""
+    """Where the program's operators run: a description, which chooses nothing."""
 
     backend: str
     partitions: int
@@ -138,18 +186,22 @@ class Manifest:
     """Of all integers, scales and floats that the program holds, before lowering (`quantized.fingerprint`)."""
     context: int
     chunk: int
-    """The most tokens in one prefill call."""
+    """The most tokens that are read in one call."""
     threads: int
     """Of the runtime, where it is not told otherwise; 0: one per core."""
-    inputs: list[Port]
-    outputs: list[Port]
+    options: dict[str, str | int | bool]
+    """Of the target, by names of its own: what the program was made for, and how it is to be run."""
+    methods: list[Method]
+    states: list[State]
+    """Empty where the program keeps its own."""
     cache: CacheInfo
     tokens: Tokens
+    generation: Generation
     delegation: Delegation
     weights: list[TensorGroup]
     files: list[FileEntry]
     versions: dict[str, str]
-    schema_version: int = field(default=SCHEMA_VERSION)
+    schema_version: str = field(default=f"{MAJOR}.{MINOR}")
 
     def file(self, role: str) -> FileEntry:
         """The first file of a role.
@@ -162,6 +214,22 @@ class Manifest:
             raise BundleError(f"bundle {self.name} has no {role}: export it again")
         return entry
 
+    def method(self, role: str) -> Method:
+        """The method of a role.
+
+        Raises:
+            BundleError: there is none.
+        """
+        found = next((method for method in self.methods if method.role == role), None)
+        if found is None:
+            raise BundleError(f"bundle {self.name} has no method for {role}: export it again")
+        return found
+
+    @property
+    def all_logits(self) -> bool:
+        """Whether a call gives the logits of all its tokens, not of the last alone."""
+        return any(port.role == "logits" and port.shape[1] != 1 for port in self.method("step").outputs)
+
     @property
     def program_bytes(self) -> int:
         """Of the program and its weights."""
@@ -172,24 +240,20 @@ class Manifest:
         return sealed(dataclasses.asdict(self))
 
     @staticmethod
-    def from_json(text: str) -> Manifest:
-        """The inverse of `to_json`.
+    def from_json(data: bytes) -> Manifest:
+        """The inverse of `to_json`, of the file's bytes.
 
         Raises:
-            BundleError: not a manifest of this schema version, or a changed one; the message says where it differs.
+            BundleError: not a manifest of this schema's major version, or a changed one; the message says where it differs.
         """
         try:
-            values = json.loads(text)
-            digest = _digest(values) if isinstance(values, dict) else ""
+            values = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{FILE_NAME} is not JSON ({reason(error)}): export the bundle again") from None
-        version = values.get("schema_version") if isinstance(values, dict) else None
-        if version != SCHEMA_VERSION or isinstance(version, bool):
-            told = f"{FILE_NAME} has schema version {shown(version)}, this lobit reads {SCHEMA_VERSION}"
-            raise BundleError(f"{told}: export the bundle again")
-        sha256 = values.pop(SEAL, None)
+        minor = _minor(values.get("schema_version") if isinstance(values, dict) else None)
+        digest = values.pop(SEAL, None)
         try:
-            manifest: Manifest = build(Manifest, values, FILE_NAME)
+            manifest: Manifest = build(Manifest, values, FILE_NAME, more=minor > MINOR)
         except ValueError as error:
             raise BundleError(f"{error}, export the bundle again") from None
         for entry in manifest.files:
@@ -197,20 +261,29 @@ class Manifest:
         problems = list(_problems(manifest))
         if problems:
             raise BundleError(listed(problems, f"{FILE_NAME} contradicts itself, export the bundle again:"))
-        if sha256 != digest:
-            raise BundleError(f"{FILE_NAME} has changed: its values do not have the {SEAL} {shown(sha256)}, export the bundle again")
+        seal = SEALED.fullmatch(data)
+        if seal is None or hashlib.sha256(seal[1]).hexdigest().encode() != seal[2]:
+            raise BundleError(f"{FILE_NAME} has changed: its bytes do not have the {SEAL} {shown(digest)}, export the bundle again")
         return manifest
 
 
+def _minor(version: Any) -> int:
+    """The minor version of a schema that can be read.
+
+    Raises:
+        BundleError: it is another major version, or none.
+    """
+    told = re.fullmatch(r"(\d{1,9})\.(\d{1,9})", version) if isinstance(version, str) else None
+    if told is None or int(told[1]) != MAJOR:
+        raise BundleError(f"{FILE_NAME} has schema version {shown(version)}, this lobit reads {MAJOR}.x: export the bundle again")
+    return int(told[2])
+
+
 def sealed(values: Mapping[str, Any]) -> str:
-    """The text of manifest.json, with the sha256 of its own values at the end."""
-    return json.dumps({**values, SEAL: _digest(values)}, indent=2, ensure_ascii=False) + "\n"
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    """sha256 of values, in whatever order and layout a file has them."""
-    text = json.dumps({name: value for name, value in values.items() if name != SEAL}, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
+    """The text of manifest.json, ASCII: at its end the sha256 of all bytes before that."""
+    text = json.dumps({name: value for name, value in values.items() if name != SEAL}, indent=2)
+    text = f'{text.removesuffix("}").rstrip()},\n  "{SEAL}": "'
+    return f'{text}{hashlib.sha256(text.encode("ascii")).hexdigest()}"\n}}\n'
 
 
 def _problems(manifest: Manifest) -> Iterator[str]:
@@ -222,6 +295,7 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         yield f"chunk {manifest.chunk}, context {context} and the model's own context {model.max_context} are not in this order"
     if len(slots) != model.layers or not all(1 <= size <= context for size in slots):
         yield f"{len(slots)} layers have a cache of {shown(slots)} positions: {model.layers} layers and a context of {context} are told"
+    yield from _state_problems(manifest)
     if manifest.threads > MOST_THREADS:
         yield f"threads is {manifest.threads}, over {MOST_THREADS}"
     tokens = [*manifest.tokens.stop, *([] if manifest.tokens.bos is None else [manifest.tokens.bos])]
@@ -229,6 +303,23 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     times = Counter(entry.path for entry in manifest.files)
     yield from (f"{name} is listed {count} times" for name, count in times.items() if count > 1)
     yield from (f"{name} has the sha256 {shown(text)}" for name, text in _hashes(manifest) if not re.fullmatch("[0-9a-f]{64}", text))
+
+
+def _state_problems(manifest: Manifest) -> Iterator[str]:
+    """What states and methods do not agree in."""
+    roles = Counter(method.role for method in manifest.methods)
+    yield from (f"{count} methods are for {shown(role)}" for role, count in roles.items() if count > 1)
+    told = {side: {port.name for method in manifest.methods for port in getattr(method, side)} for side in ("inputs", "outputs")}
+    for state in manifest.states:
+        yield from (f"state {shown(name)} is no port" for name, side in _ends(state) if name not in told[side])
+        if not state.shape or not all(size >= 1 for size in state.shape):
+            yield f"state {shown(state.input)} has the shape {shown(state.shape)}"
+        if state.axis is not None and not (state.axis < len(state.shape) and state.shape[state.axis] <= manifest.context):
+            yield f"state {shown(state.input)} has its positions on axis {state.axis} of {shown(state.shape)}, context {manifest.context}"
+
+
+def _ends(state: State) -> list[tuple[str, str]]:
+    return [(state.input, "inputs"), (state.output, "outputs")]
 
 
 def _hashes(manifest: Manifest) -> list[tuple[str, str]]:

@@ -9,8 +9,8 @@ import numpy as np
 
 from lobit.errors import BundleError
 from lobit.runtime.bundle import Bundle
-from lobit.runtime.onnx_ports import LOGITS, PAST, POSITIONS, PRESENT, TOKENS, cache_names
-from lobit.runtime.onnxruntime import GraphFile, session_of
+from lobit.runtime.onnx_ports import LOGITS, TOKENS, cache_names
+from lobit.runtime.onnxruntime import GraphFile, at_first, provider_of, session_of
 from lobit.runtime.parts import Seen
 
 FOLDER = "session.model_external_initializers_file_folder_path"
@@ -32,31 +32,27 @@ def read_parts(bundle: Bundle, threads: int, calls: Sequence[Sequence[int]]) -> 
     import torch
 
     manifest, path = bundle.manifest, bundle.path("program")
-    graph = GraphFile(path, bundle.path("weights"))
-    values = opened(graph.graph, len(manifest.cache.slots))
+    graph, layers = GraphFile(path, bundle.path("weights")), len(manifest.cache.slots)
+    values = opened(graph.graph, layers)
     graph.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in values.values())
     data = graph.model.SerializeToString()
-    session = session_of(data, manifest.cache.slots, threads, manifest.delegation.backend, {FOLDER: str(path.parent)})
-    inputs = {port.name: port for port in session.get_inputs()}
-    in_place = POSITIONS in inputs
-    caches = {
-        name: np.zeros((1, port.shape[1], slots if in_place else 0, port.shape[3]), np.float32)
-        for layer, slots in enumerate(manifest.cache.slots)
-        for name, port in ((pair[0], inputs[pair[0]]) for pair in cache_names(layer))
-    }
+    session = session_of(data, manifest.states, threads, provider_of(bundle), {FOLDER: str(path.parent)})
+    positions = next((port.name for port in manifest.method("step").inputs if port.role == "positions"), None)
+    caches = {state.input: at_first(state) for state in manifest.states}
+    after = {state.input: state.output for state in manifest.states}
     position, seen = 0, []
-    wanted = [*values.values(), LOGITS, *(name.replace(PAST, PRESENT) for name in caches)]
+    wanted = [*values.values(), LOGITS, *after.values()]
     for tokens in calls:
         end = position + len(tokens)
         given: dict[str, Any] = {TOKENS: np.array([list(tokens)], np.int64), **caches}
-        given |= {POSITIONS: np.arange(position, end)[None]} if in_place else {}
+        given |= {positions: np.arange(position, end)[None]} if positions else {}
         try:
             found = dict(zip(wanted, session.run(wanted, given), strict=True))
         except Exception as error:  # a class of its own for each of its codes
             raise BundleError(f"ONNX Runtime cannot run the parts of {path} ({error}): export it again") from None
-        caches = {name: found[name.replace(PAST, PRESENT)] for name in caches}
+        caches = {name: found[after[name]] for name in caches}
         one = {name: torch.from_numpy(found[value]) for name, value in values.items()} | {"logits": torch.from_numpy(found[LOGITS][:, -1:])}
-        for layer in range(len(manifest.cache.slots)):
+        for layer in range(layers):
             for side, (past, _) in zip("kv", cache_names(layer), strict=True):
                 one[f"{side}.{layer}"] = torch.from_numpy(caches[past][:, :, position:end].copy()).transpose(1, 2)
         seen.append(one)

@@ -9,8 +9,6 @@ PAST, PRESENT = "past_key_values.", "present."
 """What the names of caches begin with, before and after a call."""
 FLOAT_INPUTS = {"session.qdq_matmulnbits_accuracy_level": "1"}
 """Setting of a session: inputs of a weight's DequantizeLinear and MatMul, which ONNX Runtime joins to one product, stay floats."""
-STEP = 256
-"""Tokens that are read at once where a chunk has more: 2 to 8 % faster than 512, whose scores leave the processor's cache."""
 UNTILED_SLOTS = 4096
 """Slots up to which attention has scores for all of them at once: a prompt of 512 takes 6 to 10 % less time so, a token 5 % less, with 2048
 tokens before them as well (AVX-512, 125 million parameters). Beyond, the scores of a step would take hundreds of megabytes."""

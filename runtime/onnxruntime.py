@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from lobit.errors import BundleError, MissingPartError
 from lobit.quiet import quiet_native
 from lobit.runtime.bundle import Bundle
 from lobit.runtime.engine import Logits, Step, SteppingEngine
-from lobit.runtime.onnx_ports import FLOAT_INPUTS, LOGITS, PAST, POSITIONS, PRESENT, STEP, TOKENS, UNTILED_SLOTS
+from lobit.runtime.manifest import Method, State
+from lobit.runtime.onnx_ports import FLOAT_INPUTS, TOKENS, UNTILED_SLOTS
 from lobit.runtime.verify import StoredLayer
 
+PROVIDER = "CPUExecutionProvider"
 UNTILED = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 """Variable of the process that ONNX Runtime's attention reads when a session is made."""
 
@@ -56,16 +58,28 @@ def open_engine(bundle: Bundle, threads: int) -> SteppingEngine:
         BundleError: the runtime refuses the graph.
     """
     manifest = bundle.manifest
-    step = stepper(bundle.path("program"), manifest.cache.slots, threads, manifest.delegation.backend)
-    return SteppingEngine(step, manifest.context, min(manifest.chunk, STEP), manifest.model.vocab_size, min(manifest.cache.slots))
+    step = stepper(bundle.path("program"), manifest.method("step"), manifest.states, threads, provider_of(bundle))
+    slots = remembered(manifest.states)
+    return SteppingEngine(step, manifest.context, manifest.chunk, manifest.model.vocab_size, slots, manifest.all_logits)
 
 
-def stepper(path: Path, slots: list[int], threads: int, provider: str = "CPUExecutionProvider") -> Step:
+def provider_of(bundle: Bundle) -> str:
+    """ONNX Runtime's name of what runs a bundle."""
+    return str(bundle.manifest.options.get("provider", PROVIDER))
+
+
+def remembered(states: Sequence[State]) -> int | None:
+    """Tokens that every state still has, one by one: None where there is no end to them, 0 where a state has no positions."""
+    return min((0 if state.axis is None else state.shape[state.axis] for state in states), default=None)
+
+
+def stepper(path: Path, method: Method, states: Sequence[State], threads: int, provider: str = PROVIDER) -> Step:
     """What reads a chunk of tokens with a graph.
 
     Args:
         path: of the graph.
-        slots: positions of each layer's cache.
+        method: its ports.
+        states: what it hands on.
         threads: of this session.
         provider: what runs the graph, by ONNX Runtime's name.
 
@@ -73,15 +87,15 @@ def stepper(path: Path, slots: list[int], threads: int, provider: str = "CPUExec
         MissingPartError: the execution provider is not installed.
         BundleError: the runtime refuses the graph.
     """
-    try:
-        session = session_of(path, slots, threads, provider)
-        kind = InPlace if POSITIONS in (port.name for port in session.get_inputs()) else Growing
-        return kind(import_runtime(), session, slots)
-    except ValueError as error:  # ports that are not those of a bundle
-        raise _unloadable(path, error) from None
+    session = session_of(path, states, threads, provider)
+    ports = {port.name: port for port in (*session.get_inputs(), *session.get_outputs())}
+    told = [port.name for port in (*method.inputs, *method.outputs)]
+    if sorted(told) != sorted(ports):
+        raise _unloadable(path, ValueError("its ports are not those of the manifest"))
+    return Stepper(import_runtime(), session, method, states)
 
 
-def session_of(graph: Path | bytes, slots: list[int], threads: int, provider: str, settings: Mapping[str, str] | None = None) -> Any:
+def session_of(graph: Path | bytes, states: Sequence[State], threads: int, provider: str, settings: Mapping[str, str] | None = None) -> Any:
     """A session of a graph, given its file or itself; else as `stepper`."""
     runtime = import_runtime()
     name = graph if isinstance(graph, Path) else "the graph"
@@ -95,7 +109,7 @@ def session_of(graph: Path | bytes, slots: list[int], threads: int, provider: st
     for key, value in {**FLOAT_INPUTS, **(settings or {})}.items():
         options.add_session_config_entry(key, value)
     try:
-        with _attention_for(slots):
+        with _attention_for(states):
             return runtime.InferenceSession(str(graph) if isinstance(graph, Path) else graph, options, providers=[provider])
     except Exception as error:  # a class of its own for each of its codes
         raise _unloadable(name, error) from None
@@ -106,92 +120,86 @@ def _unloadable(name: Path | str, error: Exception) -> BundleError:
 
 
 @contextlib.contextmanager
-def _attention_for(slots: list[int]) -> Iterator[None]:
-    """Sessions made inside have the attention that is faster for such caches, unless the user has chosen."""
+def _attention_for(states: Sequence[State]) -> Iterator[None]:
+    """Sessions made inside have the attention that is faster for such states, unless the user has chosen."""
     with _MAKING:
         if UNTILED in os.environ:
             yield
             return
-        os.environ[UNTILED] = str(int(max(slots) <= UNTILED_SLOTS))
+        longest = max((state.shape[state.axis] for state in states if state.axis is not None), default=0)
+        os.environ[UNTILED] = str(int(longest <= UNTILED_SLOTS))
         try:
             yield
         finally:
             del os.environ[UNTILED]
 
 
-class Growing:
-    """Runs a graph that takes keys and values, and gives them back longer.
+def at_first(state: State) -> NDArray[Any]:
+    """A state before the first token: zeros, and no positions where it grows."""
+    grows = not state.in_place and state.axis is not None
+    return np.zeros([0 if grows and axis == state.axis else size for axis, size in enumerate(state.shape)], state.dtype)
+
+
+class Stepper:
+    """Runs a graph that takes its states and gives them back.
 
     Args:
         runtime: the module.
         session: a loaded graph.
-        slots: positions of each layer's cache.
+        method: the graph's ports.
+        states: what it hands on from call to call.
 
     Raises:
         BundleError: on a call: the graph does not run.
     """
 
-    def __init__(self, runtime: Any, session: Any, slots: list[int]) -> None:
-        self.runtime, self.session = runtime, session
-        inputs, outputs = ({port.name: port for port in ports} for ports in (session.get_inputs(), session.get_outputs()))
-        self.pasts = [port for name, port in inputs.items() if name.startswith(PAST)]
-        missing = {TOKENS, LOGITS, *(port.name.replace(PAST, PRESENT) for port in self.pasts)} - {*inputs, *outputs}
-        sizes = [port.shape[axis] for port in self.pasts for axis in (1, 3)]
-        if missing or len(self.pasts) != 2 * len(slots) or not all(isinstance(size, int) for size in sizes):
-            raise ValueError(f"its ports are not those of {len(slots)} layers")
-        self.logits_port = outputs[LOGITS]
-        self.caches: dict[str, Any] = {}
+    def __init__(self, runtime: Any, session: Any, method: Method, states: Sequence[State]) -> None:
+        self.runtime, self.session, self.states = runtime, session, states
+        self.names = {port.role: port.name for port in (*method.inputs, *method.outputs)}
+        self.outputs = [port.name for port in session.get_outputs()]
+        self.logits_port = next(port for port in session.get_outputs() if port.name == self.names["logits"])
+        self.logits: Any = None
+        self.binding = session.io_binding()
+        self.values: dict[str, Any] = {}
+        """Of the states, by the names of their inputs."""
+        for state in states:
+            if state.in_place:  # in memory that is bound once
+                self.values[state.input] = self._value(at_first(state))
+                self.binding.bind_ortvalue_input(state.input, self.values[state.input])
+                self.binding.bind_ortvalue_output(state.output, self.values[state.input])
 
     def __call__(self, tokens: list[int], position: int) -> Logits:
-        if position == 0:
-            self.caches = {port.name: self._zeros(1, port.shape[1], 0, port.shape[3]) for port in self.pasts}
-        elif any(value.shape()[2] > position for value in self.caches.values()):  # the engine was rewound
-            self.caches = {name: self._value(value.numpy()[:, :, :position].copy()) for name, value in self.caches.items()}
-        binding = self.session.io_binding()
-        binding.bind_ortvalue_input(TOKENS, self._value(np.array([tokens], np.int64)))
-        for name, value in self.caches.items():
-            binding.bind_ortvalue_input(name, value)
-        for name in (LOGITS, *(name.replace(PAST, PRESENT) for name in self.caches)):
-            binding.bind_output(name)
-        self._run(binding)
-        logits, *caches = binding.get_outputs()
-        self.caches = dict(zip(self.caches, caches, strict=True))
-        return logits.numpy()[0, -1]  # type: ignore[no-any-return]
-
-    def _run(self, binding: Any) -> None:
+        handed = [state for state in self.states if not state.in_place]
+        for state in handed:
+            if position == 0:
+                self.values[state.input] = self._value(at_first(state))
+            elif state.axis is not None and self.values[state.input].shape()[state.axis] > position:  # the engine was rewound
+                kept = self.values[state.input].numpy().take(range(position), state.axis)
+                self.values[state.input] = self._value(kept)
+            self.binding.bind_ortvalue_input(state.input, self.values[state.input])
+            self.binding.bind_output(state.output)
+        given = {"tokens": tokens, "positions": range(position, position + len(tokens))}
+        for role in given.keys() & self.names.keys():
+            self.binding.bind_ortvalue_input(self.names[role], self._value(np.array([given[role]], np.int64)))
+        self._bind_logits(len(tokens))
         try:
-            self.session.run_with_iobinding(binding)
+            self.session.run_with_iobinding(self.binding)
         except Exception as error:  # a class of its own for each of its codes
             raise BundleError(f"ONNX Runtime cannot run the graph ({error}): export it again") from None
+        if handed:
+            outputs = dict(zip(self.outputs, self.binding.get_outputs(), strict=True))
+            self.values |= {state.input: outputs[state.output] for state in handed}
+        return self.logits.numpy()[0].copy()  # type: ignore[no-any-return]
+
+    def _bind_logits(self, tokens: int) -> None:
+        """Gives the logits memory, anew where their number changes."""
+        scored = 1 if self.logits_port.shape[1] == 1 else tokens
+        if self.logits is None or self.logits.shape()[1] != scored:
+            self.logits = self._value(np.zeros((1, scored, self.logits_port.shape[2]), np.float32))
+            self.binding.bind_ortvalue_output(self.names["logits"], self.logits)
 
     def _value(self, array: NDArray[Any]) -> Any:
         return self.runtime.OrtValue.ortvalue_from_numpy(array)
-
-    def _zeros(self, *shape: int) -> Any:
-        return self._value(np.zeros(shape, np.float32))
-
-
-class InPlace(Growing):
-    """Runs a graph that writes keys and values where they lie, in memory that is bound once."""
-
-    def __init__(self, runtime: Any, session: Any, slots: list[int]) -> None:
-        super().__init__(runtime, session, slots)
-        self.binding = session.io_binding()
-        for port, size in zip(self.pasts, np.repeat(slots, 2).tolist(), strict=True):
-            value = self._zeros(1, port.shape[1], size, port.shape[3])
-            self.binding.bind_ortvalue_input(port.name, value)
-            self.binding.bind_ortvalue_output(port.name.replace(PAST, PRESENT), value)
-        self.logits = self._zeros(1, 0, self.logits_port.shape[2])
-
-    def __call__(self, tokens: list[int], position: int) -> Logits:
-        scored = 1 if self.logits_port.shape[1] == 1 else len(tokens)
-        if self.logits.shape()[1] != scored:
-            self.logits = self._zeros(1, scored, self.logits_port.shape[2])
-            self.binding.bind_ortvalue_output(LOGITS, self.logits)
-        for name, values in ((TOKENS, tokens), (POSITIONS, range(position, position + len(tokens)))):
-            self.binding.bind_ortvalue_input(name, self._value(np.array([values], np.int64)))
-        self._run(self.binding)
-        return self.logits.numpy()[0, -1].copy()  # type: ignore[no-any-return]
 
 
 class GraphFile:

@@ -15,7 +15,7 @@ from lobit.quant_recipes.apply import layers_of
 from lobit.quant_recipes.fake_quant import attention_for
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
 from lobit.quant_recipes.recipe import Recipe
-from lobit.runtime.engine import Logits, SteppingEngine
+from lobit.runtime.engine import Logits, SteppingEngine, check_tokens
 from lobit.runtime.verify import StoredLayer
 
 
@@ -53,22 +53,29 @@ class ReferenceEngine(SteppingEngine):
         self.cache: FloatCache | None = None
 
     @torch.inference_mode()
-    def _step(self, tokens: list[int], position: int) -> Logits:
+    def _step(self, tokens: list[int], position: int, all_logits: bool = False) -> Logits:
         if self.cache is None:
             self.cache = FloatCache(self.model.config, self.context)
         self.cache.position = position
         tables = rotary_tables(self.model.config, torch.arange(position, position + len(tokens)))
         attend = attention_for(self.recipe, self.cache)
         x = self.model.hidden(torch.tensor([tokens]), tables, attend)
-        return self.model.logits(x[:, -1:]).reshape(-1).numpy()
+        return self.model.logits(x if all_logits else x[:, -1:])[0].numpy()
 
-    def score(self, tokens: list[int]) -> Logits:
-        """Logits [T, V] after every token of a sequence that begins at position 0; what was read before is not changed."""
-        return self.read(tokens)(range(len(tokens)))
+    def score(self, tokens: Sequence[int]) -> Logits:
+        """See `Engine.score`."""
+        check_tokens(self, tokens)
+        logits = self._step(list(tokens), self.position, all_logits=True)
+        self.position += len(tokens)
+        return logits
 
     @torch.inference_mode()
     def read(self, tokens: list[int]) -> Callable[[Sequence[int]], Logits]:
-        """Reads a sequence as `score` does; what gives the logits [n, V] at any of its positions, made when they are asked for."""
+        """Reads a sequence that begins at position 0, without what was read before, which stays.
+
+        Returns:
+            What gives the logits [n, V] at any of its positions, made when they are asked for.
+        """
         config = self.model.config
         attend = attention_for(self.recipe, CausalAttention(config))
         stream = self.model.hidden(torch.tensor([tokens]), rotary_tables(config, torch.arange(len(tokens))), attend)

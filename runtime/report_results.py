@@ -198,12 +198,12 @@ def read(paths: Sequence[Path]) -> list[Result]:
 def _read(path: Path) -> Result:
     if path.stat().st_size > LARGEST_RESULT:
         raise ValueError(f"{path.stat().st_size} bytes, at most {LARGEST_RESULT} are read")
-    text = path.read_text(encoding="utf-8")
-    values = json.loads(text)
+    data = path.read_bytes()
+    values = json.loads(data)
     if not isinstance(values, dict):
         raise ValueError("not a JSON object")
     if "schema_version" in values:
-        return Result(path.name, "manifest", Manifest.from_json(text))
+        return Result(path.name, "manifest", Manifest.from_json(data))
     kind = values.get("kind")
     if kind not in list(SHAPES):
         raise ValueError(f"kind {kind!r} is none of {', '.join(SHAPES)}, and it is no manifest")

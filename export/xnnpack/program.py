@@ -112,17 +112,24 @@ class Between(nn.Module):
 
 
 class Score(nn.Module):
-    """From the last layer's attention to the logits [1, 1, V] of the last token."""
+    """From the last layer's attention to the logits: [1, 1, V] of the last token, or [1, T, V] of all."""
 
-    def __init__(self, block: Block, model: Transformer) -> None:
+    def __init__(self, block: Block, model: Transformer, all_logits: bool) -> None:
         super().__init__()
+        self.all_logits = all_logits
         self.block, self.norm, self.head, self.cap = block, model.norm, model.head, model.config.logits_softcap
 
+    def extra_repr(self) -> str:
+        """Which tokens it scores."""
+        return "all" if self.all_logits else ""
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return softcap(self.head(self.norm(self.block.leave(x[:, -1:], y[:, -1:]))), self.cap)
+        if not self.all_logits:
+            x, y = x[:, -1:], y[:, -1:]
+        return softcap(self.head(self.norm(self.block.leave(x, y))), self.cap)
 
 
-def build(model: Transformer, caches: Caches) -> Parts:
+def build(model: Transformer, caches: Caches, all_logits: bool = False) -> Parts:
     """The model in parts. It takes the model's layers over.
 
     A part reaches from one layer's attention to the next, so that all products between two attentions are one graph.
@@ -130,7 +137,7 @@ def build(model: Transformer, caches: Caches) -> Parts:
     config, parts = model.config, Parts()
     ropes = sorted({layer.rope for layer in config.layers if layer.rope}, key=repr)
     positions = Positions(config, caches, ropes)
-    _declare(parts, config, positions)
+    _declare(parts, config, positions, all_logits)
     caches.declare(parts)
     table = _table(parts, model.embedding)
     blocks = [model.blocks[layer // config.repeats] for layer in range(len(config.layers))]
@@ -148,17 +155,17 @@ def build(model: Transformer, caches: Caches) -> Parts:
             step = Between(block, blocks[layer + 1])
             parts.steps.append(Step("between", step, (x, "y", *tables[layer + 1]), (f"x{1 - layer % 2}", "q", "k", "v")))
         else:
-            parts.steps.append(Step("score", Score(block, model), (x, "y"), (OUTPUT,)))
+            parts.steps.append(Step("score", Score(block, model, all_logits), (x, "y"), (OUTPUT,)))
     return parts
 
 
-def _declare(parts: Parts, config: Config, positions: Positions) -> None:
+def _declare(parts: Parts, config: Config, positions: Positions, all_logits: bool) -> None:
     """The values of every program."""
     heads, kv_heads = ((1, Tokens(), count, config.head_dim) for count in (config.heads, config.kv_heads))
     stream = Value((1, Tokens(), config.hidden_size))
     parts.values |= {"tokens": Value((1, Tokens()), torch.int64), "input_pos": Value((1,), torch.int64), **positions.outputs}
     parts.values |= {"x0": stream, "x1": stream, "q": Value(heads), "k": Value(kv_heads), "v": Value(kv_heads), "y": Value(heads)}
-    parts.values[OUTPUT] = Value((1, 1, config.vocab_size))
+    parts.values[OUTPUT] = Value((1, Tokens() if all_logits else 1, config.vocab_size))
 
 
 def _table(parts: Parts, embedding: nn.Module) -> list[str]:

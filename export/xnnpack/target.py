@@ -31,7 +31,7 @@ from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
 from lobit.quant_recipes.recipe import Recipe
 from lobit.quant_recipes.sizes import kind_of
 from lobit.rope import RotateHalf
-from lobit.runtime.manifest import CacheInfo, Delegation, FileEntry, Port, TensorGroup
+from lobit.runtime.manifest import CacheInfo, Delegation, FileEntry, Method, Port, TensorGroup
 from lobit.stage_cache import StageCache
 
 PROGRAM_FILE = "model.pte"
@@ -66,8 +66,7 @@ def arithmetic(model: Transformer, spec: Spec) -> Recipe | None:
 def check(spec: Spec, config: Config) -> list[str]:
     """Every reason why XNNPACK through ExecuTorch cannot hold the model under the recipe."""
     recipe = spec.recipe
-    asked = {"--portable": spec.portable, "--all-logits": spec.all_logits}
-    problems = [f"{option} is for target onnx: leave it out" for option, given in asked.items() if given]
+    problems = ["--portable is for target onnx: leave it out"] if spec.portable else []
     rows = [layer_plan for layer_plan in layer_plans(config, recipe) if layer_plan.rule]
     weight_only = [row.name for row in rows if row.rule and not row.rule.activation_bits and row.name != "embedding"]
     if weight_only:
@@ -92,6 +91,16 @@ def check(spec: Spec, config: Config) -> list[str]:
     if config.attention_softcap is not None:
         problems.append("the model caps its attention scores, which this target does not: take a model without attn_logit_softcapping")
     return problems
+
+
+def step(spec: Spec) -> int:
+    """See `Target.step`: all that was asked for."""
+    return spec.chunk
+
+
+def options(spec: Spec) -> dict[str, str | int | bool]:
+    """See `Target.options`."""
+    return {"all_logits": spec.all_logits}
 
 
 def weights(spec: Spec, config: Config) -> list[TensorGroup]:
@@ -133,7 +142,7 @@ def program(model: Transformer, spec: Spec) -> Parts:
     replace_layers(model, IntegerEmbedding, PackedEmbedding)
     replace_layers(model, RMSNorm, DelegatedNorm)
     replace_layers(model, RotateHalf, lambda turn: DelegatedTurn(turn, config.head_dim))
-    return build(model.eval(), Caches(config, spec.recipe.kv_bits, spec.context, spec.chunk))
+    return build(model.eval(), Caches(config, spec.recipe.kv_bits, spec.context, spec.chunk), spec.all_logits)
 
 
 def needs(model: Transformer, spec: Spec) -> Needs:
@@ -201,10 +210,9 @@ def lower(model: Transformer, spec: Spec, kept: StageCache, count: Count) -> Low
         for part in lowered.values()
         for op in part.program.execution_plan[0].operators
     )
-    inputs = [Port("tokens", [1, f"1..{spec.chunk}"], "int64"), Port("input_pos", [1], "int64")]
-    outputs = [Port("logits", [1, 1, vocabulary], "float32")]
-    delegation = _delegation(parts, lowered)
-    return Lowered((parts, lowered, spec.chunk), inputs, outputs, delegation)
+    inputs = [Port("tokens", "tokens", [1, f"1..{spec.chunk}"], "int64"), Port("input_pos", "position", [1], "int64")]
+    outputs = [Port("logits", "logits", [1, f"1..{spec.chunk}" if spec.all_logits else 1, vocabulary], "float32")]
+    return Lowered((parts, lowered, spec.chunk), [Method("forward", "step", inputs, outputs)], [], _delegation(parts, lowered))
 
 
 def _kept_part(step: Step, parts: Parts, chunk: int, methods: dict[str, Any], kept: StageCache) -> LoweredPart:

@@ -172,7 +172,7 @@ def _in_arithmetic(rounded: ReferenceEngine, manifest: Manifest) -> ReferenceEng
     from lobit.runtime.reference import ReferenceEngine, twin
 
     assert rounded.recipe is not None
-    model, portable = twin(rounded.model), not any(":" in name for name in manifest.delegation.delegated)
+    model, portable = twin(rounded.model), bool(manifest.options.get("portable"))
     recipe = find_target(manifest.target).arithmetic(model, Spec(rounded.recipe, manifest.context, manifest.chunk, portable))
     return rounded if recipe is None else ReferenceEngine(model, recipe, manifest.context)
 
@@ -186,6 +186,6 @@ def _graph_engine(graph: Graph, manifest: Manifest) -> Engine:
     @torch.inference_mode()
     def step(tokens: list[int], position: int) -> Logits:
         logits: torch.Tensor = graph(torch.tensor([tokens]), torch.tensor([position]))
-        return logits.reshape(-1).numpy()
+        return logits[0].numpy()
 
     return SteppingEngine(step, manifest.context, manifest.chunk, manifest.model.vocab_size)

@@ -32,7 +32,8 @@ def divergence(folder: Path, recipe: Recipe, tokens: list[int]) -> NDArray[np.fl
     length = min(config.max_context, 512)
     reference, rounded = ReferenceEngine(load_model(folder)), ReferenceEngine(convert(load_model(folder), recipe), recipe)
     pieces = [tokens[start : start + length] for start in range(0, len(tokens) - length + 1, length)]
-    return np.concatenate([kl_divergence(*(log_softmax(engine.score(piece)) for engine in (reference, rounded))) for piece in pieces])
+    read = [[log_softmax(engine.read(piece)(range(len(piece)))) for engine in (reference, rounded)] for piece in pieces]
+    return np.concatenate([kl_divergence(*pair) for pair in read])
 
 
 def described(values: NDArray[np.float64]) -> str:

@@ -247,9 +247,10 @@ def random_model(**changes: Any) -> Transformer:
 
 
 def engine_of(model: Transformer, spec: Spec, folder: Path) -> SteppingEngine:
-    emit(model, spec).write(folder, lambda *_: None)
-    step = stepper(folder / GRAPH_FILE, target.cache(spec, model.config).slots, THREADS)
-    return SteppingEngine(step, spec.context, spec.chunk, model.config.vocab_size)
+    lowered = target.lower(model, spec, StageCache(folder), lambda *_: None)
+    target.write(lowered, folder, lambda *_: None)
+    step = stepper(folder / GRAPH_FILE, lowered.methods[0], lowered.states, THREADS)
+    return SteppingEngine(step, spec.context, target.step(spec), model.config.vocab_size)
 
 
 def relative(found: Any, expected: Any) -> float:

@@ -42,7 +42,7 @@ def test_a_portable_graph_is_valid_and_the_reference_evaluator_runs_it(model: st
         outputs = evaluator.run(None, {"input_ids": np.array([tokens])} | (caches if position else empty))
         named = dict(zip([value.name for value in graph.graph.output], outputs, strict=True))
         caches.update({name: named[name.replace("past_key_values", "present")] for name in caches})
-        return named["logits"][0, -1]
+        return named["logits"][0]
 
     engines = reference(models(model), recipe), SteppingEngine(read, CONTEXT, CHUNK, config.vocab_size)
     if any(rule.activation_bits for rule in recipe.rules):

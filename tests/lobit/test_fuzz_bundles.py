@@ -20,9 +20,12 @@ from lobit.runtime.manifest import (
     CacheInfo,
     Delegation,
     FileEntry,
+    Generation,
     Manifest,
+    Method,
     ModelInfo,
     Port,
+    State,
     TensorGroup,
     Tokens,
     sealed,
@@ -52,10 +55,19 @@ def manifest_of(folder: Path) -> Manifest:
         context=64,
         chunk=16,
         threads=0,
-        inputs=[Port("tokens", [1, "1..16"], "int64")],
-        outputs=[Port("logits", [1, VOCABULARY], "float32")],
+        options={"chip": "SM8650", "portable": False},
+        methods=[
+            Method(
+                "forward",
+                "step",
+                [Port("tokens", "tokens", [1, "1..16"], "int64"), Port("past", "state", [1, 2, 16, 4], "float32")],
+                [Port("logits", "logits", [1, VOCABULARY], "float32"), Port("now", "state", [1, 2, 16, 4], "float32")],
+            )
+        ],
+        states=[State("past", "now", "float32", [1, 2, 16, 4], 2, 16, True)],
         cache=CacheInfo("int8", [64, 16], 7200, 100),
         tokens=Tokens(1, [2], "{{ messages[0].content }}", {"eos_token": "</s>"}),
+        generation=Generation(0.5, 40, 0.9, None),
         delegation=Delegation("XNNPACK", 1, {"linear": 14}, {"add": 2}),
         weights=[TensorGroup("mlp", "int4 group 32", 100, 3000)],
         files=[FileEntry.of(folder, "model.pte", "program"), FileEntry.of(folder, "parts/tokenizer.json", "tokenizer")],
@@ -85,6 +97,10 @@ def assert_sound(found: Bundle) -> None:
     assert 0 <= manifest.threads <= 1024
     assert len(manifest.cache.slots) == manifest.model.layers >= 1
     assert all(1 <= size <= manifest.context for size in manifest.cache.slots)
+    ports = {port.name for method in manifest.methods for port in (*method.inputs, *method.outputs)}
+    for state in manifest.states:
+        assert {state.input, state.output} <= ports and all(size >= 1 for size in state.shape)
+        assert state.axis is None or state.shape[state.axis] <= manifest.context
     tokens = [*manifest.tokens.stop, *([] if manifest.tokens.bos is None else [manifest.tokens.bos])]
     assert all(0 <= token < manifest.model.vocab_size for token in tokens)
 
@@ -106,7 +122,7 @@ def test_every_changed_bit_of_a_bundle_is_found(bundle: Path) -> None:
 def test_a_damaged_manifest_is_refused_or_is_the_same(bundle: Path) -> None:
     values, whole, damage = json.loads((bundle / FILE_NAME).read_text(encoding="utf-8")), open_bundle(bundle).manifest, Damage(2)
     for damaged in [*every_single(values), *(damage.json(values, 1 + i % 3) for i in range(MANIFESTS))]:
-        found = outcome(lambda damaged=damaged: Manifest.from_json(dumped(damaged)))
+        found = outcome(lambda damaged=damaged: Manifest.from_json(dumped(damaged).encode()))
         assert isinstance(found, Refusal) or found == whole
 
 
@@ -114,7 +130,7 @@ def test_a_manifest_that_was_written_wrong_is_refused_or_sound(bundle: Path) -> 
     """Its hash agrees with what it says."""
     values, damage, read = json.loads((bundle / FILE_NAME).read_text(encoding="utf-8")), Damage(3), 0
     for damaged in [*list(every_single(values))[::THIN], *(damage.json(values, 1 + i % 3) for i in range(MANIFESTS))]:
-        (bundle / FILE_NAME).write_text(json.dumps(json.loads(sealed(damaged))), encoding="utf-8")
+        (bundle / FILE_NAME).write_text(sealed(damaged), encoding="utf-8")
         found = outcome(lambda: open_bundle(bundle))
         if isinstance(found, Bundle):
             assert_sound(found)
@@ -130,7 +146,7 @@ UNUSABLE = ["model.pte\0", "\ud800.pte", "x" * 300, "model.pte\n", "\x1b[2Jmodel
 def test_a_name_that_leaves_the_bundle_or_is_none_is_refused(path: str, bundle: Path) -> None:
     values = json.loads((bundle / FILE_NAME).read_text(encoding="utf-8"))
     values["files"][0] |= {"path": path, "bytes": 7}
-    (bundle / FILE_NAME).write_text(json.dumps(json.loads(sealed(values))), encoding="utf-8")
+    (bundle / FILE_NAME).write_text(sealed(values), encoding="utf-8")
     assert isinstance(outcome(lambda: open_bundle(bundle)), Refusal)
 
 

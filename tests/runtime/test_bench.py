@@ -21,7 +21,7 @@ from lobit.runtime.bench_row import Answer, Request, Workload, answer, measure, 
 from lobit.runtime.bench_table import bench_table, count, size
 from lobit.runtime.engine import Logits, SteppingEngine
 from lobit.runtime.host import cpu, last_level_cache_bytes, memory_bandwidth
-from lobit.runtime.manifest import CacheInfo, Delegation, FileEntry, Manifest, ModelInfo, TensorGroup, Tokens
+from lobit.runtime.manifest import CacheInfo, Delegation, FileEntry, Generation, Manifest, ModelInfo, TensorGroup, Tokens
 
 CONTEXT = 64
 HELD = 200 << 20
@@ -45,7 +45,7 @@ class FakeEngine(SteppingEngine):
         ctypes.CDLL(None).puts(b"and its native part")
 
     def read(self, tokens, position):
-        return np.zeros(32, dtype=np.float32)
+        return np.zeros((1, 32), dtype=np.float32)
 
 open_engine = FakeEngine
 
@@ -64,7 +64,7 @@ class LoggingEngine(SteppingEngine):
 
     def read(self, tokens: list[int], position: int) -> Logits:
         self.log.append((f"read {len(tokens)}", position))
-        return np.zeros(32, dtype=np.float32)
+        return np.zeros((1, 32), dtype=np.float32)
 
     def reset(self) -> None:
         self.log.append(("reset", self.position))
@@ -81,10 +81,12 @@ def manifest_of(folder: Path, target: str, **changes: Any) -> Manifest:
         context=CONTEXT,
         chunk=16,
         threads=0,
-        inputs=[],
-        outputs=[],
+        options={},
+        methods=[],
+        states=[],
         cache=CacheInfo("float32", [CONTEXT, 8], 7200, 0),
         tokens=Tokens(None, [], None, {}),
+        generation=Generation(),
         delegation=Delegation("none", 0, {}, {}),
         weights=[
             TensorGroup("embedding", "int4 group 32", 100, 1 << 20),

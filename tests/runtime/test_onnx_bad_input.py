@@ -43,7 +43,7 @@ def reseal(bundle: Path, edit: Callable[[dict[str, Any]], Any] = lambda _: None)
     for entry in values["files"]:
         entry.update({key: value for key, value in vars(FileEntry.of(bundle, entry["path"], "")).items() if key in ("bytes", "sha256")})
     edit(values)
-    (bundle / FILE_NAME).write_text(sealed({key: value for key, value in values.items() if key != "sha256"}), encoding="utf-8")
+    (bundle / FILE_NAME).write_text(sealed(values), encoding="utf-8")
 
 
 def refused(work: Callable[[], Any]) -> str:
@@ -226,14 +226,15 @@ def test_garbage_is_refused_by_both_who_read_it(bundle: Path, models: Any) -> No
 
 
 def test_a_provider_that_is_not_installed_is_told_with_those_that_are(bundle: Path) -> None:
-    reseal(bundle, lambda values: values["delegation"].update(backend="QNNExecutionProvider"))
+    reseal(bundle, lambda values: values["options"].update(provider="QNNExecutionProvider"))
     with pytest.raises(MissingPartError, match=r"QNNExecutionProvider.*CPUExecutionProvider"):
         runs(bundle)
 
 
-def test_caches_that_are_not_the_graphs_are_refused(bundle: Path) -> None:
+def test_ports_that_are_not_the_graphs_are_refused(bundle: Path) -> None:
     opened = open_bundle(bundle)
-    fewer = replace(opened.manifest, cache=replace(opened.manifest.cache, slots=opened.manifest.cache.slots[:-1]))
+    (method,) = opened.manifest.methods
+    fewer = replace(opened.manifest, methods=[replace(method, inputs=method.inputs[:-1])], states=opened.manifest.states[:-1])
     with pytest.raises(BundleError, match="export it again"):
         open_engine(replace(opened, manifest=fewer), THREADS)
 

@@ -158,7 +158,7 @@ Read = Callable[[ReferenceEngine, list[int], int], Logits]
 def walking(folder: Path, read: Read) -> SteppingEngine:
     """An engine that can only be walked, as those of devices are, and reads in its own way."""
     inner = float_engine(folder)
-    return SteppingEngine(lambda tokens, position: read(inner, tokens, position), CONTEXT, CONTEXT, inner.vocab_size)
+    return SteppingEngine(lambda tokens, position: read(inner, tokens, position)[None], CONTEXT, CONTEXT, inner.vocab_size)
 
 
 def right(inner: ReferenceEngine, tokens: list[int], position: int) -> Logits:

@@ -131,7 +131,7 @@ def test_a_right_program_is_far_from_the_limits_of_its_parts(case: tuple[str, st
 
 def rewritten(bundle: Path) -> None:
     """Gives the manifest the hashes of the files as they are, so that parity alone can find what they hold."""
-    manifest = Manifest.from_json((bundle / FILE_NAME).read_text())
+    manifest = Manifest.from_json((bundle / FILE_NAME).read_bytes())
     files = [FileEntry.of(bundle, entry.path, entry.role) for entry in manifest.files]
     (bundle / FILE_NAME).write_text(replace(manifest, files=files).to_json())
 

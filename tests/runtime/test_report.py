@@ -98,14 +98,17 @@ def results(name: str = "stories", kl: float = 0.02, recipe: str = "8da4w-g32") 
             "model": {"family": "llama", "parameters": 264_128, "layers": 5, "hidden_size": 64, "vocab_size": 512, "max_context": 512,
                       "largest_window": 0},
             "checkpoint_sha256": "ab" * 32, "context": 512, "chunk": 128, "threads": 0,
-            "inputs": [{"name": "tokens", "shape": [1, "1..128"], "dtype": "int64"}],
-            "outputs": [{"name": "logits", "shape": [1, 512], "dtype": "float32"}],
+            "options": {}, "states": [],
+            "methods": [{"name": "forward", "role": "step",
+                         "inputs": [{"name": "tokens", "role": "tokens", "shape": [1, "1..128"], "dtype": "int64"}],
+                         "outputs": [{"name": "logits", "role": "logits", "shape": [1, 512], "dtype": "float32"}]}],
+            "generation": {"temperature": None, "top_k": None, "top_p": None, "repetition_penalty": None},
             "cache": {"dtype": "int8", "slots": [512] * 5, "value_bytes": 327_680, "scale_bytes": 0},
             "tokens": {"bos": 1, "stop": [2], "chat_template": None, "special": {}},
             "delegation": {"backend": "XNNPACK", "partitions": 11, "delegated": {"linear": 36}, "left": {"llama.custom_sdpa": 5}},
             "weights": [{"kind": "mlp", "format": "int4 group 4", "parameters": 165_120, "bytes": 165_000}],
             "files": [{"path": "model.pte", "role": "program", "bytes": 212_000, "sha256": "cd" * 32}],
-            "versions": {"torch": "2.13.0"}, "schema_version": 1,
+            "versions": {"torch": "2.13.0"}, "schema_version": "2.0",
         },
         "build": {"kind": "build", "bundle": name, "command": "lobit export stories",
                   "stages": [{"name": "lower", "seconds": 75.0, "peak_rss_bytes": 900_000_000}]},
@@ -117,7 +120,7 @@ def written(folder: Path, values: dict[str, Any], prefix: str = "") -> list[Path
     paths = []
     for kind, value in values.items():
         paths.append(folder / f"{prefix}{kind}.json")
-        paths[-1].write_text(json.dumps(json.loads(sealed(value)) if kind == "manifest" else value), encoding="utf-8")
+        paths[-1].write_text(sealed(value) if kind == "manifest" else json.dumps(value), encoding="utf-8")
     return paths
 
 
@@ -127,7 +130,7 @@ def made(folder: Path, values: dict[str, Any]) -> Page:
 
 def hostile(value: Any) -> Any:
     """Every string and key that can be anything, replaced."""
-    kept = ("kind", "test", "target", "path", "role", "dtype", "sha256", "checkpoint_sha256")
+    kept = ("kind", "test", "target", "path", "role", "dtype", "sha256", "checkpoint_sha256", "schema_version")
     if isinstance(value, dict):
         free = {"linear", "llama.custom_sdpa", "torch", "executorch"}
         return {HOSTILE if key in free else key: item if key in kept else hostile(item) for key, item in value.items()}
