@@ -45,7 +45,7 @@ class Fused(Standard):
         self.last_position = self.total = ""
 
     def begin(self) -> str:
-        """See `Standard.begin`."""
+        """See `walk.Ops`."""
         if not self.in_place:
             return super().begin()
         graph, config = self.graph, self.config
@@ -56,8 +56,8 @@ class Fused(Standard):
                 shape: list[int | str] = [1, config.kv_heads, slots_name(window), config.head_dim]
                 graph.input(before, TensorProto.FLOAT, shape)
                 graph.output(after, TensorProto.FLOAT, shape)
-        last = graph.op("Cast", self._last(positions), to=TensorProto.INT32)
-        self.last_position = graph.op("Reshape", last, self.integers(1))
+        last = graph.op("Cast", self.build.last(positions), to=TensorProto.INT32)
+        self.last_position = graph.op("Reshape", last, self.build.integers(1))
         self.total = graph.op("Add", graph.op("Squeeze", last), graph.constant(1, np.int32))
         every = torch.arange(self.spec.context)
         for rope in self.inner_ropes:
@@ -66,26 +66,27 @@ class Fused(Standard):
             self.tables[rope] = parameter(graph, "cos", cos[:, 0]), parameter(graph, "sin", sin[:, 0])
         if len(self.inner_ropes) < len(self.ropes):
             with graph.composing():
-                self._cos_sin(graph.op("Squeeze", positions, self.integers(0)))
+                self.cos_sin(graph.op("Squeeze", positions, self.build.integers(0)))
         return tokens
 
-    def _rows(self, embedding: nn.Module, tokens: str) -> str:
+    def rows(self, embedding: nn.Module, tokens: str) -> str:
+        """See `Composed.rows`."""
         if not isinstance(embedding, IntegerEmbedding):
-            return super()._rows(embedding, tokens)
+            return super().rows(embedding, tokens)
         form = form_of(embedding.rule.weights, embedding.integers.shape[1], rows=True, fused=True)
         if form.block is None:
             with self.graph.composing():
-                return super()._rows(embedding, tokens)
+                return super().rows(embedding, tokens)
         weight, scale = blocks_weight(self.graph, [embedding], form, rows=True)
         sizes = {"bits": form.bits, "block_size": form.block}
         return self.graph.fused("GatherBlockQuantized", weight, tokens, scale, **sizes, gather_axis=0, quantize_axis=1)
 
     def norm(self, x: str, norm: RMSNorm) -> str:
-        """See `Standard.norm`."""
+        """See `walk.Ops`."""
         return self.graph.op("SimplifiedLayerNormalization", x, self._scale(norm), axis=-1, epsilon=norm.eps)
 
     def add_norm(self, x: str, delta: str | None, norm: RMSNorm) -> tuple[str, str]:
-        """See `Standard.add_norm`."""
+        """See `walk.Ops`."""
         if delta is None:
             return x, self.norm(x, norm)
         name = self.graph.name("SkipSimplifiedLayerNormalization")
@@ -99,7 +100,7 @@ class Fused(Standard):
         return self.graph.constant(np.ones(norm.size)) if norm.weight is None else parameter(self.graph, "norm", norm.weight)
 
     def linear(self, name: str, module: nn.Module, x: str) -> str:
-        """See `Standard.linear`."""
+        """See `walk.Ops`."""
         return self._joined(name, [module], x)
 
     def _joined(self, name: str, modules: Sequence[nn.Module], x: str) -> str:
@@ -128,22 +129,23 @@ class Fused(Standard):
         modules = [getattr(owner, name) for name in names]
         if not alike(modules):
             return [self.linear(name, module, x) for name, module in zip(names, modules, strict=True)]
-        sizes = self.integers(*map(rows_of, modules))
+        sizes = self.build.integers(*map(rows_of, modules))
         return self.graph.nodes_of("Split", [self._joined("_".join(names), modules, x), sizes], len(modules), axis=-1)
 
     def project(self, block: Block, x: str) -> Sequence[str]:
-        """See `Standard.project`."""
+        """See `Composed.project`."""
         return self._apart("qkv", block.attention, x)
 
     def gate_up(self, block: Block, x: str) -> Sequence[str]:
-        """See `Standard.gate_up`."""
+        """See `walk.Ops`."""
         return self._apart(("gate", "up"), block.mlp, x)
 
-    def _rotated(self, x: str, rope: Rope) -> str:
-        return x if rope in self.inner_ropes else super()._rotated(x, rope)
+    def rotate(self, x: str, rope: Rope) -> str:
+        """See `Composed.rotate`."""
+        return x if rope in self.inner_ropes else super().rotate(x, rope)
 
     def attend(self, layer: int, block: Block, x: str) -> str:
-        """See `Standard.attend`."""
+        """See `walk.Ops`."""
         if not self.in_place:
             return super().attend(layer, block, x)
         graph, config, attention = self.graph, self.config, block.attention
@@ -153,8 +155,8 @@ class Fused(Standard):
             heads = [self._joined("q_k_v", modules, x), "", ""]
         else:
             counts = (config.heads, config.kv_heads, config.kv_heads)
-            parts = zip(self._heads(block, x), counts, strict=True)
-            heads = [self.reshape(part, count * config.head_dim) for part, count in parts]
+            parts = zip(self.heads(block, x), counts, strict=True)
+            heads = [self.build.reshape(part, count * config.head_dim) for part, count in parts]
         (k_past, k_all), (v_past, v_all) = cache_names(layer)
         tables = self.tables[rope] if rope is not None and inside else ()
         options: dict[str, float] = {} if config.attention_softcap is None else {"softcap": config.attention_softcap}
@@ -174,7 +176,7 @@ class Fused(Standard):
         return y
 
     def activate(self, x: str) -> str:
-        """See `Standard.activate`."""
+        """See `walk.Ops`."""
         match self.config.activation:
             case "gelu_tanh":
                 return self.graph.fused("FastGelu", x)

@@ -181,9 +181,10 @@ def test_a_limit_under_which_nothing_starts_is_one_message(slow_model: Path, tmp
 # --- interruption and company -------------------------------------------------------------------------------------------------------
 
 
-def _heed_hangups() -> None:
-    """Whoever started the tests may have had them ignored (nohup)."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def _heed_signals() -> None:
+    """Whoever started the tests may have had them ignored (nohup, a shell's background)."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -198,7 +199,7 @@ def running(out: Path, *arguments: Any, before: Sequence[str] = ()) -> Iterator[
         env=ENVIRONMENT,
         cwd="/",
         start_new_session=True,
-        preexec_fn=_heed_hangups,
+        preexec_fn=_heed_signals,
     )
     try:
         deadline = time.monotonic() + PATIENCE
