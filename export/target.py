@@ -90,9 +90,8 @@ class Target(Protocol):
     """The names that a target's module has."""
 
     COSTS: Costs
-    graph: Callable[[Transformer, Spec], Graph] | None
-    """The converted model's program before it is lowered, run by PyTorch; takes the model's layers over. None: what the target writes
-    is that graph itself, and `arithmetic` what it computes."""
+    SLOW_GRAPH: bool
+    """Whether `graph` runs so many operators one by one that a large model takes minutes."""
 
     def versions(self) -> dict[str, str]:
         """Of the packages that the target is lowered with."""
@@ -102,6 +101,13 @@ class Target(Protocol):
 
         Returns:
             The recipe, with the key-value cache that the target has; None: the target computes as the recipe says, nothing is changed.
+        """
+
+    def graph(self, model: Transformer, spec: Spec) -> Graph | None:
+        """The converted model's program before it is lowered or written, run by PyTorch; takes the model's layers over.
+
+        Returns:
+            None: its operators are the runtime's own, and `arithmetic` is what they compute.
         """
 
     def check(self, spec: Spec, config: Config) -> list[str]:

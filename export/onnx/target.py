@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
+from lobit.export.eager import EagerGraph
 from lobit.export.onnx.arithmetic import arithmetic as arithmetic
 from lobit.export.onnx.emit import emit
 from lobit.export.onnx.fused import in_place, inner_ropes, slots_name
@@ -44,8 +45,7 @@ COSTS = Costs(
     seconds_per_parameter={"quantize": 11e-9, "lower": 1e-9, "write": 6e-9},
     seconds_per_part=0.1,
 )
-graph = None
-"""There is none before the file (`Target.graph`): what it computes is `arithmetic`."""
+SLOW_GRAPH = False
 WORKSPACE = 40
 """Bytes for each token and feed-forward element of a chunk."""
 PACKED = 1.1
@@ -55,6 +55,11 @@ PACKED = 1.1
 def versions() -> dict[str, str]:
     """Of ONNX, whose schemas a graph is made by."""
     return {"onnx": metadata.version("onnx")}
+
+
+def graph(model: Transformer, spec: Spec) -> EagerGraph | None:
+    """See `Target.graph`: standard operators have the walk, run by PyTorch; ONNX Runtime's own have none."""
+    return EagerGraph(model.eval(), spec.all_logits) if spec.portable else None
 
 
 def check(spec: Spec, config: Config) -> list[str]:
@@ -142,8 +147,8 @@ def needs(model: Transformer, spec: Spec) -> Needs:
     Attention has scores for every slot of the longest cache, unless that is very long; where it is composed some three times, and caches
     before and after a call.
     """
-    graph, config = emit(model, spec), model.config
-    padding = graph.data_bytes - sum(region.bytes for region in graph.regions.values())
+    written, config = emit(model, spec), model.config
+    padding = written.data_bytes - sum(region.bytes for region in written.regions.values())
     chunk, widest = step(spec), max(config.intermediate_size, config.heads * config.head_dim)
     work = WORKSPACE * chunk * widest + 4 * config.vocab_size * (chunk if spec.all_logits else 1)
     caches, longest = cache(spec, config).bytes, max(slots(spec, config))
@@ -153,7 +158,7 @@ def needs(model: Transformer, spec: Spec) -> Needs:
     elif longest <= UNTILED_SLOTS:
         work += scores
     work += sum(_packing_bytes(layer_plan, spec) for layer_plan in layer_plans(config, spec.recipe) if layer_plan.name != "embedding")
-    return Needs(1, graph.model().ByteSize() + padding, graph.data_bytes + caches + work)
+    return Needs(1, written.model().ByteSize() + padding, written.data_bytes + caches + work)
 
 
 def _packing_bytes(layer_plan: LayerPlan, spec: Spec) -> int:

@@ -46,6 +46,7 @@ COSTS = Costs(
     seconds_per_parameter={"quantize": 11e-9, "lower": 12e-9, "write": 6e-9},
     seconds_per_part=0.85,
 )
+SLOW_GRAPH = True
 WORKSPACE = 16
 """Bytes for each token and feed-forward element of a chunk."""
 

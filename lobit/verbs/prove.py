@@ -10,7 +10,7 @@ from lobit.errors import InputError
 from lobit.verbs.make import Progress, converted_like
 
 if TYPE_CHECKING:
-    from lobit.export.target import Graph
+    from lobit.export.target import Graph, Spec
     from lobit.model import Transformer
     from lobit.quant_recipes.recipe import Recipe
     from lobit.runtime.bundle import Bundle
@@ -71,7 +71,7 @@ def parity(
         InputError: the checkpoint is not the one that the bundle was made from, or there is no such stage.
     """
     from lobit.checkpoint import load_config, load_model, resolve
-    from lobit.export.target import Spec, find_target
+    from lobit.export.target import find_target
     from lobit.quant_recipes.quantized import fingerprint
     from lobit.quant_recipes.recipe import Recipe
     from lobit.runtime import parity as comparison
@@ -104,8 +104,8 @@ def parity(
     parts = check_parts(exact.model, opened, text_begins, threads or default_threads(opened))
     engines: dict[str, Any] = {"fake_quant": rounded} if "fake_quant" in chosen else {}
     if "graph" in chosen:
-        graph, spec = find_target(manifest.target).graph, Spec(recipe, manifest.context, manifest.chunk)
-        engines["graph"] = _graph_engine(graph(twin(model), spec), manifest) if graph else exact
+        graph = find_target(manifest.target).graph(twin(model), _spec(recipe, manifest))
+        engines["graph"] = exact if graph is None else _graph_engine(graph, manifest)
     engines["artifact"] = open_engine(opened, threads)
     share = MOVED_FAR if recipe.rules else MOVED
     result = comparison.parity(
@@ -162,18 +162,26 @@ def _stages(asked: Sequence[str] | None, manifest: Manifest) -> Sequence[str]:
 
     if asked is not None:
         return asked
-    slow = find_target(manifest.target).graph is not None and manifest.model.parameters > QUICK_GRAPH
+    slow = find_target(manifest.target).SLOW_GRAPH and manifest.model.parameters > QUICK_GRAPH
     return [stage for stage in STAGES if not (slow and stage == "graph")]
+
+
+def _spec(recipe: Recipe, manifest: Manifest) -> Spec:
+    """What a bundle's program was made for."""
+    from lobit.export.target import Spec
+
+    portable, all_logits = (bool(manifest.options.get(name)) for name in ("portable", "all_logits"))
+    return Spec(recipe, manifest.context, manifest.chunk, portable, all_logits)
 
 
 def _in_arithmetic(rounded: ReferenceEngine, manifest: Manifest) -> ReferenceEngine:
     """The converted model, its inputs and its cache rounded as the target rounds them; the one given where that is the recipe's way."""
-    from lobit.export.target import Spec, find_target
+    from lobit.export.target import find_target
     from lobit.runtime.reference import ReferenceEngine, twin
 
     assert rounded.recipe is not None
-    model, portable = twin(rounded.model), bool(manifest.options.get("portable"))
-    recipe = find_target(manifest.target).arithmetic(model, Spec(rounded.recipe, manifest.context, manifest.chunk, portable))
+    model = twin(rounded.model)
+    recipe = find_target(manifest.target).arithmetic(model, _spec(rounded.recipe, manifest))
     return rounded if recipe is None else ReferenceEngine(model, recipe, manifest.context)
 
 
