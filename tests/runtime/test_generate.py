@@ -34,7 +34,7 @@ class HistoryEngine(SteppingEngine):
     def read(self, tokens: list[int], position: int) -> Logits:
         self.history = self.history[:position] + tokens
         self.reads.append(len(tokens))
-        return self.logits()
+        return self.logits()[None]
 
     def logits(self) -> Logits:
         return np.random.default_rng(self.history).normal(size=self.vocab_size).astype(np.float32)

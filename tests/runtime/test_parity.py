@@ -152,13 +152,13 @@ def float_engine(folder: Path) -> ReferenceEngine:
 
 
 Read = Callable[[ReferenceEngine, list[int], int], Logits]
-"""(engine, tokens, position) -> logits"""
+"""(engine, tokens, position) -> logits [1, V]"""
 
 
 def walking(folder: Path, read: Read) -> SteppingEngine:
     """An engine that can only be walked, as those of devices are, and reads in its own way."""
     inner = float_engine(folder)
-    return SteppingEngine(lambda tokens, position: read(inner, tokens, position)[None], CONTEXT, CONTEXT, inner.vocab_size)
+    return SteppingEngine(lambda tokens, position: read(inner, tokens, position), CONTEXT, CONTEXT, inner.vocab_size)
 
 
 def right(inner: ReferenceEngine, tokens: list[int], position: int) -> Logits:
