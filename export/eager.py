@@ -190,7 +190,7 @@ class EagerOps(Composed[Tensor]):
 
 
 class EagerGraph:
-    """A model in small operations, call by call: (tokens int64 [1, T], input_pos int64 [1]) -> logits (`target.Graph`).
+    """A model in small operations, call by call: (tokens int64 [1, T], input_pos int64 [1]) -> logits (`target.RunGraph`).
 
     Args:
         model: converted.

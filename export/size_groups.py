@@ -29,6 +29,6 @@ class Tally:
         return [TensorGroup(kind, format, *sizes) for (kind, format), sizes in self._groups.items()]
 
 
-def held_as(grid: WeightGrid, bits: int) -> str:
+def stored_as(grid: WeightGrid, bits: int) -> str:
     """A grid's name, and the wider integers that hold its own where they do."""
     return str(grid) if grid.bits == bits else f"{grid} as int{bits}"

@@ -41,7 +41,7 @@ class Spec:
     """Of the runtime, where it is not told otherwise; 0: one per core."""
 
 
-Graph = Callable[[Tensor, Tensor], Tensor]
+RunGraph = Callable[[Tensor, Tensor], Tensor]
 """(tokens int64 [1, T], input_pos int64 [1]) -> logits float32 [1, 1, V] of the last; keeps what it read."""
 
 
@@ -103,7 +103,7 @@ class Target(Protocol):
             The recipe, with the key-value cache that the target has; None: the target computes as the recipe says, nothing is changed.
         """
 
-    def graph(self, model: Transformer, spec: Spec) -> Graph | None:
+    def graph(self, model: Transformer, spec: Spec) -> RunGraph | None:
         """The converted model's program before it is lowered or written, run by PyTorch; takes the model's layers over.
 
         Returns:

@@ -89,13 +89,13 @@ def calibrate(
         InputError: weights, or what they compute, are not finite.
     """
     arrange(model, recipe)
-    walk = _Walk(model, recipe, sequences, act_order, damping, progress)
+    layers = _LayerByLayer(model, recipe, sequences, act_order, damping, progress)
     with _QuickProducts():
-        walk.embedding()
+        layers.embedding()
         for index in range(len(model.blocks)):
-            walk.block(index)
-        walk.head()
-    return walk.found
+            layers.block(index)
+        layers.head()
+    return layers.found
 
 
 class _Side:
@@ -154,7 +154,7 @@ class _Side:
         self.streams = self.starts or self.streams
 
 
-class _Walk:
+class _LayerByLayer:
     """The text on its way through the rounded model and, beside it, the float one."""
 
     def __init__(

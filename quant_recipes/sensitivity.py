@@ -83,12 +83,12 @@ def sensitivity(model: Transformer, recipe: Recipe, corpus: Corpus, progress: Pr
     units = _units(model, recipe)
     if not units:
         raise RecipeError(f"recipe {recipe.name} quantizes no layer of this model: choose another (`lobit recipes` lists them)")
-    walk, rows = _Walk(model, corpus), []
+    layers, rows = _LayerByLayer(model, corpus), []
     for done, unit in enumerate(units, 1):
-        walk.advance(unit[0].name)
+        layers.advance(unit[0].name)
         weight = weight_of(model.get_submodule(unit[0].name)).detach()
         with _quantized(model, unit) as error:
-            kl = walk.kl()
+            kl = layers.kl()
         rows.append(_row(unit, recipe, kl, error, weight))
         if progress:
             progress("sensitivity", done, len(units))
@@ -148,7 +148,7 @@ def _quantized(model: Transformer, unit: Sequence[LayerPlan]) -> Iterator[float]
             model.set_submodule(name, module)
 
 
-class _Walk:
+class _LayerByLayer:
     """A text on its way through the float model; from where it is, to the end of the model with one layer changed.
 
     Places on the way: 0 before the embedding, 1 before the first layer that is executed, and so on to the head.

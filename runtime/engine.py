@@ -80,7 +80,7 @@ def check_tokens(engine: Engine, tokens: Sequence[int]) -> None:
         )
 
 
-Step = Callable[[list[int], int], Logits]
+ReadChunk = Callable[[list[int], int], Logits]
 """(tokens, position of the first) -> logits [n, V] after the last, or after each of them; keeps what it read in its cache."""
 
 
@@ -97,7 +97,7 @@ class SteppingEngine:
     """
 
     def __init__(
-        self, step: Step, context: int, chunk: int, vocab_size: int, slots: int | None = None, all_logits: bool = False
+        self, step: ReadChunk, context: int, chunk: int, vocab_size: int, slots: int | None = None, all_logits: bool = False
     ) -> None:
         self.step, self.context, self.chunk, self.vocab_size, self.all_logits = step, context, chunk, vocab_size, all_logits
         self.slots = context if slots is None else slots

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lobit.errors import BundleError, MissingPartError
 from lobit.quiet import quiet_native
 from lobit.runtime.bundle import Bundle
-from lobit.runtime.engine import Logits, Step, SteppingEngine
+from lobit.runtime.engine import Logits, ReadChunk, SteppingEngine
 from lobit.runtime.manifest import Method, State
 from lobit.runtime.onnx_ports import FLOAT_INPUTS, TOKENS, UNTILED_SLOTS
 from lobit.runtime.verify import StoredLayer
@@ -73,7 +73,7 @@ def remembered(states: Sequence[State]) -> int | None:
     return min((0 if state.axis is None else state.shape[state.axis] for state in states), default=None)
 
 
-def stepper(path: Path, method: Method, states: Sequence[State], threads: int, provider: str = PROVIDER) -> Step:
+def stepper(path: Path, method: Method, states: Sequence[State], threads: int, provider: str = PROVIDER) -> ReadChunk:
     """What reads a chunk of tokens with a graph.
 
     Args:

@@ -25,8 +25,9 @@ Progress = Callable[[str, int, int], None]
 PREFILL_LENGTHS = (16, 1, 7, 64, 2, 33, 3, 128, 5, 20)
 """Tokens per prefill call, in turn: short and long, odd and even; longer than a program's chunk where the chunk is short."""
 COST = {"float": 1, "fake_quant": 2, "target": 2, "floor": 2, "graph": 2, "artifact": 3}
-"""Time that a token takes in a stage, relative, for the estimate of the time left; a graph that is walked takes `WALKED_GRAPH`."""
-WALKED_GRAPH = 60
+"""Time that a token takes in a stage, relative, for the estimate of the time left."""
+STEPPED_GRAPH = 60
+"""Of a graph whose operators PyTorch runs one by one."""
 SHORTEST_TEXT = 16
 """Tokens below which the figures say nothing."""
 COMPARED = 4 << 20
@@ -36,7 +37,7 @@ LARGEST_EXPONENT = 700.0
 
 
 Rows = Callable[[Sequence[int]], Logits]
-"""Logits [n, V] at positions [n] of a sequence that was read; walked engines are asked for theirs in order."""
+"""Logits [n, V] at positions [n] of a sequence that was read; engines that read in calls are asked for theirs in order."""
 
 
 class Scorer(Protocol):
@@ -57,7 +58,7 @@ class Floor:
 
 
 @dataclass(frozen=True)
-class Walk:
+class Passage:
     """One sequence of a comparison: first prefilled in calls of several lengths, then decoded token by token."""
 
     tokens: list[int]
@@ -71,7 +72,7 @@ class Walk:
         return [end - 1 for end in ends] + list(range(ends[-1], len(self.tokens)))
 
 
-def plan_walks(tokens: Sequence[int], context: int, bos: int | None, lines: Sequence[int] = ()) -> list[Walk]:
+def plan_passages(tokens: Sequence[int], context: int, bos: int | None, lines: Sequence[int] = ()) -> list[Passage]:
     """Cuts a text into sequences of at most the context, each beginning with bos, half prefilled and half decoded.
 
     It is cut where a line begins, if one begins in the later half of what the context holds: behind bos a model expects a beginning, and
@@ -99,21 +100,21 @@ def plan_walks(tokens: Sequence[int], context: int, bos: int | None, lines: Sequ
                 end = lines[before]
         pieces.append(head + list(tokens[start:end]))
         start = end
-    walks = []
+    passages = []
     for piece in (piece for piece in pieces if len(piece) >= SHORTEST_TEXT):
         prefill: list[int] = []
         while (left := len(piece) // 2 - sum(prefill)) > 0:
             prefill.append(min(PREFILL_LENGTHS[len(prefill) % len(PREFILL_LENGTHS)], left))
-        walks.append(Walk(piece, prefill))
-    return walks
+        passages.append(Passage(piece, prefill))
+    return passages
 
 
-def walk(engine: Engine, plan: Walk, progress: Callable[[int], None]) -> Logits:
-    """An engine's logits [positions, V] along a walk."""
+def read_passage(engine: Engine, plan: Passage, progress: Callable[[int], None]) -> Logits:
+    """An engine's logits [positions, V] along a passage."""
     return np.stack(list(_steps(engine, plan, progress)))
 
 
-def _steps(engine: Engine, plan: Walk, progress: Callable[[int], None]) -> Iterator[Logits]:
+def _steps(engine: Engine, plan: Passage, progress: Callable[[int], None]) -> Iterator[Logits]:
     engine.reset()
     start = 0
     for length in plan.prefill:
@@ -161,7 +162,7 @@ def _perplexity(surprise: NDArray[np.float64]) -> float:
 
 
 def _summary(parts: Sequence[Comparison], keep: Callable[[int], NDArray[np.bool_]] | None = None) -> dict[str, float] | None:
-    """The figures of a stage over the positions that `keep` leaves of each walk."""
+    """The figures of a stage over the positions that `keep` leaves of each passage."""
 
     def joined(name: str) -> NDArray[Any]:
         return np.concatenate([getattr(part, name)[slice(None) if keep is None else keep(i)] for i, part in enumerate(parts)])
@@ -203,7 +204,7 @@ def parity(
         context: positions that every engine can hold.
         bos: begins every sequence.
         window: the longest window of the model; 0 where there is none. Positions from it on are the phase `wrapped`.
-        lines: as in `plan_walks`.
+        lines: as in `plan_passages`.
         floor: what the artifact should compute; None: what the reference does, to the last bits of a sum.
         tried: advice that the recipe follows already (`verdict.ADVICE`).
         progress: called with (stage, work done, work in all).
@@ -215,21 +216,21 @@ def parity(
         InputError: the text is too short.
         BundleError: the artifact's logits are no numbers.
     """
-    walks = plan_walks(tokens, context, bos, lines)
-    run = _Run(reference, stages, floor, _Progress(stages, floor, sum(len(plan.tokens) for plan in walks), progress))
-    for plan in walks:
+    passages = plan_passages(tokens, context, bos, lines)
+    run = _Run(reference, stages, floor, _Progress(stages, floor, sum(len(plan.tokens) for plan in passages), progress))
+    for plan in passages:
         run.compare(plan)
-    found = {name: [_joined(parts) for parts in walked] for name, walked in run.compared.items()}
+    found = {name: [_joined(parts) for parts in compared] for name, compared in run.compared.items()}
     rows: list[dict[str, Any]] = [{"name": name, **(_summary(parts) or {})} for name, parts in found.items()]
     surprises, chaos = (np.concatenate(parts) for parts in (run.surprises, run.chaos))
     limit, measured = judged(chaos)
     return {
         "kind": "parity",
-        "tokens": sum(len(plan.tokens) for plan in walks),
+        "tokens": sum(len(plan.tokens) for plan in passages),
         "positions": len(surprises),
         "reference_perplexity": _perplexity(surprises),
         "stages": rows,
-        "phases": _phases(walks, found["artifact"], window),
+        "phases": _phases(passages, found["artifact"], window),
         "floor": measured,
         "limits": {"kl_conversion": limit},
         "warnings": warnings(rows[-1], _perplexity(surprises), tried),
@@ -259,11 +260,11 @@ class _Progress:
 
 
 def _walked(name: str) -> int:
-    return WALKED_GRAPH if name == "graph" else COST.get(name, 1)
+    return STEPPED_GRAPH if name == "graph" else COST.get(name, 1)
 
 
 class _Run:
-    """What is kept of every compared position, walk by walk."""
+    """What is kept of every compared position, passage by passage."""
 
     def __init__(self, reference: Scorer, stages: Mapping[str, Scorer | Engine], floor: Floor | None, progress: _Progress) -> None:
         self.reference, self.stages, self.floor, self.progress = reference, stages, floor, progress
@@ -271,7 +272,7 @@ class _Run:
         self.surprises: list[NDArray[np.float64]] = []
         self.chaos: list[NDArray[np.float64]] = []
 
-    def compare(self, plan: Walk) -> None:
+    def compare(self, plan: Passage) -> None:
         """Reads one sequence with every stage, and compares some positions after the other."""
         readers = {"float": self._rows("float", self.reference, plan)}
         readers |= {name: self._rows(name, stage, plan) for name, stage in self.stages.items()}
@@ -281,8 +282,8 @@ class _Run:
             exact = shared[0] if shared else "target"
             readers |= {} if shared else {exact: self._rows(exact, self.floor.exact, plan)}
             readers["floor"] = self._rows("floor", self.floor.moved, plan)
-        for walked in self.compared.values():
-            walked.append([])
+        for compared in self.compared.values():
+            compared.append([])
         start, count = 0, 1
         while start < len(plan.positions):
             positions = plan.positions[start : start + count]
@@ -290,23 +291,23 @@ class _Run:
             self._keep(plan, positions, scores, exact)
             start, count = start + count, max(1, COMPARED // scores["float"].shape[1])
 
-    def _rows(self, name: str, stage: Scorer | Engine, plan: Walk) -> Rows:
-        """A stage's logits at the walk's positions: read at once where it can, by walking where it is an engine of a device."""
+    def _rows(self, name: str, stage: Scorer | Engine, plan: Passage) -> Rows:
+        """A stage's logits at the passage's positions: read at once where it can, in calls where it is an engine of a device."""
         step = self.progress.of(name)
         if hasattr(stage, "read"):
             rows: Rows = stage.read(plan.tokens)
             step(len(plan.tokens))
             return rows
-        walked = _steps(stage, plan, step)
-        return lambda positions: np.stack(list(itertools.islice(walked, len(positions))))
+        rows_in_order = _steps(stage, plan, step)
+        return lambda positions: np.stack(list(itertools.islice(rows_in_order, len(positions))))
 
-    def _keep(self, plan: Walk, positions: Sequence[int], scores: Mapping[str, NDArray[np.float64]], exact: str) -> None:
+    def _keep(self, plan: Passage, positions: Sequence[int], scores: Mapping[str, NDArray[np.float64]], exact: str) -> None:
         base = before = scores["float"]
         following = [plan.tokens[position + 1] if position + 1 < len(plan.tokens) else -1 for position in positions]
-        for name, walked in self.compared.items():
+        for name, compared in self.compared.items():
             own = scores[name]
             kl = kl_divergence(base, own)
-            walked[-1].append(
+            compared[-1].append(
                 Comparison(
                     kl,
                     kl if before is base else kl_divergence(before, own),
@@ -334,14 +335,14 @@ def _joined(parts: Sequence[Comparison]) -> Comparison:
     return Comparison(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Comparison)))
 
 
-def _phases(walks: Sequence[Walk], parts: Sequence[Comparison], window: int) -> dict[str, dict[str, float] | None]:
+def _phases(passages: Sequence[Passage], parts: Sequence[Comparison], window: int) -> dict[str, dict[str, float] | None]:
     """The artifact's figures after prefill calls, after decoded tokens, and after the window has wrapped."""
 
     def prefill(i: int) -> NDArray[np.bool_]:
-        return np.arange(len(walks[i].positions)) < len(walks[i].prefill)
+        return np.arange(len(passages[i].positions)) < len(passages[i].prefill)
 
     def wrapped(i: int) -> NDArray[np.bool_]:
-        return np.array(walks[i].positions) >= window
+        return np.array(passages[i].positions) >= window
 
     return {
         "prefill": _summary(parts, prefill),

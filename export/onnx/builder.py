@@ -9,7 +9,7 @@ import numpy as np
 from onnx import TensorProto
 from torch import Tensor
 
-from lobit.export.onnx.graph import Graph
+from lobit.export.onnx.graph import OnnxGraph
 
 EVERYTHING = np.iinfo(np.int64).max
 """The end of a slice that has none."""
@@ -18,7 +18,7 @@ EVERYTHING = np.iinfo(np.int64).max
 class OnnxBuilder:
     """`builder.Builder` whose values are names."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: OnnxGraph) -> None:
         self.graph = graph
 
     def scope(self, name: str) -> AbstractContextManager[None]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from lobit.export.onnx.fused import Fused
-from lobit.export.onnx.graph import Graph
+from lobit.export.onnx.graph import OnnxGraph
 from lobit.export.onnx.standard import Standard
 from lobit.export.target import Spec
 from lobit.export.walk import walk
 from lobit.model import Transformer
 
 
-def emit(model: Transformer, spec: Spec) -> Graph:
+def emit(model: Transformer, spec: Spec) -> OnnxGraph:
     """The graph of a converted model.
 
     Args:
         model: converted; its tensors are stored when the graph is written, and may have no memory until then.
         spec: `portable` chooses standard operators alone.
     """
-    graph = Graph()
+    graph = OnnxGraph()
     walk(model, (Standard if spec.portable else Fused)(graph, model.config, spec))
     return graph

@@ -9,7 +9,7 @@ import torch
 from onnx import TensorProto
 from torch import nn
 
-from lobit.export.onnx.graph import FUSED, Graph
+from lobit.export.onnx.graph import FUSED, OnnxGraph
 from lobit.export.onnx.standard import Standard
 from lobit.export.onnx.weights import (
     alike,
@@ -38,7 +38,7 @@ class Fused(Standard):
     Its attention takes heads of a multiple of 8 entries, and turns those that are a multiple of 16.
     """
 
-    def __init__(self, graph: Graph, config: Config, spec: Spec) -> None:
+    def __init__(self, graph: OnnxGraph, config: Config, spec: Spec) -> None:
         super().__init__(graph, config, spec)
         self.in_place = in_place(spec, config)
         self.inner_ropes = inner_ropes(config) if self.in_place else []

@@ -37,7 +37,7 @@ class Region:
     """Its contents."""
 
 
-class Graph:
+class OnnxGraph:
     """Nodes, ports and constants of a graph, in the order in which they are added."""
 
     def __init__(self) -> None:

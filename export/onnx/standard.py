@@ -7,7 +7,7 @@ from torch import nn
 
 from lobit.export.composed import Composed
 from lobit.export.onnx.builder import OnnxBuilder
-from lobit.export.onnx.graph import Graph
+from lobit.export.onnx.graph import OnnxGraph
 from lobit.export.onnx.weights import float_weight, form_of, int4_weight, int8_weight, parameter
 from lobit.export.target import Spec
 from lobit.model import Config, RMSNorm, bias_of, weight_of
@@ -26,7 +26,7 @@ class Standard(Composed[str]):
 
     build: OnnxBuilder
 
-    def __init__(self, graph: Graph, config: Config, spec: Spec) -> None:
+    def __init__(self, graph: OnnxGraph, config: Config, spec: Spec) -> None:
         super().__init__(OnnxBuilder(graph), config, spec.all_logits)
         self.graph, self.spec = graph, spec
 

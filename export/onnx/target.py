@@ -17,7 +17,7 @@ from lobit.export.onnx.arithmetic import arithmetic as arithmetic
 from lobit.export.onnx.emit import emit
 from lobit.export.onnx.fused import in_place, inner_ropes, slots_name
 from lobit.export.onnx.weights import SMALLEST_BLOCK, Form, form_of, rounds_inputs
-from lobit.export.size_groups import Tally, held_as
+from lobit.export.size_groups import Tally, stored_as
 from lobit.export.stages import Count
 from lobit.export.target import Costs, Lowered, Needs, Spec
 from lobit.model import Config, Transformer
@@ -121,7 +121,7 @@ def _format(layer_plan: LayerPlan, spec: Spec) -> str:
         return f"float{spec.recipe.float_bits}"
     form = _form(layer_plan, layer_plan.rule, spec)
     rounded = form.block and layer_plan.name != "embedding" and rounds_inputs(layer_plan.rule)
-    return held_as(layer_plan.rule.weights, form.bits) + (f", inputs int8 in blocks of {form.block}" if rounded else "")
+    return stored_as(layer_plan.rule.weights, form.bits) + (f", inputs int8 in blocks of {form.block}" if rounded else "")
 
 
 def _bytes(layer_plan: LayerPlan, spec: Spec) -> int:

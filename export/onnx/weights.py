@@ -12,7 +12,7 @@ from onnx import TensorProto
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lobit.export.onnx.graph import Bytes, Graph
+from lobit.export.onnx.graph import Bytes, OnnxGraph
 from lobit.model import weight_of
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
 from lobit.quant_recipes.packing import FixedWidth, layout_of
@@ -99,12 +99,12 @@ def rows_of(module: nn.Module) -> int:
     return len(module.integers if isinstance(module, Integers) else weight_of(module))
 
 
-def _store(graph: Graph, name: str, dtype: int, shape: Sequence[int], key: Sequence[object], make: Bytes) -> str:
+def _store(graph: OnnxGraph, name: str, dtype: int, shape: Sequence[int], key: Sequence[object], make: Bytes) -> str:
     return graph.weight(name, dtype, shape, math.ceil(math.prod(shape) * ITEM_BYTES[dtype]), (dtype, *key), make)
 
 
 def parameter(
-    graph: Graph, name: str, *tensors: Tensor, dtype: int = TensorProto.FLOAT, transposed: bool = False, flat: bool = False
+    graph: OnnxGraph, name: str, *tensors: Tensor, dtype: int = TensorProto.FLOAT, transposed: bool = False, flat: bool = False
 ) -> str:
     """Floats [n, …] one after the other, in float32 or half, or as […, n], or as [n] where they are [n, 1]."""
     rows = sum(len(tensor) for tensor in tensors)
@@ -117,19 +117,19 @@ def parameter(
     return _store(graph, name, dtype, shape[::-1] if transposed else shape, (transposed, flat, *map(id, tensors)), make)
 
 
-def float_weight(graph: Graph, *tensors: Tensor, recipe: Recipe, transposed: bool = False) -> str:
+def float_weight(graph: OnnxGraph, *tensors: Tensor, recipe: Recipe, transposed: bool = False) -> str:
     """Weights [out, in] one after the other, or as [in, out], in the width that the recipe keeps floats in."""
     dtype = TensorProto.FLOAT16 if recipe.float_bits == 16 else TensorProto.FLOAT
     return parameter(graph, "weight", *tensors, dtype=dtype, transposed=transposed)
 
 
-def int8_weight(graph: Graph, integers: Tensor, transposed: bool = False) -> str:
+def int8_weight(graph: OnnxGraph, integers: Tensor, transposed: bool = False) -> str:
     """Integers [out, in] of any grid as INT8, or as [in, out]."""
     given = integers.t() if transposed else integers
     return _store(graph, "weight", TensorProto.INT8, given.shape, (transposed, id(integers)), lambda: given)
 
 
-def int4_weight(graph: Graph, integers: Tensor, transposed: bool = False) -> str:
+def int4_weight(graph: OnnxGraph, integers: Tensor, transposed: bool = False) -> str:
     """Integers [out, in] of 4 bits or fewer as INT4, or as [in, out]: two in a byte, the first in the low half [ONNX, IR.md]."""
     given = integers.t() if transposed else integers
 
@@ -141,7 +141,7 @@ def int4_weight(graph: Graph, integers: Tensor, transposed: bool = False) -> str
     return _store(graph, "weight", TensorProto.INT4, given.shape, (transposed, id(integers)), make)
 
 
-def blocks_weight(graph: Graph, modules: Sequence[Integers], form: Form, rows: bool = False) -> tuple[str, str]:
+def blocks_weight(graph: OnnxGraph, modules: Sequence[Integers], form: Form, rows: bool = False) -> tuple[str, str]:
     """Integers and scales of layers of one grid, one after the other, in blocks.
 
     Args:

@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lobit.export.xnnpack.parts import Choice, Parts, Step, Tokens, Value
+from lobit.export.xnnpack.parts import Choice, Parts, PerToken, Step, Value
 from lobit.model import Config
 
 HIDDEN = -1e9
@@ -223,9 +223,9 @@ class Caches:
         c, dtypes = self.config, self.entries.dtypes * 2
         widths = self.entries.widths(c.head_dim) * 2
         for name, dtype, width in zip(self.names, dtypes, widths, strict=True):
-            parts.values[name] = Value((1, Tokens(), c.kv_heads, width), dtype)
+            parts.values[name] = Value((1, PerToken(), c.kv_heads, width), dtype)
             for ring in self.rings:
-                parts.values[f"{name}_joined_{ring}"] = Value((1, Tokens(plus=ring), c.kv_heads, width), dtype)
+                parts.values[f"{name}_joined_{ring}"] = Value((1, PerToken(plus=ring), c.kv_heads, width), dtype)
             for layer, slots in enumerate(self.slots):
                 cache = f"{name}_{layer}"
                 parts.memories[cache] = Value((1, slots, c.kv_heads, width), dtype)
@@ -233,8 +233,8 @@ class Caches:
                     parts.values[f"{cache}[{bound}]"] = Value((1, bound, c.kv_heads, width), dtype, memory=cache)
         group = c.heads // c.kv_heads
         for ring in self.rings:
-            parts.values[f"mask_{ring}"] = Value((Tokens(group), ring), overlay=f"mask of {ring}")
-            parts.values[f"mask_joined_{ring}"] = Value((Tokens(group), Tokens(plus=ring)), overlay=f"mask of {ring}")
+            parts.values[f"mask_{ring}"] = Value((PerToken(group), ring), overlay=f"mask of {ring}")
+            parts.values[f"mask_joined_{ring}"] = Value((PerToken(group), PerToken(plus=ring)), overlay=f"mask of {ring}")
 
     def begin(self) -> list[Step | Choice]:
         """The steps before the first layer: at position 0 clean caches, and masks."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lobit.errors import TargetError, listed
 from lobit.export.stages import Count
 from lobit.export.xnnpack.lowering import LoweredPart
-from lobit.export.xnnpack.parts import INPUTS, OUTPUT, Choice, Parts, Step, Tokens, Value
+from lobit.export.xnnpack.parts import INPUTS, OUTPUT, Choice, Parts, PerToken, Step, Value
 from lobit.export.xnnpack.stamp import digest_of, key_of, serialized
 
 ARENA = 1
@@ -261,7 +261,7 @@ class Linker:
 
     def _tensor(self, name: str, value: Value) -> schema.Tensor:
         sizes = value.sizes(self.chunk)
-        moves = any(isinstance(size, Tokens) for size in value.shape)
+        moves = any(isinstance(size, PerToken) for size in value.shape)
         place, where = self.parts.place_of(name), None
         if place is not None:
             offset = self._offset(place)

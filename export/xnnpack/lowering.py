@@ -24,7 +24,7 @@ from executorch.exir.schema import Tensor as TensorValue
 from torch.export import Dim, ExportedProgram, export
 from torch.fx.passes.dialect.common.cse_pass import CSEPass
 
-from lobit.export.xnnpack.parts import Parts, Step, Tokens
+from lobit.export.xnnpack.parts import Parts, PerToken, Step
 from lobit.export.xnnpack.stamp import Stamp, randomize, stamp_of
 from lobit.quiet import quiet_python
 
@@ -80,7 +80,7 @@ def trace_part(step: Step, parts: Parts, chunk: int) -> ExportedProgram:
         {
             axis: size.times * dim + size.plus if size.plus else size.times * dim if size.times > 1 else dim
             for axis, size in enumerate(value.shape)
-            if isinstance(size, Tokens) and chunk > 1
+            if isinstance(size, PerToken) and chunk > 1
         }
         for value in values
     )

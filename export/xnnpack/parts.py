@@ -15,7 +15,7 @@ OUTPUT = "logits"
 
 
 @dataclass(frozen=True)
-class Tokens:
+class PerToken:
     """A size that follows the number of tokens T of a call: times · T + plus."""
 
     times: int = 1
@@ -26,7 +26,7 @@ class Tokens:
         return self.times * length + self.plus
 
 
-Size = int | Tokens
+Size = int | PerToken
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Value:
 
     def sizes(self, length: int) -> list[int]:
         """The shape in a call of `length` tokens."""
-        return [size.at(length) if isinstance(size, Tokens) else size for size in self.shape]
+        return [size.at(length) if isinstance(size, PerToken) else size for size in self.shape]
 
     def bytes(self, length: int) -> int:
         """Of memory, in a call of `length` tokens."""

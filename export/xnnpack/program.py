@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lobit.export.xnnpack.attention import Caches
-from lobit.export.xnnpack.parts import INPUTS, OUTPUT, Parts, Step, Tokens, Value
+from lobit.export.xnnpack.parts import INPUTS, OUTPUT, Parts, PerToken, Step, Value
 from lobit.model import Block, Config, Transformer, softcap
 from lobit.rope import Rope, Table, Tables, rotary_table
 
@@ -37,14 +37,14 @@ class Positions(nn.Module):
         self.outputs: dict[str, Value] = {}
         for number in range(len(ropes)):
             for part in ("cos", "sin"):
-                self.outputs[f"{part}_{number}"] = Value((Tokens(), 1, config.head_dim))
+                self.outputs[f"{part}_{number}"] = Value((PerToken(), 1, config.head_dim))
         self.outputs |= {name: Value((1,), torch.bool) for name in ("first", "single", *(f"up_to_{bound}" for bound in self.bounds))}
-        self.outputs["queries"] = Value((Tokens(self.group), 1))
+        self.outputs["queries"] = Value((PerToken(self.group), 1))
         for ring in self.rings:
             self.register_buffer(f"slots_{ring}", torch.arange(ring), persistent=False)
-            self.outputs[f"indices_{ring}"] = Value((1, Tokens()), torch.int64)
+            self.outputs[f"indices_{ring}"] = Value((1, PerToken()), torch.int64)
             self.outputs[f"held_{ring}"] = Value((ring,))
-            self.outputs[f"joined_{ring}"] = Value((Tokens(plus=ring),))
+            self.outputs[f"joined_{ring}"] = Value((PerToken(plus=ring),))
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> tuple[Tensor, ...]:
         length = tokens.shape[1]
@@ -161,11 +161,11 @@ def build(model: Transformer, caches: Caches, all_logits: bool = False) -> Parts
 
 def _declare(parts: Parts, config: Config, positions: Positions, all_logits: bool) -> None:
     """The values of every program."""
-    heads, kv_heads = ((1, Tokens(), count, config.head_dim) for count in (config.heads, config.kv_heads))
-    stream = Value((1, Tokens(), config.hidden_size))
-    parts.values |= {"tokens": Value((1, Tokens()), torch.int64), "input_pos": Value((1,), torch.int64), **positions.outputs}
+    heads, kv_heads = ((1, PerToken(), count, config.head_dim) for count in (config.heads, config.kv_heads))
+    stream = Value((1, PerToken(), config.hidden_size))
+    parts.values |= {"tokens": Value((1, PerToken()), torch.int64), "input_pos": Value((1,), torch.int64), **positions.outputs}
     parts.values |= {"x0": stream, "x1": stream, "q": Value(heads), "k": Value(kv_heads), "v": Value(kv_heads), "y": Value(heads)}
-    parts.values[OUTPUT] = Value((1, Tokens() if all_logits else 1, config.vocab_size))
+    parts.values[OUTPUT] = Value((1, PerToken() if all_logits else 1, config.vocab_size))
 
 
 def _table(parts: Parts, embedding: nn.Module) -> list[str]:

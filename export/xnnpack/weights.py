@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lobit.export.size_groups import held_as
+from lobit.export.size_groups import stored_as
 from lobit.quant_recipes.apply import LayerPlan
 from lobit.quant_recipes.recipe import Recipe, WeightGrid
 
@@ -56,6 +56,6 @@ def format_of(layer_plan: LayerPlan, recipe: Recipe) -> str:
     form = layer_form(layer_plan)
     if layer_plan.rule is None or form is None:
         return "half as float32" if recipe.float_bits == 16 else "float32"
-    weights = held_as(layer_plan.rule.weights, form.grid.bits)
+    weights = stored_as(layer_plan.rule.weights, form.grid.bits)
     absmax = layer_plan.rule.activation_bits and layer_plan.rule.activation_rule == "absmax" and layer_plan.name != "embedding"
     return f"{weights}, inputs with zero point" if absmax else weights

@@ -10,7 +10,7 @@ from lobit.errors import InputError
 from lobit.verbs.make import Progress, converted_like
 
 if TYPE_CHECKING:
-    from lobit.export.target import Graph, Spec
+    from lobit.export.target import RunGraph, Spec
     from lobit.model import Transformer
     from lobit.quant_recipes.recipe import Recipe
     from lobit.runtime.bundle import Bundle
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 STAGES = ("fake_quant", "graph", "artifact")
 QUICK_GRAPH = 20_000_000
-"""Parameters up to which a graph that is walked in PyTorch, at 60 times the time of a token, is compared unasked."""
+"""Parameters up to which a graph whose operators PyTorch runs one by one, at 60 times the time of a token, is compared unasked."""
 
 
 def verify(bundle: Path, checkpoint: str) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def parity(
     opened = open_bundle(bundle)
     manifest, source = opened.manifest, resolve(reference)
     ids, lines = bundle_tokenizer(opened).encode_lines(text, tokens)
-    comparison.plan_walks(ids, manifest.context, manifest.tokens.bos, lines)  # a text that is too short is refused before any slow work
+    comparison.plan_passages(ids, manifest.context, manifest.tokens.bos, lines)  # a text that is too short is refused before any slow work
     config, recipe = load_config(source), Recipe.from_json(manifest.recipe)
     model = _converted_like(resolve(checkpoint) if checkpoint else source, recipe, opened)
     if fingerprint(model) != manifest.checkpoint_sha256:
@@ -185,7 +185,7 @@ def _in_arithmetic(rounded: ReferenceEngine, manifest: Manifest) -> ReferenceEng
     return rounded if recipe is None else ReferenceEngine(model, recipe, manifest.context)
 
 
-def _graph_engine(graph: Graph, manifest: Manifest) -> Engine:
+def _graph_engine(graph: RunGraph, manifest: Manifest) -> Engine:
     """The exported graph, run by PyTorch: the artifact's operators before lowering."""
     import torch
 

@@ -21,7 +21,7 @@ from lobit.quant_recipes.recipe import Recipe, Rule, WeightGrid
 from lobit.runtime.bundle import open_bundle
 from lobit.runtime.engine import open_engine
 from lobit.runtime.executorch import ProgramFile, import_runtime
-from lobit.runtime.parity import Walk, kl_divergence, log_softmax, walk
+from lobit.runtime.parity import Passage, kl_divergence, log_softmax, read_passage
 from lobit.runtime.reference import ReferenceEngine
 
 ROUNDED_KL = 1e-3
@@ -133,5 +133,5 @@ def test_every_narrower_grid_ships_its_own_integers(models: Any, tmp_path: Path)
     assert result["passed"]
     tokens = [int(token) for token in np.random.default_rng(0).integers(0, 96, context)]
     reference = ReferenceEngine(convert(load_model(folder), MIXED), MIXED, context)
-    expected, found = (walk(engine, Walk(tokens, [1, 5, 20]), lambda _: None) for engine in (reference, open_engine(bundle, 1)))
+    expected, found = (read_passage(engine, Passage(tokens, [1, 5, 20]), lambda _: None) for engine in (reference, open_engine(bundle, 1)))
     assert kl_divergence(log_softmax(expected), log_softmax(found)).mean() < ROUNDED_KL

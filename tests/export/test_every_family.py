@@ -12,7 +12,7 @@ from lobit import verbs
 from lobit.quant_recipes.catalog import find_recipe
 from lobit.runtime.bundle import open_bundle
 from lobit.runtime.engine import open_engine
-from lobit.runtime.parity import Walk, walk
+from lobit.runtime.parity import Passage, read_passage
 from tests.oracles import VOCABULARY
 from tests.small_models import FAMILIES, oracle_logits
 
@@ -42,8 +42,8 @@ def exported(folder: Path, recipe: str, out: Path, kind: str) -> Path:
 def test_the_float_artifact_computes_what_the_reference_does(kind: str, name: str, small_models: SmallModels, tmp_path: Path) -> None:
     folder, oracle = small_models(name)
     engine = open_engine(open_bundle(exported(folder, "fp", tmp_path / name, kind)), THREADS)
-    plan = Walk([int(token) for token in np.random.default_rng(0).integers(0, VOCABULARY, CONTEXT)], CALLS)
-    found = walk(engine, plan, lambda _: None)
+    plan = Passage([int(token) for token in np.random.default_rng(0).integers(0, VOCABULARY, CONTEXT)], CALLS)
+    found = read_passage(engine, plan, lambda _: None)
     expected = oracle_logits(oracle, torch.tensor([plan.tokens]))[0, plan.positions].numpy()
     error = np.abs(found - expected).max(axis=1) / np.abs(expected).max(axis=1)
     assert error.max() < FLOAT_RELATIVE, f"relative errors {[f'{value:.0e}' for value in error]}"

@@ -160,8 +160,8 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_is_rounded_on_what_the_rounded_model_gives_it(family, small_models, hessians, monkeypatch):
-    walks, walk = [], calibration._Walk
-    monkeypatch.setattr(calibration, "_Walk", lambda *arguments: walks.append(walk(*arguments)) or walks[-1])
+    walks, walk = [], calibration._LayerByLayer
+    monkeypatch.setattr(calibration, "_LayerByLayer", lambda *arguments: walks.append(walk(*arguments)) or walks[-1])
     monkeypatch.setattr(calibration, "TOGETHER", 100)
     model = load_model(small_models(family)[0])
     sequences = torch.randint(model.config.vocab_size, (5, 48), generator=torch.Generator().manual_seed(0))
@@ -264,8 +264,8 @@ def test_mistakes_are_refused_before_the_model_is_read(stories, recipe, options,
 
 @pytest.mark.parametrize("family", ["qwen3", "mobilellm", "gemma3"])
 def test_a_tied_table_is_rounded_on_what_the_head_reads_and_the_streams_begin_with_it(family, small_models, monkeypatch, hessians):
-    walks, walk = [], calibration._Walk
-    monkeypatch.setattr(calibration, "_Walk", lambda *arguments: walks.append(walk(*arguments)) or walks[-1])
+    walks, walk = [], calibration._LayerByLayer
+    monkeypatch.setattr(calibration, "_LayerByLayer", lambda *arguments: walks.append(walk(*arguments)) or walks[-1])
     model, floats = (load_model(small_models(family)[0]) for _ in range(2))
     sequences = torch.randint(model.config.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
     recipe = find_recipe("8da4w-g32").with_changes(kv_cache="float").calibrated()

@@ -23,7 +23,7 @@ from lobit.errors import BundleError, InputError
 from lobit.quant_recipes.apply import convert
 from lobit.quant_recipes.catalog import find_recipe
 from lobit.runtime.engine import Logits, SteppingEngine
-from lobit.runtime.parity import SHORTEST_TEXT, Floor, Walk, kl_divergence, log_softmax, parity, plan_walks, walk
+from lobit.runtime.parity import SHORTEST_TEXT, Floor, Passage, kl_divergence, log_softmax, parity, plan_passages, read_passage
 from lobit.runtime.reference import MOVED_FAR, ReferenceEngine, moved, twin
 from lobit.runtime.verdict import COSTLY_KL, FLOAT_ORDER, FLOORS, judged, warnings
 
@@ -70,14 +70,14 @@ texts = st.integers(SHORTEST_TEXT, 700).map(lambda count: list(range(count)))
 
 @given(texts, st.integers(2 * SHORTEST_TEXT, 128), st.sampled_from([None, 999]))
 def test_walks_read_the_whole_text_once_and_in_order(tokens: list[int], context: int, bos: int | None) -> None:
-    walks = plan_walks(tokens, context, bos)
+    passages = plan_passages(tokens, context, bos)
     head = [] if bos is None else [bos]
-    assert all(plan.tokens[: len(head)] == head for plan in walks)
-    read = [token for plan in walks for token in plan.tokens[len(head) :]]
+    assert all(plan.tokens[: len(head)] == head for plan in passages)
+    read = [token for plan in passages for token in plan.tokens[len(head) :]]
     assert read == tokens[: len(read)]
     left_out = len(tokens) - len(read)
     assert left_out + len(head) < SHORTEST_TEXT or left_out == 0, "only an end that is too short to say anything"
-    for plan in walks:
+    for plan in passages:
         assert SHORTEST_TEXT <= len(plan.tokens) <= context
         assert 0 < sum(plan.prefill) <= len(plan.tokens) / 2
         assert min(plan.prefill) > 0
@@ -85,7 +85,7 @@ def test_walks_read_the_whole_text_once_and_in_order(tokens: list[int], context:
 
 @given(texts, st.integers(2 * SHORTEST_TEXT, 128))
 def test_a_position_is_compared_once_and_every_decoded_one_is(tokens: list[int], context: int) -> None:
-    for plan in plan_walks(tokens, context, 999):
+    for plan in plan_passages(tokens, context, 999):
         assert plan.positions == sorted(set(plan.positions))
         decoded = list(range(sum(plan.prefill), len(plan.tokens)))
         assert plan.positions[len(plan.prefill) :] == decoded
@@ -95,22 +95,22 @@ def test_a_position_is_compared_once_and_every_decoded_one_is(tokens: list[int],
 @given(texts, st.integers(2 * SHORTEST_TEXT, 128), st.lists(st.integers(1, 40), max_size=60))
 def test_walks_begin_where_a_line_does_if_one_is_near(tokens: list[int], context: int, lengths: list[int]) -> None:
     lines = [0, *itertools.accumulate(lengths)]
-    walks = plan_walks(tokens, context, None, lines)
-    read = [token for plan in walks for token in plan.tokens]
+    passages = plan_passages(tokens, context, None, lines)
+    read = [token for plan in passages for token in plan.tokens]
     assert read == tokens[: len(read)]
-    for before, cut in itertools.pairwise(plan.tokens[0] for plan in walks):
+    for before, cut in itertools.pairwise(plan.tokens[0] for plan in passages):
         near = [line for line in lines if before + context // 2 < line <= before + context]
         assert cut == (near[-1] if near else before + context)
 
 
 def test_prefill_calls_are_short_and_long_odd_and_even() -> None:
-    (plan,) = plan_walks(list(range(600)), 600, None)
+    (plan,) = plan_passages(list(range(600)), 600, None)
     assert {1, 2, 7, 64, 128} <= set(plan.prefill)
 
 
 def test_a_text_that_is_too_short_is_refused_with_both_numbers() -> None:
     with pytest.raises(InputError, match=f"{SHORTEST_TEXT - 1} tokens, at least {SHORTEST_TEXT}"):
-        plan_walks(TOKENS[: SHORTEST_TEXT - 1], CONTEXT, None)
+        plan_passages(TOKENS[: SHORTEST_TEXT - 1], CONTEXT, None)
 
 
 chaos = arrays(np.float64, st.integers(2, 40), elements=st.floats(0, 2))
@@ -167,7 +167,7 @@ def right(inner: ReferenceEngine, tokens: list[int], position: int) -> Logits:
 
 
 def compare(folder: Path, read: Read, **options: Any) -> dict[str, Any]:
-    """The result for one engine, in three walks: two as long as the context, a shorter one."""
+    """The result for one engine, in three passages: two as long as the context, a shorter one."""
     arguments = {"context": CONTEXT, "window": 16, **options}
     return parity(float_engine(folder), {"artifact": walking(folder, read)}, TOKENS, **arguments)
 
@@ -314,10 +314,10 @@ def test_progress_reaches_its_end_and_never_turns_back(folder: Path) -> None:
 
 
 def test_a_walk_begins_anew(folder: Path) -> None:
-    engine, plan = walking(folder, right), Walk(TOKENS[:40], [16, 1, 3])
-    expected = walk(engine, plan, lambda _: None)
+    engine, plan = walking(folder, right), Passage(TOKENS[:40], [16, 1, 3])
+    expected = read_passage(engine, plan, lambda _: None)
     assert len(expected) == len(plan.positions)
-    assert np.array_equal(walk(engine, plan, lambda _: None), expected)
+    assert np.array_equal(read_passage(engine, plan, lambda _: None), expected)
 
 
 # --- the verb ---------------------------------------------------------------------------------------------------------------------
