@@ -22,22 +22,22 @@ if sys.platform != "win32":
     import resource
 
 WRITER, OWNER = ".writer", ".unfinished.json"
-"""In an unfinished folder: the process that writes there, and the work that it does."""
+"""Files in an unfinished folder: the first names the process that writes there, the second the work that it does."""
 OURS = (WRITER, OWNER, f"{OWNER}.new")
 LONGEST_OWNER = 1 << 20
-"""Bytes of an owner's file that are read."""
+"""Bytes above which the file `OWNER` is not read."""
 MOST_DIFFERENCES = 3
-"""Settings that a message names."""
+"""Differing settings that a message names at most."""
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""What the system says where there is no space, or no more is allowed."""
+"""Error numbers of a write where there is no space, or a quota or size limit is reached."""
 CANNOT_TELL = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}
-"""What the system says where it does not wait for the disk."""
+"""Error numbers where the system cannot wait until a file is on the disk; they are ignored."""
 TRIES = 100
-"""To take the lock, while other processes finish and their folder goes away."""
+"""How often the lock is tried while other processes finish and their folder goes away."""
 
 
 def check_place(out: Path) -> None:
-    """Refuses to write where something is.
+    """Refuses an output place that is taken or not usable.
 
     Raises:
         BundleError: `out` exists, its parent is no folder, or its name is not Unicode.
@@ -52,13 +52,13 @@ def check_place(out: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is done in a folder that is not finished: the same work alone goes on there, or begins again.
+    """The work that an unfinished folder is for: only the same work may go on there, or begin again.
 
     Attributes:
-        verb: such as `export`.
-        settings: all that the result depends on, in JSON's types.
-        command: as the user gave it; empty where a program calls.
-        resumes: whether it goes on from what an earlier run has finished; otherwise it begins again.
+        verb: the subcommand, such as `export`.
+        settings: everything that the result depends on, as JSON values.
+        command: the command line as the user gave it; empty where a program calls.
+        resumes: whether the work goes on from what an earlier run has finished; otherwise it begins again.
     """
 
     verb: str
@@ -69,19 +69,19 @@ class Work:
 
 @contextlib.contextmanager
 def new_folder(out: Path, work: Work) -> Iterator[Path]:
-    """`out`.partial to write into; it becomes `out` at the end.
+    """Yields the folder `out`.partial to write into, which is renamed to `out` at the end.
 
-    It is made at once, so that a place that cannot be written to is found before any slow work. What other work has left in `out`.partial
-    is never touched. What the same work has left is kept where it resumes, and so is what is in it when something fails; otherwise both
-    are removed.
+    It is made at once, so that a place that cannot be written to is found before any slow work. Files that other work has left in
+    `out`.partial are never touched. If the work resumes, files of an earlier run are kept at the start, and files of this run are kept
+    when something fails; otherwise both are removed.
 
     Args:
-        out: where the folder appears.
-        work: what is done.
+        out: where the finished folder appears.
+        work: the work that writes into it.
 
     Raises:
         BundleError: as `check_place`; the place cannot be written to or is full, another process writes there, or other work has left
-            something there.
+            files there.
     """
     check_place(out)
     partial = out.with_name(out.name + ".partial")
@@ -99,7 +99,7 @@ def new_folder(out: Path, work: Work) -> Iterator[Path]:
                 (partial / name).unlink(missing_ok=True)
             publish(partial, out)
         except BaseException as error:
-            traceback.clear_frames(error.__traceback__)  # gives back what the work held: there may be no memory left
+            traceback.clear_frames(error.__traceback__)  # frees the memory that the work used: there may be none left
             told = _told(error, partial)
             if not work.resumes:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -111,7 +111,7 @@ def new_folder(out: Path, work: Work) -> Iterator[Path]:
 
 
 def publish(new: Path, place: Path) -> None:
-    """Gives a file or folder its name when all of it is on the disk: after a crash of the machine it is there as a whole, or not at all."""
+    """Renames a file or folder to `place` once all of it is on the disk: after a crash of the machine it is there whole, or not at all."""
     for path in (new, *new.rglob("*")):
         if not path.is_symlink():
             _sync(path)
@@ -120,7 +120,7 @@ def publish(new: Path, place: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk; file systems that cannot tell are left to themselves."""
+    """Waits until a file, or the names in a folder, are on the disk; does not wait on file systems that do not support it."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -133,10 +133,10 @@ def _sync(path: Path) -> None:
 
 
 def _check_owner(partial: Path, asked: dict[str, Any]) -> None:
-    """Refuses a folder that holds what other work has left.
+    """Refuses a folder that holds files of other work.
 
     Raises:
-        BundleError: with the owner's name and the command that goes on.
+        BundleError: the message names that work and the command that goes on with it, where they are known.
     """
     if not _has_files(partial):
         return
@@ -151,14 +151,14 @@ def _check_owner(partial: Path, asked: dict[str, Any]) -> None:
 
 
 def _own(partial: Path, asked: dict[str, Any]) -> None:
-    """Says in the folder whose it is."""
+    """Records in the folder which work it is for."""
     new = partial / f"{OWNER}.new"
     new.write_text(json.dumps(asked, indent=1), encoding="utf-8")
     publish(new, partial / OWNER)
 
 
 def _owner(path: Path) -> dict[str, Any] | None:
-    """The verb, command and settings that an unfinished folder tells of, or None where it tells nothing that can be read."""
+    """The verb, command and settings recorded in an unfinished folder, or None where there is no record that can be read."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         if path.stat().st_size <= LONGEST_OWNER:
             there = json.loads(path.read_text(encoding="utf-8"))
@@ -179,7 +179,7 @@ def _refusal(partial: Path, there: dict[str, Any], asked: dict[str, Any]) -> str
 
 
 def _differences(there: Any, asked: Any, name: str = "") -> Iterator[str]:
-    """Settings that are not the same, by name."""
+    """Describes each setting that differs, by its dotted name."""
     if isinstance(there, dict) and isinstance(asked, dict):
         for key in sorted({*there, *asked}):
             yield from _differences(there.get(key), asked.get(key), f"{name}.{key}" if name else key)
@@ -188,14 +188,8 @@ def _differences(there: Any, asked: Any, name: str = "") -> Iterator[str]:
 
 
 def _has_files(partial: Path) -> bool:
-    """Whether anything was written: empty folders are nothing."""
+    """Whether the work has written any file; empty folders do not count."""
     return any(path.name not in OURS for path in partial.rglob("*") if path.is_symlink() or not path.is_dir())
-
-
-def _drop(partial: Path) -> None:
-    """Removes a folder in which nothing was written."""
-    if not _has_files(partial):
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _clear(partial: Path) -> None:
@@ -208,12 +202,12 @@ def _clear(partial: Path) -> None:
 
 @contextlib.contextmanager
 def _held(partial: Path) -> Iterator[None]:
-    """Makes the folder and keeps other processes out of it; the system lets them in when this one ends, however it ends.
+    """Makes the folder and locks it against other processes; the system releases the lock when this one ends, however it ends.
 
-    Where something fails, an interruption at any moment included, a folder in which nothing was written goes away again.
+    When something fails, an interruption at any moment included, a folder in which nothing was written is removed again.
 
     Raises:
-        BundleError: the folder cannot be made, or another process has it.
+        BundleError: the folder cannot be made, or another process holds the lock.
     """
     lock = _Lock(partial)
     try:
@@ -234,21 +228,21 @@ class _Lock:
     """The right to write in a folder.
 
     Attributes:
-        made: whether the folder may be this process's.
-        taken: whether this process has the right.
+        made: whether this process may have made the folder.
+        taken: whether this process has the right to write there.
     """
 
     def __init__(self, partial: Path) -> None:
         self.partial = partial
         self.made = self.taken = False
         self._descriptor: int | None = None
-        """Of the folder: it holds the lock. None on Windows, where it would be in the way of renaming."""
+        """The folder's file descriptor, which holds the lock. None on Windows, where an open one would prevent renaming."""
 
     def take(self) -> None:
         """Makes the folder and takes the lock.
 
         Raises:
-            BundleError: the folder cannot be made, or another process has it.
+            BundleError: the folder cannot be made, or another process holds the lock.
         """
         try:
             if self.partial.is_symlink():
@@ -268,7 +262,7 @@ class _Lock:
         self._descriptor = None
 
     def _try(self) -> bool:
-        """One try: False where another process has finished in the meantime, and the folder is gone."""
+        """Tries once; returns False where another process has finished in the meantime and its folder is gone."""
         try:
             self.made = not self.partial.exists()
             self.partial.mkdir(exist_ok=True)
@@ -285,10 +279,10 @@ class _Lock:
         return self.taken
 
     def _flock(self, descriptor: int) -> None:
-        """Takes the system's lock; file systems that lock no folders, such as NFS, are let be.
+        """Takes the system's lock; goes without it on file systems that cannot lock folders, such as NFS.
 
         Raises:
-            BundleError: another process has it.
+            BundleError: another process holds the lock.
         """
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -304,7 +298,7 @@ class _Lock:
 
 
 def _told(error: BaseException, partial: Path) -> BaseException:
-    """The error; of a full disk with the numbers, which the system does not tell."""
+    """The error to raise: for a full disk one with the bytes written and free, which the system's error lacks."""
     if not isinstance(error, OSError):
         return error
     place = Path(str(error.filename2 or error.filename or partial))

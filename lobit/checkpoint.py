@@ -25,34 +25,35 @@ from lobit.model import Config, Transformer
 from lobit.prequantized import FAKE_QUANTIZER, Header, Shapes, torchao_weights
 
 LONGEST_NAME = 80
-"""Characters of the name of a shard; with four bytes each still less than file systems hold."""
+"""Bytes that the name of a shard may have, in UTF-8; file systems take 255."""
 LARGEST_JSON = 64 << 20
-"""Bytes; tokenizer.json files of a quarter million tokens have about 30 MB."""
+"""Bytes that a JSON file may have; a tokenizer.json of a quarter million tokens has about 30 MB."""
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 SAFE_FILES = ["*.safetensors", "config.json", "generation_config.json", INDEX]
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"]
 COMPANIONS = ["generation_config.json", *TOKENIZER_FILES]
-"""What goes with weights, wherever they are written."""
+"""Files that are copied along with the weights."""
 ROWS = 4096
-"""Of a tensor that are looked at together, so that temporary memory stays small."""
+"""Rows of a tensor that are checked at a time, so that temporary memory stays small."""
 OWN_HEAD = f"{LLAMA['head']}.{FAKE_QUANTIZER}scale"
-"""Scales of a head that shares its floats with the embedding, but not its integers."""
+"""The tensor with the scales of a head that shares its floats with the embedding, but not its integers."""
 HEAD, EMBEDDING = f"{LLAMA['head']}.weight", f"{LLAMA['embedding']}.weight"
 WRAPPED = (("model.language_model.", "model."), ("language_model.model.", "model."), ("language_model.lm_head.", "lm_head."))
-"""What models of images and text put before the names of their text model, and what it calls them itself."""
+"""Prefixes of a text model's tensors inside a model of images and text, and the prefixes that it uses by itself."""
 BARE = ("layers.", "embed_tokens.", "norm.")
-"""How names begin where the model was saved without its head (transformers' `AutoModel`)."""
+"""How tensor names begin where the model was saved without its head (transformers' `AutoModel`)."""
 OTHER_SENSES = ("vision_tower.", "vision_model.", "visual.", "audio_tower.", "multi_modal_projector.", "embed_vision.", "embed_audio.")
-"""How names begin of the parts of a model of images and text, with `model.` before them or not, that its text model does without."""
+"""Prefixes, with or without `model.` before them, of the parts of a model of images and text that its text model does not use."""
 IGNORED = re.compile(r"\.(rotary_emb\.inv_freq|activation_fake_quantizer\.(scale|zero_point))$")
-"""Constants that old Llama checkpoints carry, which follow from the config; ranges of inputs, which are quantized by token if at all."""
+"""Tensors that are not read: constants in old Llama checkpoints, which follow from the config, and ranges of inputs, which lobit
+quantizes per token if at all."""
 
 
 def resolve(model: str) -> Path:
-    """The folder of MODEL: `demo`, a folder, or a hub name (downloaded into the Hugging Face cache, which is said on stderr).
+    """The folder of MODEL: `demo`, a folder, or a hub name (downloaded into the Hugging Face cache, with a note on stderr).
 
     Raises:
-        ModelError: there is no such folder and it does not look like a hub name, or `demo` may be one of two models.
+        ModelError: there is no such folder and it does not look like a hub name, or `demo` could mean either of two models.
         MissingPartError: the hub cannot be reached.
     """
     if model == "demo":
@@ -84,7 +85,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size.
 
     Raises:
-        ModelError: missing, too large, not JSON or not an object.
+        ModelError: the file is missing, too large, not JSON or not an object.
     """
     if not path.is_file():
         raise ModelError(f"{path} is missing: a Hugging Face folder has config.json and *.safetensors")
@@ -115,14 +116,14 @@ def load_config(folder: Path) -> Config:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: the single one, whatever shards lie beside it, as transformers has it; or the index's."""
+    """The safetensors files of a folder: `SINGLE` if it exists, even if there are shards, as in transformers; else those in `INDEX`."""
     index = folder / INDEX
     if index.is_file() and not (folder / SINGLE).is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise ModelError(f"{index} has no weight_map: fetch it again")
         names = sorted(set(weight_map.values()))
-        outside = [shown_name(name) for name in names if Path(name).name != name or len(name) > LONGEST_NAME]
+        outside = [shown_name(name) for name in names if Path(name).name != name or len(name.encode("utf-8", "replace")) > LONGEST_NAME]
         if outside:
             raise ModelError(f"{index} names what is no file in the folder, or outside of it: {', '.join(outside[:9])}: fetch it again")
     else:
@@ -138,13 +139,13 @@ def _files(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """A safetensors file; the library has checked its header and its length.
+    """Opens a safetensors file; the library checks its header and its length.
 
     Raises:
-        ModelError: it is damaged or incomplete.
-        OSError: it must not be read.
+        ModelError: the file is damaged or incomplete.
+        OSError: this process is not allowed to read it.
     """
-    path.open("rb").close()  # the library calls a file missing that it must not read
+    path.open("rb").close()  # without permission to read it, the library would call it missing
     try:
         with safe_open(path, "pt") as tensors:
             yield tensors
@@ -162,7 +163,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     """
     try:
         save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:  # the library tells the system's number in its text alone
+    except SafetensorError as error:  # the library gives the system's error number only in its text
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
@@ -170,7 +171,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
 
 
 def _family_name(name: str) -> str:
-    """What the family calls a tensor."""
+    """The family's name of a tensor, from its name in the file."""
     for wrapped, plain in WRAPPED:
         if name.startswith(wrapped):
             return plain + name.removeprefix(wrapped)
@@ -178,7 +179,7 @@ def _family_name(name: str) -> str:
 
 
 def _headers(files: list[Path]) -> tuple[dict[str, Header], dict[str, str]]:
-    """The header of every tensor under the file's own name, and what the files say besides."""
+    """The header of every tensor by its name in the files, and the metadata of the files."""
     found: dict[str, Header] = {}
     metadata: dict[str, str] = {}
     for path in files:
@@ -193,17 +194,17 @@ def _headers(files: list[Path]) -> tuple[dict[str, Header], dict[str, str]]:
 
 
 class Weights:
-    """The tensors of a model folder under our names, read one by one.
+    """The tensors of a Hugging Face folder under lobit's names, read one by one.
 
     Args:
-        folder: of a float model.
-        config: as `load_config` gives it.
+        folder: the folder, with floats or with weights that `prequantized` can read.
+        config: as `load_config` returns it.
 
     Attributes:
-        untied: the head has integers of its own, although the config shares the embedding's floats with it.
+        untied: whether the head has integers of its own, although by the config it shares its floats with the embedding.
 
     Raises:
-        ModelError: tensors are missing, misshapen, of another kind or unused; all are named.
+        ModelError: tensors are missing, misshapen, of an unknown kind or unused; the message lists them.
     """
 
     def __init__(self, folder: Path, config: Config) -> None:
@@ -227,10 +228,10 @@ class Weights:
             raise ModelError(listed(problems, f"{folder} does not fit a {config.family} model, {len(problems)} tensors:"))
 
     def _names(self, headers: Mapping[str, Header], folder: Path) -> dict[str, str]:
-        """The file's name of every tensor, under the family's.
+        """The name in the file of every tensor, by the family's name of it.
 
         Raises:
-            ModelError: two tensors mean the same.
+            ModelError: two tensors have the same family name.
         """
         names: dict[str, str] = {}
         has_text_model = isinstance(read_json(folder / "config.json").get("text_config"), dict)
@@ -244,7 +245,7 @@ class Weights:
         return names
 
     def _tie_problems(self) -> list[str]:
-        """What the files and `tie_word_embeddings` say of the head that cannot both be true."""
+        """Contradictions between the files and `tie_word_embeddings` about the head."""
         headers = self.headers
         if not self.config.tied:
             place = self.places["head.weight"]
@@ -261,10 +262,10 @@ class Weights:
         ]
 
     def read(self, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
-        """A tensor; a head that is the embedding is there under both names.
+        """A tensor of the model; a head that shares the embedding can be read under both names.
 
         Args:
-            name: ours.
+            name: lobit's name of it.
             dtype: as in `layout.read`.
 
         Raises:
@@ -272,19 +273,19 @@ class Weights:
         """
         name = name if name in self.places else name.replace("head.", "embedding.")
         tensor = read(self.config, name, self.places[name], self._get, dtype)
-        # 0 times a number is 0, but not of infinity or NaN: a third of the time of isfinite on bfloat16.
+        # 0 times a finite number is 0, and 0 times infinity or NaN is NaN: this takes a third of the time of isfinite on bfloat16.
         if any((rows.float() * 0).sum() != 0 for rows in tensor.split(ROWS)):
             raise ModelError(f"{self.places[name].name} of {self.folder} has values that are not finite: train or fetch it again")
         return tensor
 
     def integers(self, name: str) -> tuple[Tensor, Tensor]:
-        """The integers [out, in], int8, and scales [out, groups], float32, that the folder keeps of a quantized weight.
+        """The integers [out, in], int8, and scales [out, groups], float32, of a weight that the folder keeps quantized.
 
         Args:
-            name: ours, with `Stored.quantized`.
+            name: lobit's name of the weight, which must have `Stored.quantized`.
 
         Raises:
-            ModelError: they are not of its grid.
+            ModelError: values are no integers, or lie outside of the weight's range.
         """
         place = self.places[name]
         values, scale = read_integers(self.config, name, place, self._get)
@@ -303,7 +304,7 @@ def load_model(folder: Path, config: Config | None = None) -> Transformer:
     """The trained model of a Hugging Face folder in float32, for inference.
 
     Raises:
-        ModelError: tensors are missing, misshapen, of another kind, unused or not finite.
+        ModelError: tensors are missing, misshapen, of an unknown kind, unused or not finite.
     """
     weights = Weights(folder, config or load_config(folder))
     state = {name: weights.read(name) for name in weights.places}
@@ -339,7 +340,7 @@ def _tensor_problems(name: str, shapes: Shapes, header: Header | None) -> list[s
 
 
 def copy_companions(source: Path, folder: Path, names: Iterable[str] = COMPANIONS) -> list[str]:
-    """Copies the files of a model's folder that go with its weights; the names of those that are there."""
+    """Copies the files of a model's folder that go with its weights; returns the names of those that exist."""
     from lobit.tokenizer_files import FILE_NAME, copy_tokenizer
 
     found = [name for name in names if (source / name).is_file()]
@@ -362,4 +363,4 @@ def save_model(model: Transformer, values: Mapping[str, Any], folder: Path, dtyp
     floats = {name: value for name, value in values.items() if name != "quantization_config"}
     (folder / "config.json").write_text(json.dumps(floats, indent=2) + "\n", encoding="utf-8")
     write_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors leaves it to its owner alone
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets only the owner read it

@@ -1,4 +1,4 @@
-"""What ends a command before its result, as one message and an exit code."""
+"""Turns an error that ends a command before its result into one message and an exit code."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lobit.errors import LobitError
 
 DEBUG = "LOBIT_DEBUG"
 SHOW = f" ({DEBUG}=1 shows where)"
-"""Of errors that may be lobit's own fault all the same."""
+"""The end of messages about errors that may be lobit's own fault after all."""
 MISTAKE = 2
 SIGNALED = 128
-"""And the signal's number: 130 after Ctrl-C."""
+"""The exit code after a signal is this plus the signal's number: 130 after Ctrl-C."""
 NO_MEMORY = re.compile(
     r"alloc.* memory|out of memory|bad_alloc|without exception set|failed to map segment|can't start new thread", re.IGNORECASE
 )
-"""How libraries say it that do not raise MemoryError."""
+"""How libraries that do not raise MemoryError say that memory has run out."""
 ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 """Signals that end a command as Ctrl-C does."""
 
@@ -35,7 +35,7 @@ ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
 def one_message() -> Iterator[None]:
     """Ends the process with one message where something outside of lobit, or the user, is in the way.
 
-    What is an error of lobit's own goes on as it is, with its traceback. With `LOBIT_DEBUG=1` in the environment every error's traceback
+    An error of lobit's own is raised unchanged, with its traceback. With `LOBIT_DEBUG=1` in the environment every error's traceback
     is shown before its message.
     """
     ending = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
@@ -61,7 +61,7 @@ def one_message() -> Iterator[None]:
 
 
 def _open_streams() -> None:
-    """Makes stdout and stderr usable where they are closed, and where they cannot say all characters."""
+    """Replaces stdout and stderr where they are closed, and lets stdout escape the characters that its encoding lacks."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
@@ -73,7 +73,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     """The message and the exit code; None for an error of lobit's own."""
     if isinstance(error, KeyboardInterrupt):
         number = error.args[0] if error.args else signal.SIGINT
-        return "interrupted, nothing half-written is left", SIGNALED + number
+        left = "" if getattr(error, "__notes__", None) else ", nothing half-written is left"
+        return f"interrupted{left}", SIGNALED + number
     if _is_out_of_memory(error):
         return _memory(error), MISTAKE
     if isinstance(error, LobitError):
@@ -92,7 +93,7 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether that is what was raised first: libraries, and we, make other errors of it."""
+    """Whether the error, or one that led to it, is a lack of memory: libraries, and lobit, raise other errors in its place."""
     first: BaseException | None = error
     while first is not None:
         if isinstance(first, MemoryError) or (isinstance(first, OSError) and first.errno == errno.ENOMEM):
@@ -104,7 +105,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _memory(error: BaseException) -> str:
-    traceback.clear_frames(error.__traceback__)  # gives back what the work held
+    traceback.clear_frames(error.__traceback__)  # frees the memory that the work used
     asked = re.search(r"allocate (\d+) bytes", str(error))
     told = f" for {asked[1]} bytes more" if asked else ""
     with contextlib.suppress(Exception):  # there may be too little even for this
@@ -115,7 +116,7 @@ def _memory(error: BaseException) -> str:
 
 
 def _system(error: OSError) -> str:
-    """What the operating system refuses."""
+    """The message for something that the operating system refuses."""
     place = error.filename2 or error.filename or "the output"
     why = error.strerror or str(error)
     if error.errno in FULL:
@@ -128,18 +129,18 @@ def _system(error: OSError) -> str:
 
 
 def _say(message: str) -> None:
-    with contextlib.suppress(OSError):  # where stderr is full too, the exit code is all that is left
+    with contextlib.suppress(OSError):  # if stderr cannot be written to either, only the exit code tells
         print(message, file=sys.stderr, flush=True)
 
 
 def _leave(code: int, at_once: bool = False) -> NoReturn:
     """Ends the process.
 
-    What stdout cannot take is dropped, or Python would complain of it once more.
+    Output that stdout cannot take is dropped, or Python would report it once more.
 
     Args:
-        code: of the exit.
-        at_once: without what libraries do at the end, which needs memory too.
+        code: the exit code.
+        at_once: skip what libraries do at exit, which needs memory too.
     """
     try:
         sys.stdout.flush()

@@ -1,6 +1,6 @@
 """A Hugging Face folder from a GGUF file: a Llama's weights as bfloat16, and the tokenizer from the tokens and merges in the file.
 
-Source: ggml `docs/gguf.md`; llama.cpp `src/llama-vocab.cpp` for what its names of pre-tokenizers mean.
+Source: ggml `docs/gguf.md`; llama.cpp `src/llama-vocab.cpp` for the meaning of the names of pre-tokenizers.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ CONFIG = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
 }
-"""Fields of config.json, and what GGUF calls them."""
+"""Fields of config.json, and GGUF's names of them."""
 IMPLIED: dict[str, Callable[[Config], int]] = {
     "vocab_size": lambda config: config.vocab_size,
     "attention.value_length": lambda config: config.head_dim,
     "rope.dimension_count": lambda config: config.head_dim,
 }
-"""Fields of the family that say again what others say, and what that must be."""
+"""Fields of the family in GGUF that repeat what other fields say, and the value that each must have."""
 TOKENIZER = {"model": "gpt2", "pre": "smollm"}
-"""Byte-level BPE; each digit is a word of its own, and what is between digits is cut into GPT-2's words."""
+"""The only tokenizer that is read: byte-level BPE, where each digit is a word of its own and the text between is cut into GPT-2's words."""
 UNUSED = ("add_bos_token", "add_eos_token", "add_space_prefix")
-"""What that tokenizer does not do."""
+"""Fields for what that tokenizer does not do: false, where a file has them."""
 LISTS = ("tokens", "merges", "token_type")
-"""What a tokenizer is made of."""
+"""Fields that a tokenizer is made from."""
 NORMAL, CONTROL = 1, 3
-"""Types of tokens: found by merging; special."""
+"""GGUF's types of tokens: those found by merging, and special ones."""
 NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-"""Special tokens of tokenizer_config.json, and what GGUF calls them."""
+"""Special tokens of tokenizer_config.json, and GGUF's names of them."""
 
 Progress = Callable[[str, int, int], None]
-"""(what, done, of how many)"""
+"""Called with the name of a stage, how much of it is done, and how much there is."""
 
 
 def write_folder(path: Path, folder: Path, progress: Progress | None = None) -> None:
@@ -65,12 +65,12 @@ def write_folder(path: Path, folder: Path, progress: Progress | None = None) -> 
     Args:
         path: the GGUF file. Its hash should be known: a file that was made to do harm can keep the library that reads it busy for
             ever.
-        folder: an empty one.
-        progress: of the tensors.
+        folder: an empty folder to write into.
+        progress: called after each tensor.
 
     Raises:
         MissingPartError: the package gguf is not installed.
-        ModelError: it is no GGUF file, or it holds something else than a Llama with SmolLM's tokenizer; every reason is named.
+        ModelError: it is no GGUF file, or holds something else than a Llama with SmolLM's tokenizer; the message lists the reasons.
     """
     reader = _open(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -103,7 +103,7 @@ def _open(path: Path) -> GGUFReader:
     reader = require_gguf()
     try:
         return reader(path)
-    except (ValueError, IndexError, KeyError) as error:  # a wrong word at the beginning; an end too early; a name twice
+    except (ValueError, IndexError, KeyError) as error:  # wrong magic bytes; the file ends too early; a name occurs twice
         raise ModelError(f"{path} is no GGUF file that can be read ({reason(error)}): fetch it again") from None
 
 
@@ -114,7 +114,7 @@ def _check_architecture(fields: Mapping[str, Any], path: Path) -> None:
 
 
 def _config_values(fields: Mapping[str, Any], tied: bool) -> dict[str, Any]:
-    """The contents of config.json; what the file does not say is left out."""
+    """The contents of config.json; fields that the GGUF file lacks are left out."""
     values = {name: fields.get(f"{FAMILY}.{theirs}") for name, theirs in CONFIG.items()}
     values |= {f"{name}_id": fields.get(f"tokenizer.ggml.{theirs}_token_id") for name, theirs in NAMED.items() if name != "unk_token"}
     return {
@@ -134,10 +134,10 @@ def _shortest(value: Any) -> Any:
 
 
 def _check_fields(fields: Mapping[str, Any], config: Config, path: Path) -> None:
-    """Everything that the file says of the family and of the tokenizer is known here.
+    """Checks that lobit understands all that the file says about the family and the tokenizer.
 
     Raises:
-        ModelError: it is not; every field is named.
+        ModelError: it does not; the message lists the fields.
     """
     problems = []
     for name, value in fields.items():
@@ -153,20 +153,21 @@ def _check_fields(fields: Mapping[str, Any], config: Config, path: Path) -> None
 
 
 def _tokenizer_problems(fields: Mapping[str, Any], vocabulary: int) -> list[str]:
-    """What makes it another tokenizer than `build_tokenizer` builds."""
+    """Reasons why the file's tokenizer is not the one that `build_tokenizer` builds."""
     values = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
     needed = {**TOKENIZER, **{name: False for name in UNUSED if name in values}}
     wrong = {name: known for name, known in needed.items() if values.get(name) != known}
     problems = [f"the tokenizer's {name} is {shown(values.get(name))}: {shown(known)} alone is read" for name, known in wrong.items()]
     problems += [f"the tokenizer's {name} are missing" for name in LISTS if name not in values]
     for name in (f"{theirs}_token_id" for theirs in NAMED.values()):
-        if not 0 <= values.get(name, 0) < vocabulary:
-            problems.append(f"the tokenizer's {name} is {values[name]}: a token below {vocabulary} is needed")
+        value = values.get(name, 0)
+        if not isinstance(value, int) or not 0 <= value < vocabulary:
+            problems.append(f"the tokenizer's {name} is {shown(value)}: a token below {vocabulary} is needed")
     return problems
 
 
 def _model(tensors: Mapping[str, ReaderTensor], config: Config, path: Path, progress: Progress | None) -> Transformer:
-    """The model with the file's weights, bfloat16."""
+    """The model with the file's weights in bfloat16."""
     with torch.device("meta"):
         model = Transformer(config)
     names = {gguf_name(ours): ours for ours in layout(model)}
@@ -193,7 +194,7 @@ def _tensor_problems(tensors: Mapping[str, ReaderTensor], shapes: Mapping[str, l
 
 
 def _floats(tensor: ReaderTensor) -> Tensor:
-    """The values that a tensor stands for, float32."""
+    """The values of a tensor, dequantized to float32."""
     from gguf.quants import dequantize
 
     try:
@@ -204,15 +205,15 @@ def _floats(tensor: ReaderTensor) -> Tensor:
 
 
 def build_tokenizer(tokens: list[str], merges: list[str], types: list[int]) -> tokenizers.Tokenizer:
-    """The tokenizer that `TOKENIZER` means.
+    """The tokenizer that `TOKENIZER` describes.
 
     Args:
         tokens: the vocabulary in GPT-2's letters for bytes, by id.
-        merges: `left right`, the first one first.
-        types: of the tokens.
+        merges: each as `left right`, in order of priority.
+        types: GGUF's types of the tokens.
 
     Raises:
-        ModelError: types or merges that such a tokenizer does not have.
+        ModelError: there are types or merges that such a tokenizer does not have.
     """
     other = [(token, kind) for token, kind in zip(tokens, types, strict=False) if kind not in (NORMAL, CONTROL)]
     problems = [f"{shown_name(token)} is of type {kind}" for token, kind in other]
@@ -224,7 +225,7 @@ def build_tokenizer(tokens: list[str], merges: list[str], types: list[int]) -> t
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     try:
         inner = tokenizers.Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, pairs))
-    except Exception as error:  # the library raises nothing more exact, such as for a merge into a token that is not there
+    except Exception as error:  # the library raises no narrower class, such as for a merge into a token that does not exist
         raise ModelError(f"the file's tokens and merges do not fit together ({reason(error)}): fetch it again") from None
     digits = pre_tokenizers.Digits(individual_digits=True)
     inner.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])

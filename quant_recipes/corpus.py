@@ -1,4 +1,4 @@
-"""Text as packed sequences of tokens, in an order that seed and step alone decide."""
+"""Text as packed sequences of tokens, whose order depends on seed and step alone."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from lobit.errors import InputError
 
 MOST_HELD_OUT = 8192
-"""Tokens, and at least one sequence: half a minute of SmolLM2 and its float model on two cores. They tell the KL of its `8da4w-g32`
-with a standard error of 3 %, from sequence to sequence; half of that would take four times as many."""
+"""Most tokens to measure on, but at least one sequence: half a minute of SmolLM2 and its float model on two cores. They give the KL of
+its `8da4w-g32` with a standard error of 3 %, from sequence to sequence; half of that would take four times as many."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Sequences [n, length + 1]; the last token of each is only predicted."""
+    """Sequences [n, length + 1]; the last token of each is predicted but not read."""
 
     sequences: Tensor
     seed: int = 0
@@ -32,7 +32,7 @@ class Corpus:
         return self.sequences.shape[1] - 1
 
     def batch(self, step: int, size: int) -> Tensor:
-        """The `size` sequences of a step: the corpus shuffled anew each time it is through."""
+        """The `size` sequences of a step; the corpus is shuffled anew for every epoch."""
         numbers = range(step * size, (step + 1) * size)
         epochs = sorted({number // len(self) for number in numbers})
         orders = {epoch: self._order(epoch) for epoch in epochs}
@@ -50,15 +50,15 @@ class Corpus:
         return max(1, MOST_HELD_OUT // self.length)
 
     def to_measure(self) -> Corpus:
-        """At most `MOST_HELD_OUT` tokens of it, in sequences spread over all."""
+        """A corpus of at most `MOST_HELD_OUT` tokens, in sequences spread over all of this one."""
         count = min(len(self), self._most_held_out)
         return Corpus(self.sequences[[i * len(self) // count for i in range(count)]], self.seed)
 
     def split(self, share: float) -> tuple[Corpus, Corpus]:
-        """Without the last `share` of the sequences, at least one and at most `MOST_HELD_OUT` tokens; and these.
+        """All but the last `share` of the sequences, and these: at least one sequence, and at most `MOST_HELD_OUT` tokens.
 
         Raises:
-            InputError: there is but one sequence.
+            InputError: there is only one sequence.
         """
         if len(self) < 2:
             raise InputError(
@@ -70,20 +70,22 @@ class Corpus:
 
 
 def pack(documents: Iterable[list[int]], length: int, seed: int = 0, bos: int | None = None) -> Corpus:
-    """Documents' tokens in one row, cut into sequences that begin as a text does; what is left at the end is not used.
+    """Joins documents and cuts them into sequences, each with `bos` at its start if there is one; tokens left over at the end are unused.
 
-    A sequence begins where the one before ended, or again at the document that it cut short. In the midst of a document that is
-    longer, `bos` is put before it: a model that never saw its first token at position 0 forgets what to do there.
+    A sequence begins where the one before it ended, or at the start of the last document in that one. A sequence that begins inside of a
+    document gets a `bos` of its own: a model that never sees `bos` at position 0 in training forgets what to do there.
 
     Args:
-        documents: token ids, with those that begin and end a document where the model knows them.
+        documents: token ids of each, with the tokens that begin and end a document where the model has such.
         length: tokens of a sequence that the model reads.
-        seed: of the order.
-        bos: the token that begins a document, or None.
+        seed: of the order in which `Corpus.batch` takes the sequences.
+        bos: the token that begins a document; None: nothing is put before a sequence.
 
     Raises:
-        InputError: there are fewer tokens than one sequence needs.
+        InputError: there are fewer tokens than one sequence needs, or a sequence has room for nothing but `bos`.
     """
+    if length < (1 if bos is None else 2):
+        raise InputError(f"sequences of {length} tokens have no room for text: give a longer --length")
     tokens = torch.tensor([token for document in documents for token in document], dtype=torch.int32)
     begins = [] if bos is None else (tokens == bos).nonzero()[:, 0].tolist()
     before = torch.tensor([] if bos is None else [bos], dtype=torch.int32)
@@ -94,7 +96,8 @@ def pack(documents: Iterable[list[int]], length: int, seed: int = 0, bos: int | 
         if end >= len(tokens):
             break
         sequences.append(torch.cat([prefix, tokens[at : end + 1]]))
-        last = begins[bisect_right(begins, end) - 1] if begins else 0
+        begun = bisect_right(begins, end)
+        last = begins[begun - 1] if begun else 0
         at = last if last > at else end
     if not sequences:
         raise InputError(f"the text has {len(tokens)} tokens, a sequence needs {length + 1}: give more text or a shorter --length")
@@ -105,14 +108,14 @@ def sequences_of(tokens: Sequence[int], samples: int, length: int, seed: int = 0
     """Calibration sequences [n, length], int64: random windows of a text that do not overlap.
 
     Args:
-        tokens: of the whole text.
-        samples: n, or all windows where the text has fewer.
-        length: of a sequence, in tokens.
-        seed: of the choice.
-        bos: begins every sequence; None: nothing does.
+        tokens: the tokens of the whole text.
+        samples: n; where the text has fewer windows, all are taken.
+        length: tokens of a sequence, `bos` included.
+        seed: of the choice of windows.
+        bos: the token to put before every window, or None.
 
     Raises:
-        InputError: no sequence is asked for, or the text is shorter than one.
+        InputError: `samples` or `length` is too small, or the text is shorter than one sequence.
     """
     head = [] if bos is None else [bos]
     room = length - len(head)

@@ -1,4 +1,4 @@
-"""A bundle's manifest.json: the only contract between export and everything that runs. Standard library only."""
+"""A bundle's manifest.json: the only contract between export and everything that runs a bundle. Needs the standard library alone."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from lobit.errors import BundleError, listed, reason, shown
 from lobit.from_json import build
 
 MAJOR, MINOR = 2, 0
-"""Of the schema. A reader refuses another major version; of a newer minor one it leaves out the fields that it does not know."""
+"""Version of the schema. A reader refuses another major version; in a newer minor version it ignores the fields that it does not know."""
 FILE_NAME = "manifest.json"
 LONGEST_PATH = 80
-"""Characters; no target names its files so."""
+"""Characters that the path of a file may have; no target gives its files longer ones."""
 MOST_THREADS = 1024
-"""Of a runtime; no processor has more."""
+"""Threads that a manifest may name for a runtime; no processor has more."""
 SEAL = "sha256"
-"""The last entry of the file."""
+"""Name of the last entry of the file: the digest of all bytes before it."""
 SEALED = re.compile(rb'(.*,\n  "sha256": ")([0-9a-f]{64})"\n\}\n', re.DOTALL)
-"""A file: all that is before the digest, which is of these bytes, and the digest."""
+"""Matches a whole file. Its groups are the bytes before the digest, which are what is digested, and the digest."""
 LARGEST_MANIFEST = 8 << 20
-"""Bytes that are read at most."""
+"""Bytes that a manifest may have; a larger one is not read."""
 
 
 @dataclass(frozen=True)
@@ -35,28 +35,30 @@ class FileEntry:
     """A file of the bundle."""
 
     path: str
-    """Relative to the bundle, with forward slashes."""
+    """Path relative to the bundle's folder, with forward slashes."""
     role: str
-    """`program`, its `weights` where they are a file of their own, `tokenizer` or `config`."""
+    """`program`; `weights`, where the program's weights are a file of their own; `tokenizer` (tokenizer.json); `config`: any other."""
     bytes: int
     sha256: str
+    """Digest of the file: 64 lower-case hexadecimal digits."""
 
     @staticmethod
     def of(folder: Path, path: str, role: str) -> FileEntry:
-        """The entry of a file that is there."""
+        """The entry of an existing file, its size and digest computed."""
         return FileEntry(path, role, (folder / path).stat().st_size, sha256_of(folder / path))
 
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output of the program."""
+    """An input or output of a method."""
 
     name: str
     role: str
-    """`tokens`; `position`: of the first of them, or `positions` of all; `logits`; `state`: one of `states`."""
+    """`tokens`: the ids to read; `position`: that of the first id; `positions`: that of each id; `logits`; `state`: named in `states`."""
     shape: list[int | str]
-    """Fixed sizes, or the range of one that changes from call to call, such as `1..128`."""
+    """The size of each axis: a number where it is fixed, a range such as `1..128` where it changes from call to call."""
     dtype: str
+    """Element type by its NumPy name, such as `int64`."""
 
 
 @dataclass(frozen=True)
@@ -64,97 +66,104 @@ class Method:
     """A function of the program."""
 
     name: str
-    """As the runtime calls it."""
+    """The method's name in the runtime, such as `forward`."""
     role: str
-    """`step`: reads 1 to `chunk` tokens behind those already read, and gives the logits of the last, or of all."""
+    """`step`: the method reads 1 to `chunk` tokens, which follow those already read, and gives the logits of the last one or of all."""
     inputs: list[Port]
     outputs: list[Port]
 
 
 @dataclass(frozen=True)
 class State:
-    """What a program remembers from call to call, where the client keeps it: zeros at first, then what the call before has given."""
+    """A tensor that the client keeps from call to call for the program: zeros at first, then what the previous call has put out."""
 
     input: str
-    """The port that takes it."""
+    """Name of the input port that takes the tensor."""
     output: str
-    """The port that gives it back."""
+    """Name of the output port that gives it back."""
     dtype: str
+    """Element type by its NumPy name, such as `float32`."""
     shape: list[int]
-    """When it is full."""
+    """Shape of the tensor when it is full."""
     axis: int | None
-    """Of the shape: the one with an entry for every position. None: the state has none, and is of this shape from the beginning."""
+    """Index, from 0, of the axis that has an entry for every position. Null: no axis has, and the tensor has its full shape at once."""
     window: int | None
-    """Positions that the model looks back at; None: at all."""
+    """Number of the latest positions, the current one included, that the model attends to; null: it attends to all."""
     in_place: bool
-    """Whether input and output are one piece of memory of the full shape. Otherwise the axis is as long as tokens were read: 0 at first."""
+    """Whether input and output are one buffer of the full shape. Otherwise the axis is as long as the number of tokens read: 0 at first."""
 
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """The key-value cache."""
+    """Size of the program's key-value cache."""
 
     dtype: str
+    """Element type of keys and values: `int8` or `float32`."""
     slots: list[int]
-    """Positions that each layer keeps."""
+    """Number of positions that each layer's cache holds, one entry for each layer."""
     value_bytes: int
-    """Keys and values."""
+    """Bytes of the keys and values of all layers when the cache is full."""
     scale_bytes: int
-    """Their scales and zero points; 0 where there are none."""
+    """Bytes of their scales and zero points; 0 where they have none."""
 
     @property
     def bytes(self) -> int:
-        """All of it."""
+        """Bytes of the whole cache."""
         return self.value_bytes + self.scale_bytes
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a client must know of the tokenizer."""
+    """What a client must know about the tokenizer."""
 
     bos: int | None
-    """Put before a text, where the tokenizer does it."""
+    """Id of the token that the tokenizer puts before a text; null where it puts none."""
     stop: list[int]
-    """Generation ends at any of these."""
+    """Ids of the tokens at any of which generation ends."""
     chat_template: str | None
-    """Jinja, as Hugging Face renders it."""
+    """Jinja source of the template, to be rendered as Hugging Face does it; null where the model has none."""
     special: dict[str, str]
-    """`bos_token`, `eos_token`, …: what the template may name."""
+    """Texts of the special tokens by the names that the template may use for them: `bos_token`, `eos_token`, …"""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """How the model's authors draw tokens (generation_config.json); null where they say nothing."""
+    """How the model's authors sample tokens (generation_config.json); a setting is null where they give none."""
 
     temperature: float | None = None
-    """0: always the likeliest."""
+    """Logits are divided by it; 0: the likeliest token is always taken."""
     top_k: int | None = None
-    """0: from all."""
+    """Number of the likeliest tokens that are drawn from; 0: all."""
     top_p: float | None = None
+    """The fewest likeliest tokens whose probabilities together reach this share are drawn from."""
     repetition_penalty: float | None = None
+    """Logits of tokens that occurred before are divided by it where they are positive, else multiplied; 1: no penalty."""
 
 
 @dataclass(frozen=True)
 class Delegation:
-    """Where the program's operators run: a description, which chooses nothing."""
+    """Where the program's operators run. This is only a description: it has no effect on how the program runs."""
 
     backend: str
+    """Name of the delegate (ExecuTorch) or of the execution provider (ONNX Runtime)."""
     partitions: int
+    """Number of pieces of the program that are handed to the backend."""
     delegated: dict[str, int]
-    """Operators on the delegate and how many of each."""
+    """Number of each operator that runs on the backend."""
     left: dict[str, int]
-    """Operators that stayed behind and how many of each."""
+    """Number of each other operator. xnnpack: it runs outside of the delegate; onnx: several of them stand for one fused operator."""
 
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """The bytes of one kind of weights in the program."""
+    """The weights of one kind and format in the program."""
 
     kind: str
-    """`embedding`, `attention`, `mlp`, `head`, `norms`, `tables`."""
+    """`embedding`, `attention`, `mlp`, `head`, `norms`, `biases`, `tables`; `embedding scales`, `head scales` where these lie apart."""
     format: str
-    """`int4 group 32`, `float32`, …"""
+    """How the weights are stored: `int4 group 32`, `float32`, …"""
     parameters: int
+    """Number of the model's weights among them; 0 for scales and tables alone."""
     bytes: int
 
 
@@ -163,45 +172,55 @@ class ModelInfo:
     """The model that was exported."""
 
     family: str
+    """Name of the architecture, such as `llama`."""
     parameters: int
-    """A tied embedding counts once."""
+    """Number of weights of the float model; a tied embedding counts once."""
     layers: int
+    """Number of layers in the order of execution; one that runs several times counts as many times."""
     hidden_size: int
     vocab_size: int
     max_context: int
+    """The longest context of the model itself; that of the program is `context`."""
     largest_window: int
-    """0 where every layer sees the whole context."""
+    """Positions in the longest attention window of a layer; 0 where every layer sees the whole context."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A bundle described."""
+    """All that a client needs to know in order to run a bundle."""
 
     name: str
     target: str
+    """The runtime that the program is for: `xnnpack` (ExecuTorch) or `onnx` (ONNX Runtime)."""
     model: ModelInfo
     recipe: dict[str, Any]
-    """Verbatim, as `Recipe.to_json` gives it."""
+    """The quantization recipe, as `Recipe.to_json` gives it."""
     checkpoint_sha256: str
-    """Of all integers, scales and floats that the program holds, before lowering (`quantized.fingerprint`)."""
+    """Digest of all integers, scales and floats that the program holds, taken before lowering (`quantized.fingerprint`)."""
     context: int
+    """Number of positions that the program can hold, prompt and generated tokens together."""
     chunk: int
-    """The most tokens that are read in one call."""
+    """The most tokens that one call can read."""
     threads: int
-    """Of the runtime, where it is not told otherwise; 0: one per core."""
+    """Threads that the runtime uses unless the user asks for another number; 0: one per core."""
     options: dict[str, str | int | bool]
-    """Of the target, by names of its own: what the program was made for, and how it is to be run."""
+    """Options of the target, which has names of its own for them: what the program was made for, and how it is to be run."""
     methods: list[Method]
+    """The program's functions, at most one of each role."""
     states: list[State]
-    """Empty where the program keeps its own."""
+    """Tensors that the client keeps from call to call; empty where the program keeps them itself."""
     cache: CacheInfo
     tokens: Tokens
     generation: Generation
     delegation: Delegation
     weights: list[TensorGroup]
+    """The program's weights by kind and format. This is only a description, as `delegation` is."""
     files: list[FileEntry]
+    """The files that a bundle needs in order to run, with the sizes and digests that a reader checks."""
     versions: dict[str, str]
+    """Versions of lobit and of the packages that the bundle's bytes depend on."""
     schema_version: str = field(default=f"{MAJOR}.{MINOR}")
+    """`MAJOR.MINOR`. A reader refuses another major version; in a newer minor version it ignores the fields that it does not know."""
 
     def file(self, role: str) -> FileEntry:
         """The first file of a role.
@@ -228,11 +247,11 @@ class Manifest:
     @property
     def all_logits(self) -> bool:
         """Whether a call gives the logits of all its tokens, not of the last alone."""
-        return any(port.role == "logits" and port.shape[1] != 1 for port in self.method("step").outputs)
+        return any(port.role == "logits" and port.shape[1:2] != [1] for port in self.method("step").outputs)
 
     @property
     def program_bytes(self) -> int:
-        """Of the program and its weights."""
+        """Bytes of the program's file and of its weights' file, where there is one."""
         return sum(entry.bytes for entry in self.files if entry.role in ("program", "weights"))
 
     def to_json(self) -> str:
@@ -241,10 +260,10 @@ class Manifest:
 
     @staticmethod
     def from_json(data: bytes) -> Manifest:
-        """The inverse of `to_json`, of the file's bytes.
+        """Reads the bytes of manifest.json, the inverse of `to_json`.
 
         Raises:
-            BundleError: not a manifest of this schema's major version, or a changed one; the message says where it differs.
+            BundleError: this is no manifest of the schema's major version, contradicts itself or was changed; the message says where.
         """
         try:
             values = json.loads(data)
@@ -268,10 +287,10 @@ class Manifest:
 
 
 def _minor(version: Any) -> int:
-    """The minor version of a schema that can be read.
+    """The minor version of a schema that this lobit reads.
 
     Raises:
-        BundleError: it is another major version, or none.
+        BundleError: `version` has another major version, or is no version.
     """
     told = re.fullmatch(r"(\d{1,9})\.(\d{1,9})", version) if isinstance(version, str) else None
     if told is None or int(told[1]) != MAJOR:
@@ -280,14 +299,14 @@ def _minor(version: Any) -> int:
 
 
 def sealed(values: Mapping[str, Any]) -> str:
-    """The text of manifest.json, ASCII: at its end the sha256 of all bytes before that."""
+    """The text of manifest.json in ASCII; it ends with the sha256 of all bytes before that digest."""
     text = json.dumps({name: value for name, value in values.items() if name != SEAL}, indent=2)
     text = f'{text.removesuffix("}").rstrip()},\n  "{SEAL}": "'
     return f'{text}{hashlib.sha256(text.encode("ascii")).hexdigest()}"\n}}\n'
 
 
 def _problems(manifest: Manifest) -> Iterator[str]:
-    """What cannot be true of any bundle."""
+    """Messages about what cannot be true of any bundle."""
     model, context, slots = manifest.model, manifest.context, manifest.cache.slots
     sizes = {"layers": model.layers, "hidden_size": model.hidden_size, "vocab_size": model.vocab_size, "chunk": manifest.chunk}
     yield from (f"{name} is {size}" for name, size in sizes.items() if size < 1)
@@ -306,7 +325,7 @@ def _problems(manifest: Manifest) -> Iterator[str]:
 
 
 def _state_problems(manifest: Manifest) -> Iterator[str]:
-    """What states and methods do not agree in."""
+    """Messages about states and methods that contradict each other."""
     roles = Counter(method.role for method in manifest.methods)
     yield from (f"{count} methods are for {shown(role)}" for role, count in roles.items() if count > 1)
     told = {side: {port.name for method in manifest.methods for port in getattr(method, side)} for side in ("inputs", "outputs")}
@@ -330,7 +349,7 @@ def check_path(path: str) -> None:
     """Refuses a path that leaves the bundle.
 
     Raises:
-        BundleError: absolute, with `..`, a backslash or a drive, or with characters that no file's name should have.
+        BundleError: the path is empty, absolute or too long, or has `..`, a backslash, a drive or characters that cannot be printed.
     """
     parts = PurePosixPath(path).parts
     if not path.isprintable() or len(path) > LONGEST_PATH:

@@ -1,4 +1,4 @@
-"""Target `onnx` at run time: ONNX Runtime in this process, and the weights of its graphs read back."""
+"""Target `onnx` at run time: runs graphs with ONNX Runtime in this process, and reads their weights back."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from lobit.runtime.verify import StoredLayer
 
 PROVIDER = "CPUExecutionProvider"
 UNTILED = "ORT_GQA_DISABLE_FLASH_ATTENTION"
-"""Variable of the process that ONNX Runtime's attention reads when a session is made."""
+"""Environment variable that ONNX Runtime's attention reads when a session is made."""
 
 
 VECTOR = re.compile(r"(^|\.)(norm|bias)(_\d+)?$")
 """Names of constants that are norms' weights and biases."""
 _MAKING = threading.Lock()
-"""Held while the variable is set."""
+"""Lock that is held while the environment variable `UNTILED` is set."""
 
 
 def import_runtime() -> Any:
-    """ONNX Runtime.
+    """Imports ONNX Runtime's module and returns it.
 
     Raises:
-        MissingPartError: it is not installed.
+        MissingPartError: onnxruntime is not installed.
     """
     try:
         with quiet_native():
@@ -50,8 +50,8 @@ def open_engine(bundle: Bundle, threads: int) -> SteppingEngine:
     """Loads the graph of a bundle.
 
     Args:
-        bundle: for target onnx.
-        threads: of this engine.
+        bundle: a bundle for target onnx.
+        threads: number of this engine's threads.
 
     Raises:
         MissingPartError: onnxruntime, or the bundle's execution provider, is not installed.
@@ -64,24 +64,24 @@ def open_engine(bundle: Bundle, threads: int) -> SteppingEngine:
 
 
 def provider_of(bundle: Bundle) -> str:
-    """ONNX Runtime's name of what runs a bundle."""
+    """ONNX Runtime's name of the execution provider that runs a bundle."""
     return str(bundle.manifest.options.get("provider", PROVIDER))
 
 
 def remembered(states: Sequence[State]) -> int | None:
-    """Tokens that every state still has, one by one: None where there is no end to them, 0 where a state has no positions."""
+    """Number of tokens of which every state keeps an entry; None: there is no state and no limit, 0: a state has no positions."""
     return min((0 if state.axis is None else state.shape[state.axis] for state in states), default=None)
 
 
 def stepper(path: Path, method: Method, states: Sequence[State], threads: int, provider: str = PROVIDER) -> ReadChunk:
-    """What reads a chunk of tokens with a graph.
+    """A function that reads a chunk of tokens with a graph.
 
     Args:
-        path: of the graph.
-        method: its ports.
-        states: what it hands on.
-        threads: of this session.
-        provider: what runs the graph, by ONNX Runtime's name.
+        path: the graph's file.
+        method: the graph's ports.
+        states: what the graph hands on from call to call.
+        threads: number of threads of its session.
+        provider: the execution provider that runs the graph, by ONNX Runtime's name.
 
     Raises:
         MissingPartError: the execution provider is not installed.
@@ -96,7 +96,7 @@ def stepper(path: Path, method: Method, states: Sequence[State], threads: int, p
 
 
 def session_of(graph: Path | bytes, states: Sequence[State], threads: int, provider: str, settings: Mapping[str, str] | None = None) -> Any:
-    """A session of a graph, given its file or itself; else as `stepper`."""
+    """A session of a graph, which is given as its file or as its bytes; for the rest see `stepper`."""
     runtime = import_runtime()
     name = graph if isinstance(graph, Path) else "the graph"
     installed = runtime.get_available_providers()
@@ -111,7 +111,7 @@ def session_of(graph: Path | bytes, states: Sequence[State], threads: int, provi
     try:
         with _attention_for(states):
             return runtime.InferenceSession(str(graph) if isinstance(graph, Path) else graph, options, providers=[provider])
-    except Exception as error:  # a class of its own for each of its codes
+    except Exception as error:  # ONNX Runtime has an exception class for each of its error codes
         raise _unloadable(name, error) from None
 
 
@@ -121,7 +121,7 @@ def _unloadable(name: Path | str, error: Exception) -> BundleError:
 
 @contextlib.contextmanager
 def _attention_for(states: Sequence[State]) -> Iterator[None]:
-    """Sessions made inside have the attention that is faster for such states, unless the user has chosen."""
+    """Sessions made in this context have the attention that is faster for such states, unless the user has set `UNTILED`."""
     with _MAKING:
         if UNTILED in os.environ:
             yield
@@ -135,7 +135,7 @@ def _attention_for(states: Sequence[State]) -> Iterator[None]:
 
 
 def at_first(state: State) -> NDArray[Any]:
-    """A state before the first token: zeros, and no positions where it grows."""
+    """A state before the first token: zeros; a state that grows has no positions yet."""
     grows = not state.in_place and state.axis is not None
     return np.zeros([0 if grows and axis == state.axis else size for axis, size in enumerate(state.shape)], state.dtype)
 
@@ -144,13 +144,13 @@ class Stepper:
     """Runs a graph that takes its states and gives them back.
 
     Args:
-        runtime: the module.
-        session: a loaded graph.
+        runtime: the module of ONNX Runtime.
+        session: the session of the graph.
         method: the graph's ports.
-        states: what it hands on from call to call.
+        states: what the graph hands on from call to call.
 
     Raises:
-        BundleError: on a call: the graph does not run.
+        BundleError: the graph does not run; raised by a call.
     """
 
     def __init__(self, runtime: Any, session: Any, method: Method, states: Sequence[State]) -> None:
@@ -161,15 +161,18 @@ class Stepper:
         self.logits: Any = None
         self.binding = session.io_binding()
         self.values: dict[str, Any] = {}
-        """Of the states, by the names of their inputs."""
+        """The states' values, by the names of their inputs."""
         for state in states:
-            if state.in_place:  # in memory that is bound once
+            if state.in_place:  # its memory is bound once
                 self.values[state.input] = self._value(at_first(state))
                 self.binding.bind_ortvalue_input(state.input, self.values[state.input])
                 self.binding.bind_ortvalue_output(state.output, self.values[state.input])
 
     def __call__(self, tokens: list[int], position: int) -> Logits:
         handed = [state for state in self.states if not state.in_place]
+        for state in self.states:
+            if state.in_place and state.axis is None and position == 0:
+                self.values[state.input].update_inplace(at_first(state))
         for state in handed:
             if position == 0:
                 self.values[state.input] = self._value(at_first(state))
@@ -184,7 +187,7 @@ class Stepper:
         self._bind_logits(len(tokens))
         try:
             self.session.run_with_iobinding(self.binding)
-        except Exception as error:  # a class of its own for each of its codes
+        except Exception as error:  # ONNX Runtime has an exception class for each of its error codes
             raise BundleError(f"ONNX Runtime cannot run the graph ({error}): export it again") from None
         if handed:
             outputs = dict(zip(self.outputs, self.binding.get_outputs(), strict=True))
@@ -192,7 +195,7 @@ class Stepper:
         return self.logits.numpy()[0].copy()  # type: ignore[no-any-return]
 
     def _bind_logits(self, tokens: int) -> None:
-        """Gives the logits memory, anew where their number changes."""
+        """Binds memory for the logits; it is made anew where their number changes."""
         scored = 1 if self.logits_port.shape[1] == 1 else tokens
         if self.logits is None or self.logits.shape()[1] != scored:
             self.logits = self._value(np.zeros((1, scored, self.logits_port.shape[2]), np.float32))
@@ -203,15 +206,15 @@ class Stepper:
 
 
 class GraphFile:
-    """An ONNX file and its data, taken apart; nothing is run.
+    """An ONNX file and its data, taken apart without running anything.
 
     Args:
-        path: of the graph.
-        data: of its weights, in the same folder.
+        path: the graph's file.
+        data: the file of its weights, in the same folder.
 
     Raises:
         MissingPartError: onnx is not installed.
-        BundleError: a file is damaged, or the data are missing or short.
+        BundleError: a file is damaged, or the data are missing or too short.
     """
 
     def __init__(self, path: Path, data: Path) -> None:
@@ -232,7 +235,7 @@ class GraphFile:
         return BundleError(f"{self.path} cannot be taken apart ({why}): export it again")
 
     def constant(self, name: str) -> NDArray[Any]:
-        """A constant's values; integers of 4 bits as int8, half floats as float32."""
+        """A constant's values; 4-bit integers are returned as int8, half floats as float32."""
         import onnx
 
         tensor = self.initializers[name]
@@ -259,7 +262,7 @@ class GraphFile:
         return self._checked((StoredLayer(name, self.constant(name), None) for name in names), 1)
 
     def _checked(self, found: Iterator[StoredLayer], axes: int) -> Iterator[StoredLayer]:
-        """What was found, if it can be read and is of so many axes.
+        """Yields the layers found; refuses those that cannot be read or whose values do not have `axes` axes.
 
         Raises:
             BundleError: the files are damaged.
@@ -294,13 +297,13 @@ class GraphFile:
         return str(maker.input[0]) if maker is not None and maker.op_type in ("Cast", "DequantizeLinear") else name
 
     def _row_scales(self, table: str) -> NDArray[np.float32]:
-        """Of an embedding's integers: the other constant that tokens choose rows of."""
+        """The scales of an embedding's integers: the other constant whose rows tokens choose."""
         tables = [node.input[0] for node in self.graph.node if node.op_type == "Gather" and node.input[1] == TOKENS]
         (scale,) = (name for name in tables if name != table)
         return self.constant(scale)
 
     def _product(self, node: Any, source: str) -> StoredLayer:
-        """A product of standard operators: its weight is [in, out]."""
+        """The weight of a product of standard operators, which the graph has as [in, out]."""
         weight, maker = self.constant(source).T, self.makers.get(node.input[1])
         if maker is None or maker.op_type != "DequantizeLinear":
             return StoredLayer(node.name, weight, None)
@@ -309,12 +312,12 @@ class GraphFile:
         return StoredLayer(node.name, weight, scale.T if scale.ndim == 2 else scale[:, None])
 
     def _check_symmetric(self, node: Any, place: int) -> None:
-        """Refuses zero points, which would be an input at `place`: no grid has them."""
+        """Refuses zero points, which a node would have as an input from index `place` on: no grid of lobit has them."""
         if any(node.input[place : place + 2]):
             raise self._damaged(f"{node.name} has zero points")
 
     def _blocks(self, node: Any, weight: str, scale: str) -> StoredLayer:
-        """Integers in the blocks of MatMulNBits: codes from 0 on, the first in the lowest bits."""
+        """Unpacks integers in the blocks of MatMulNBits: their codes count from 0 and are packed from the lowest bits on."""
         self._check_symmetric(node, 3)
         sizes = {attribute.name: attribute.i for attribute in node.attribute}
         bits, packed = sizes["bits"], self.constant(weight)

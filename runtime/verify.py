@@ -1,4 +1,4 @@
-"""`lobit verify`: the integers and scales of an artifact, read back out and compared with the checkpoint, one by one."""
+"""`lobit verify`: reads the integers and scales of an artifact back and compares each with the checkpoint's."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from lobit.runtime.engine import target_module
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """Weights as an artifact, or a checkpoint, holds them."""
+    """Weights of a layer as an artifact or a checkpoint stores them."""
 
     name: str
-    """The checkpoint's name; of an artifact, where in the program it is."""
+    """The layer's name in the checkpoint; for an artifact, where in the program the layer is."""
     values: NDArray[Any]
-    """Integers int8 [out, in], or float32 where the layer is not quantized; of a norm or a bias float32 [out]."""
+    """Integers int8 [out, in], or float32 where the layer is not quantized; for a norm or a bias float32 [out]."""
     scale: NDArray[np.float32] | None
-    """[out, groups]; None where the layer is not quantized."""
+    """Scales [out, groups]; None where the layer is not quantized."""
 
 
 class StoredProgram(Protocol):
-    """A program taken apart; joined products, and their biases, have the rows of all parts."""
+    """A program taken apart. Products that the program joins into one, and their biases, are one layer with the rows of all."""
 
     def layers(self) -> Iterator[StoredLayer]:
         """Its embedding and linear layers in the order of execution."""
@@ -38,10 +38,10 @@ class StoredProgram(Protocol):
 
 
 class ProgramReader(Protocol):
-    """What a target's runtime module has beside `open_engine`."""
+    """What a target's runtime module has besides `open_engine`."""
 
     def read_program(self, bundle: Bundle) -> StoredProgram:
-        """Takes a bundle's program apart."""
+        """Returns a bundle's program, taken apart."""
 
 
 def read_program(bundle: Bundle) -> StoredProgram:
@@ -53,13 +53,13 @@ def read_program(bundle: Bundle) -> StoredProgram:
 def verify(
     bundle: Bundle, checkpoint: Sequence[StoredLayer], vectors: Sequence[StoredLayer], fingerprint: str | None = None
 ) -> dict[str, Any]:
-    """Compares every integer and every scale, bit for bit; float layers, norms and biases value for value.
+    """Compares every integer and every scale with the checkpoint's, and float layers, norms and biases value for value.
 
     Args:
         bundle: the artifact.
-        checkpoint: its layers in the order of execution (`reference.stored_layers`).
-        vectors: its norms and biases (`reference.stored_vectors`).
-        fingerprint: of the checkpoint; it must be the manifest's.
+        checkpoint: the checkpoint's layers in the order of execution (`reference.stored_layers`).
+        vectors: the checkpoint's norms and biases (`reference.stored_vectors`).
+        fingerprint: the checkpoint's digest, which must be the manifest's; None: it is not compared.
 
     Returns:
         `{"kind", "bundle", "tensors", "integers", "differing_integers", "scales", "differing_scales", "floats",
@@ -77,7 +77,7 @@ def verify(
 def paired(
     program: Iterator[StoredLayer], checkpoint: Sequence[StoredLayer]
 ) -> Iterator[tuple[StoredLayer, NDArray[Any], NDArray[np.float32] | None]]:
-    """Each layer of a checkpoint, and the values and scales that a program has in its place.
+    """Yields each layer of a checkpoint with the values and scales that a program has in its place.
 
     Raises:
         BundleError: the program does not have the checkpoint's layers.
@@ -112,19 +112,25 @@ def _compare(part: StoredLayer, values: NDArray[Any], scale: NDArray[np.float32]
     kind = "integers" if part.scale is not None else "floats"
     row[kind] = part.values.size
     same_kind = part.values.dtype == values.dtype
-    row[f"differing_{kind}"] = int(np.count_nonzero(part.values != values)) if same_kind else part.values.size
+    row[f"differing_{kind}"] = int(np.count_nonzero(_bits(part.values) != _bits(values))) if same_kind else part.values.size
     if part.scale is not None:
         row["scales"] = part.scale.size
         row["differing_scales"] = part.scale.size if scale is None else _differing(part.scale, scale)
     return row
 
 
+def _bits(values: NDArray[Any]) -> NDArray[Any]:
+    """The values' bits as whole numbers: as floats -0.0 would be 0.0, and NaN not itself."""
+    array = np.ascontiguousarray(values)
+    return array.view(f"u{array.itemsize}")
+
+
 def _differing(expected: NDArray[np.float32], found: NDArray[np.float32]) -> int:
-    """Scales [out, groups] that are not those of the checkpoint; a runtime may hold each of them several times side by side."""
+    """Number of scales [out, groups] that differ from the checkpoint's; a runtime may hold each of them several times, side by side."""
     rows, groups = expected.shape
     if len(found) != rows or found.shape[1] % groups:
         return expected.size
-    return int(np.count_nonzero((found.reshape(rows, groups, -1) != expected[:, :, None]).any(axis=2)))
+    return int(np.count_nonzero((_bits(found).reshape(rows, groups, -1) != _bits(expected)[:, :, None]).any(axis=2)))
 
 
 def _summary(bundle: Bundle, rows: list[dict[str, Any]], fingerprint: str | None) -> dict[str, Any]:

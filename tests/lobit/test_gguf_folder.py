@@ -157,6 +157,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a token before each text": ({"fields": {"tokenizer.ggml.add_bos_token": True}}, ["add_bos_token is True"]),
     "no merges": ({"without": ["tokenizer.ggml.merges"]}, ["merges are missing"]),
     "a stop token beyond the vocabulary": ({"fields": {"tokenizer.ggml.eos_token_id": 9999}}, ["eos_token_id is 9999"]),
+    "a stop token that is a text": ({"fields": {"tokenizer.ggml.eos_token_id": "2"}}, ["eos_token_id is '2'"]),
     "a merge of three": ({"fields": {"tokenizer.ggml.merges": ["a b c"]}}, ["'a b c' is no pair"]),
     "a merge into no token": ({"fields": {"tokenizer.ggml.merges": [*MERGES, "x y"]}}, ["do not fit together", "xy"]),
     "a token twice": ({"fields": {"tokenizer.ggml.tokens": [*TOKENS[:-1], "!"]}}, [f"{len(TOKENS) - 1} of them different"]),

@@ -139,3 +139,14 @@ def test_every_token_but_the_last_few_is_learned(lengths: list[int], length: int
     seen = set(pack(documents, length, bos=0).sequences[:, 1:].flatten().tolist())
     last = max(seen)
     assert set(range(1, last + 1)) <= seen and count - 1 - last <= length + len(documents)
+
+
+def test_documents_without_bos_before_one_that_has_it_are_not_left_out() -> None:
+    sequences = pack([list(range(2, 22)), [0, 22, 23]], 5, bos=0).sequences
+    assert set(range(2, 20)) <= set(sequences.flatten().tolist())
+
+
+@pytest.mark.parametrize(("length", "bos"), [(0, None), (1, 0), (-3, None)])
+def test_sequences_without_room_for_text_are_refused(length: int, bos: int | None) -> None:
+    with pytest.raises(InputError, match="no room for text"):
+        pack([[0, 1, 2, 3, 4]], length, bos=bos)
