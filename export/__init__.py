@@ -1,1 +1,1 @@
-"""From a converted model to a bundle: graph forms, one file per target, the writer."""
+"""From a converted model to a bundle: the forms of graphs, a package for each target, and the writer."""

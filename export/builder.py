@@ -1,4 +1,4 @@
-"""The small operations that a model's mathematics is composed of: one builder for each form that a graph is written in."""
+"""The small operations that a model's mathematics is composed of, as an interface with one builder for each form of graph."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Builder(Protocol[V]):
     """Adds operations to a graph; sizes of one are broadcast as NumPy does."""
 
     def scope(self, name: str) -> AbstractContextManager[None]:
-        """Names what is added inside."""
+        """Puts `name` before the names of all that is added inside the `with` block."""
 
     def composing(self) -> AbstractContextManager[None]:
-        """Tells that what is added inside stands, several together, for one operator that the target does not have."""
+        """Marks what is added inside the `with` block: these operations together stand for one that the target does not have."""
 
     def number(self, value: float) -> V:
         """A constant float32 without axes."""
@@ -60,7 +60,7 @@ class Builder(Protocol[V]):
         """a >= b."""
 
     def either(self, a: V, b: V) -> V:
-        """One of two conditions, or both."""
+        """Whether at least one of two conditions holds."""
 
     def where(self, condition: V, a: V, b: V) -> V:
         """a where the condition holds, else b."""
@@ -75,58 +75,58 @@ class Builder(Protocol[V]):
         """|x|."""
 
     def round(self, x: V) -> V:
-        """The nearest integer, of two the even one, as a float."""
+        """The nearest integer, as a float; of two equally near ones the even one."""
 
     def clip(self, x: V, low: V, high: V) -> V:
-        """x, or the bound that it exceeds."""
+        """x, or the bound where x lies beyond it."""
 
     def tanh(self, x: V) -> V:
-        """Of each entry."""
+        """The hyperbolic tangent of each entry."""
 
     def sigmoid(self, x: V) -> V:
-        """Of each entry."""
+        """1 / (1 + exp(-x)) of each entry."""
 
     def relu(self, x: V) -> V:
-        """Of each entry."""
+        """max(x, 0) of each entry."""
 
     def sine(self, x: V) -> V:
-        """Of each entry, an angle in radians."""
+        """The sine of each entry, an angle in radians."""
 
     def cosine(self, x: V) -> V:
-        """Of each entry, an angle in radians."""
+        """The cosine of each entry, an angle in radians."""
 
     def mean(self, x: V) -> V:
-        """Over the last axis, which stays with size 1; so `smallest` and `largest`."""
+        """The mean over the last axis, which is kept with size 1."""
 
     def smallest(self, x: V) -> V:
-        """See `mean`."""
+        """The minimum over the last axis, which is kept with size 1."""
 
     def largest(self, x: V) -> V:
-        """See `mean`."""
+        """The maximum over the last axis, which is kept with size 1."""
 
     def softmax(self, x: V) -> V:
-        """Over the last axis."""
+        """The softmax over the last axis."""
 
     def matmul(self, a: V, b: V) -> V:
-        """Products of the last two axes."""
+        """Matrix products over the last two axes."""
 
     def transpose(self, x: V, order: Sequence[int]) -> V:
-        """The axes in another order."""
+        """x with its axes in another order."""
 
     def reshape(self, x: V, *sizes: int) -> V:
-        """x [1, T, …] with other sizes behind the tokens."""
+        """x [1, T, …] in the shape [1, T, *sizes]."""
 
     def unsqueeze(self, x: V, *axes: int) -> V:
-        """New axes of size 1, at these places of the result."""
+        """x with new axes of size 1, at these places of the result's shape."""
 
     def split(self, x: V, sizes: Sequence[int]) -> Sequence[V]:
-        """Pieces of the last axis."""
+        """x cut along the last axis into pieces of these sizes."""
 
     def join(self, *parts: V) -> V:
-        """Pieces of the last axis, one after the other."""
+        """The parts joined along the last axis, one after the other."""
 
     def select(self, x: V, indices: Sequence[int]) -> V:
-        """Entries of axis 1, in this order."""
+        """The entries of axis 1 that have these indices, in this order."""
 
     def last(self, x: V) -> V:
-        """x [1, 1, …] of the last token alone."""
+        """The last token of x [1, T, …] alone: [1, 1, …]."""

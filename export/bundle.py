@@ -1,4 +1,4 @@
-"""From a converted model to a bundle on disk: the one way that every target's export goes."""
+"""Writes a converted model to disk as a bundle, in the same steps for every target."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lobit.stage_cache import StageCache
 from lobit.tokenizer_files import declared_generation
 
 BUILD_FILE = "build.json"
-"""The command, seconds and memory of the export; beside the manifest, because they differ from run to run."""
+"""File with the command, seconds and memory of the export. They are not in the manifest because they differ from run to run."""
 VERSIONED = ("torch", "safetensors", "tokenizers")
 
 
 def check_context(config: Config, context: int, chunk: int) -> None:
-    """Refuses a context that the model was not made for.
+    """Refuses a context that is longer than the model's own, and a chunk that is longer than the context.
 
     Raises:
         InputError: context or chunk out of range.
@@ -39,7 +39,7 @@ def check_context(config: Config, context: int, chunk: int) -> None:
 
 
 def parameter_count(config: Config) -> int:
-    """Weights of the float model, a tied embedding once."""
+    """Number of weights of the float model; a tied embedding counts once."""
     return sum(parameter.numel() for parameter in skeleton(config).parameters())
 
 
@@ -48,28 +48,28 @@ class Request:
     """What is to be exported, besides the model."""
 
     source: Path
-    """The model's folder, for the tokenizer."""
+    """The model's folder, which has the tokenizer and the generation settings."""
     name: str
-    """Of the bundle."""
+    """The bundle's name."""
     target: str
     tokens: Tokens
-    """What a client must know of the tokenizer."""
+    """What a client must know about the tokenizer."""
     spec: Spec
     """What the program is made for."""
     command: Sequence[str] = ()
-    """As given, for the record."""
+    """The command line of the export, which is recorded in `BUILD_FILE`."""
 
 
 def write_bundle(model: Transformer, recipe: Recipe, request: Request, folder: Path, kept: StageCache, stages: Stages) -> Manifest:
     """Lowers a converted model and writes the bundle's files.
 
     Args:
-        model: converted by `recipe`; its layers are taken over.
+        model: converted by `recipe`; its layers may be replaced.
         recipe: what the model was converted with.
-        request: what is to be made.
-        folder: to write to.
-        kept: what an earlier run has finished.
-        stages: what is timed; `lower` and `write` are expected.
+        request: what is to be exported.
+        folder: the folder that the files are written to.
+        kept: what an earlier run has finished, and where this run keeps what it finishes.
+        stages: times the stages `lower` and `write`, which it must expect.
 
     Raises:
         TargetError: the target cannot hold the model.
@@ -109,7 +109,7 @@ def write_bundle(model: Transformer, recipe: Recipe, request: Request, folder: P
 
 
 def model_info(config: Config) -> ModelInfo:
-    """The model at a glance."""
+    """The manifest's summary of a model."""
     layers, parameters = len(config.layers), parameter_count(config)
     return ModelInfo(config.family, parameters, layers, config.hidden_size, config.vocab_size, config.max_context, config.largest_window)
 
@@ -120,6 +120,6 @@ def _copy_tokenizer(source: Path, folder: Path) -> list[FileEntry]:
 
 
 def versions(target: str) -> dict[str, str]:
-    """Of all that a bundle's bytes depend on: lobit, its packages and the target's."""
+    """Versions of all that a bundle's bytes depend on: lobit, its packages and the target's packages."""
     found = {name: metadata.version(name) for name in VERSIONED} | find_target(target).versions()
     return dict(sorted((found | {"lobit": __version__}).items()))

@@ -1,4 +1,4 @@
-"""A model's mathematics in small operations, for whatever a target has no operator of its own for."""
+"""A model's mathematics in small operations, for the parts of it that a target has no operator of its own for."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ EPS = float(torch.finfo(torch.float32).eps)
 
 
 class Composed(Generic[V]):
-    """What of `walk.Ops` follows from small operations; a target adds how it stores weights and keeps states, and its own operators.
+    """Implements most of `walk.Ops` in small operations; a target adds how it stores weights and keeps states, and its own operators.
 
     Args:
         build: adds the operations.
         config: the model.
-        all_logits: of every token of a call, not of the last alone.
+        all_logits: whether a call gives the logits of all its tokens, not of the last alone.
     """
 
     def __init__(self, build: Builder[V], config: Config, all_logits: bool) -> None:
         self.build, self.config, self.all_logits = build, config, all_logits
         self.ropes = sorted({layer.rope for layer in config.layers if layer.rope}, key=repr)
         self.tables: dict[Rope, tuple[V, V]] = {}
-        """Cosine and sine [T, 1, dim / 2]."""
+        """Cosine and sine [T, 1, dim / 2] of each rotary embedding."""
         self.rounded: dict[tuple[V, str], V] = {}
-        """Inputs rounded to their tokens' grids: of q, k and v there is one."""
+        """Inputs that are rounded already, by input and rule: q, k and v read the same one."""
         self.masks: dict[int | None, V] = {}
-        """For each window: 0 where a query sees a key, `MASKED` where not, [T, S]."""
+        """A mask [T, S] for each window: 0 where a query sees a key, `MASKED` where it does not."""
 
     # --- what a target adds ---------------------------------------------------------------------------------------------------------
 
     def rows(self, embedding: nn.Module, tokens: V) -> V:
-        """Rows [1, T, D] of a table."""
+        """The rows [1, T, D] of the embedding that belong to the tokens."""
         raise NotImplementedError
 
     def linear(self, name: str, module: nn.Module, x: V) -> V:
@@ -55,13 +55,13 @@ class Composed(Generic[V]):
         raise NotImplementedError
 
     def extend(self, layer: int, k: V, v: V) -> tuple[V, V]:
-        """Keys and values [1, K, S, E] of all tokens so far, those of the call [1, K, T, E] at the end; keeps them."""
+        """Appends the call's keys and values [1, K, T, E] to those so far; keeps and returns all of them [1, K, S, E]."""
         raise NotImplementedError
 
     # --- positions ------------------------------------------------------------------------------------------------------------------
 
     def cos_sin(self, positions: V) -> None:
-        """Cosines and sines of the call's positions [T]."""
+        """Fills `tables` with cosines and sines of the call's positions [T]."""
         build = self.build
         at = build.unsqueeze(build.to_float(positions), 1, 2)
         for rope in self.ropes:
@@ -71,7 +71,7 @@ class Composed(Generic[V]):
             self.tables[rope] = cos, sin
 
     def mask(self, positions: V, keys: V) -> None:
-        """Which keys, at positions [S], the queries [T] see."""
+        """Fills `masks`: which keys, at positions [S], the queries, at positions [T], see."""
         build = self.build
         distance = build.subtract(build.unsqueeze(positions, 1), keys)
         for window in sorted({layer.window for layer in self.config.layers}, key=str):
@@ -80,7 +80,7 @@ class Composed(Generic[V]):
                 hidden = build.either(hidden, build.at_least(distance, build.integer(window)))
             self.masks[window] = build.where(hidden, build.number(MASKED), build.number(0.0))
 
-    # --- the walk's operations ------------------------------------------------------------------------------------------------------
+    # --- operations of `walk.Ops` ---------------------------------------------------------------------------------------------------
 
     def scope(self, name: str) -> AbstractContextManager[None]:
         """See `walk.Ops`."""
@@ -120,7 +120,7 @@ class Composed(Generic[V]):
             return self._attention(layer, *heads)
 
     def heads(self, block: Block, x: V) -> tuple[V, V, V]:
-        """q [1, T, H, E], k and v [1, T, K, E] as they are attended to."""
+        """q [1, T, H, E], k and v [1, T, K, E], normed and rotated where the model does so."""
         attention = block.attention
         counts = (self.config.heads, self.config.kv_heads, self.config.kv_heads)
         parts = zip(self.project(block, x), counts, strict=True)
@@ -159,7 +159,7 @@ class Composed(Generic[V]):
         return build.multiply(x, build.sigmoid(x))
 
     def logits(self, head: nn.Module, x: V) -> V:
-        """Scores of the normed stream."""
+        """Logits of the normed residual stream, with the model's softcap."""
         found = self.linear("head", head, x)
         with self.build.composing():
             return self._softcap(found, self.config.logits_softcap)
@@ -174,7 +174,7 @@ class Composed(Generic[V]):
     # --- formulas -------------------------------------------------------------------------------------------------------------------
 
     def _attention(self, layer: int, *heads: V) -> V:
-        """Of q [1, T, H, E], k and v [1, T, K, E]."""
+        """Attention [1, T, H · E] of q [1, T, H, E], k and v [1, T, K, E]."""
         build, config = self.build, self.config
         q, k, v = (build.transpose(part, [0, 2, 1, 3]) for part in heads)
         k_all, v_all = self.extend(layer, k, v)
@@ -186,7 +186,7 @@ class Composed(Generic[V]):
         return build.reshape(y, config.heads * config.head_dim)
 
     def _repeated(self, x: V) -> V:
-        """Keys or values [1, K, S, E] for each query head."""
+        """Keys or values [1, K, S, E] repeated for each query head: [1, H, S, E]."""
         groups = self.config.heads // self.config.kv_heads
         owners = [head // groups for head in range(self.config.heads)]
         return x if groups == 1 else self.build.select(x, owners)

@@ -1,4 +1,4 @@
-"""The walk over a model run at once by PyTorch: what a graph of small operations computes, before it is in a file."""
+"""Runs the walk over a model directly in PyTorch: what a graph of small operations computes, before it is written to a file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lobit.quant_recipes.integer import IntegerLinear
 
 
 class TorchBuilder:
-    """`builder.Builder` whose values are tensors."""
+    """A `builder.Builder` that computes at once; its values are tensors."""
 
     def scope(self, name: str) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -140,13 +140,13 @@ class TorchBuilder:
 
 
 class EagerOps(Composed[Tensor]):
-    """One call of a model: tokens behind those whose keys and values are handed in.
+    """One call of a model with tokens that follow those whose keys and values are given.
 
     Args:
-        model: converted.
+        model: the converted model.
         tokens: int64 [1, T].
         states: keys and values [1, K, S, E] of each layer so far; they are replaced by longer ones.
-        all_logits: of every token, not of the last alone.
+        all_logits: whether to compute the logits of all tokens, not of the last alone.
     """
 
     def __init__(self, model: Transformer, tokens: Tensor, states: list[tuple[Tensor, Tensor]], all_logits: bool) -> None:
@@ -190,11 +190,11 @@ class EagerOps(Composed[Tensor]):
 
 
 class EagerGraph:
-    """A model in small operations, call by call: (tokens int64 [1, T], input_pos int64 [1]) -> logits (`target.RunGraph`).
+    """Runs a model in small operations, call by call: (tokens int64 [1, T], input_pos int64 [1]) -> logits (`target.RunGraph`).
 
     Args:
-        model: converted.
-        all_logits: of every token of a call, not of the last alone.
+        model: the converted model.
+        all_logits: whether a call gives the logits of all its tokens, not of the last alone.
     """
 
     def __init__(self, model: Transformer, all_logits: bool = False) -> None:

@@ -1,7 +1,7 @@
-"""What an export will give and take, said before anything slow.
+"""Predicts the sizes, memory and time of an export before anything slow is done.
 
-The figures come from the shapes alone. Those of files follow from the formats, within 3 %; those of memory and time were fitted to
-exports of models from 0.1 to 1100 million parameters, memory within 25 %.
+The figures come from the shapes alone. File sizes follow from the formats and are within 3 %; memory and time were fitted to exports
+of models from 0.1 to 1100 million parameters, and memory is within 25 %.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an export will give and take."""
+    """The predicted sizes, memory and time of an export."""
 
     parameters: int
     checkpoint: list[Size]
-    """Of the quantized checkpoint, the same for every target: bytes of each kind."""
+    """Bytes of each kind of weights in the quantized checkpoint, which is the same for every target."""
     checkpoint_bytes: int
     checkpoint_bits_per_weight: float
-    """Of the checkpoint's bytes, over the model's parameters; a head that a recipe unties adds to the bytes alone."""
+    """The checkpoint's bits over the float model's parameters; a head that the recipe unties adds to the bits alone."""
     weights: list[TensorGroup]
-    """Bytes of each kind."""
+    """Bytes of the program's weights, by kind and format."""
     file_bytes: int
-    """Of the program."""
+    """Bytes of the program, its weights included."""
     bits_per_weight: float
-    """Of the program's bytes, over the model's parameters."""
+    """The program's bits over the float model's parameters."""
     cache: CacheInfo
     context: int
     chunk: int
     host_peak_bytes: int
-    """Of the export, on the machine where it runs."""
+    """Peak memory of the export, on the machine where it runs."""
     device_peak_bytes: int
-    """Of the program when the context is full, besides what an app needs of its own."""
+    """Peak memory of the program when the context is full; what an app itself needs comes on top."""
     export_seconds: float
     problems: list[str]
-    """Every reason why not."""
+    """Every reason why the export is not possible; empty where it is."""
     detail: Detail | None = None
-    """What the papers reason with, where it was asked for."""
+    """Speed, energy and entropy as the papers model them; None where they were not asked for."""
 
     def to_json(self) -> dict[str, Any]:
-        """As the command prints it."""
+        """The plan as the command prints it."""
         values = asdict(self)
         cache = values.pop("cache")
         values["detail"] = self.detail and self.detail.to_json()
@@ -65,7 +65,7 @@ def plan(config: Config, spec: Spec, target: str) -> Plan:
 
     Args:
         config: the model.
-        spec: what the program is for.
+        spec: what the program is made for.
         target: name of the target.
 
     Raises:
@@ -114,7 +114,7 @@ def expected_seconds(parameters: int, needs: Needs, costs: Costs) -> dict[str, f
 
 
 def host_peak(config: Config, recipe: Recipe, costs: Costs) -> int:
-    """Bytes of memory that an export needs: the quantized model, and what the head takes while it is lowered."""
+    """Peak memory of an export in bytes: the exporter, the quantized model, and the largest working memory, which the head takes."""
     model = head = 0
     for layer_plan in layer_plans(config, recipe):
         size = layer_plan.shape[0] * layer_plan.shape[1] * (1 if layer_plan.rule else 4)

@@ -1,6 +1,6 @@
-"""What the papers reason with, of a plan: bytes that a decoded token reads, and the energy of its products.
+"""Adds to a plan what papers reason with: the bytes that decoding a token reads, and the energy of its matrix products.
 
-Both are models on paper, not measurements: each carries its source and what it assumes.
+Both are models on paper, not measurements: each names its source and what it assumes.
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ class Decode:
     """How fast decoding could be if it did nothing but read memory [Spectra section 2.1 and Figure 2b]."""
 
     weight_bytes: int
-    """The program's weights that a token reads."""
+    """Bytes of the program's weights that decoding a token reads."""
     cache_bytes: int
-    """The key-value cache when the context is full."""
+    """Bytes of the key-value cache when the context is full."""
     half_weight_bytes: int
-    """Both in half precision."""
+    """Bytes of the same weights in half precision."""
     half_cache_bytes: int
+    """Bytes of the same cache in half precision."""
     bandwidth_gb_s: float
-    """10^9 bytes a second."""
+    """Memory bandwidth in 10^9 bytes a second."""
     bandwidth_of: str
-    """Where that figure comes from."""
+    """Where the figure of the bandwidth comes from."""
     source: str = "Spectra section 2.1 and Figure 2b, after Kim et al. 2024: decoding takes as long as reading memory does"
     assumes: tuple[str, ...] = (
         "each token reads the program's weights once, of an embedding that is not the head nothing, and the whole cache of a full context",
@@ -55,31 +56,31 @@ class Decode:
 
     @property
     def speedup(self) -> float:
-        """Over half precision."""
+        """How many times as fast decoding could be as in half precision."""
         return (self.half_weight_bytes + self.half_cache_bytes) / (self.weight_bytes + self.cache_bytes)
 
     @property
     def tokens_per_second(self) -> float:
-        """At most."""
+        """The most tokens that could be decoded in a second."""
         return self.bandwidth_gb_s * 1e9 / (self.weight_bytes + self.cache_bytes)
 
 
 def read_groups(groups: Iterable[Group]) -> list[Group]:
-    """The weights that a decoded token reads: all, but of an embedding only where it is the head too."""
+    """The weights that decoding a token reads: all, but the embedding only where it is the head too."""
     found = list(groups)
     own_head = any(group.kind == "head" for group in found)
     return [group for group in found if not group.kind.startswith("embedding") or (group.kind == "embedding" and not own_head)]
 
 
 def decode(config: Config, weights: Iterable[Group], cache: CacheInfo, bandwidth_gb_s: float, bandwidth_of: str) -> Decode:
-    """What a decoded token reads.
+    """What decoding a token reads from memory.
 
     Args:
         config: the model.
-        weights: of the program.
-        cache: with a full context.
-        bandwidth_gb_s: of the memory that they are read from.
-        bandwidth_of: where that figure comes from.
+        weights: the program's weights by kind.
+        cache: the key-value cache of a full context.
+        bandwidth_gb_s: bandwidth of the memory that they are read from, in 10^9 bytes a second.
+        bandwidth_of: where the figure of the bandwidth comes from.
     """
     read = read_groups(weights)
     between = [group for group in read if group.kind not in ("embedding", "head")]
@@ -94,7 +95,7 @@ def decode(config: Config, weights: Iterable[Group], cache: CacheInfo, bandwidth
 
 
 PICOJOULES = {"FP16": (0.16, 0.34), "INT8": (0.007, 0.07)}
-"""Of an addition and of a multiplication at 7 nm [BitNet (Wang et al. 2023) Table 2, after Horowitz 2014 and Zhang et al. 2022]."""
+"""Energy of an addition and of a multiplication at 7 nm [BitNet (Wang et al. 2023) Table 2, after Horowitz 2014 and Zhang et al. 2022]."""
 FLOAT_OPERATION = sum(PICOJOULES["FP16"])
 
 
@@ -105,15 +106,15 @@ class Products:
     kind: str
     """`attention` and `mlp`: the layers' linears; `head`; `scores and sums`: q·k and what follows the softmax."""
     operation: str
-    """What each weight takes, such as `INT8 addition`."""
+    """The operation that each weight takes, such as `INT8 addition`."""
     number: int
-    """How often: the weights of the products, or entries of the cache times the heads that share them."""
+    """Number of operations: one for each weight, or for each entry of the cache and each query head that reads it."""
     picojoules: float
-    """Of one."""
+    """Energy of one operation."""
 
     @property
     def saving(self) -> float:
-        """What one takes in FP16, over what it takes here."""
+        """The energy of a multiply-add in FP16 over that of one operation here."""
         return FLOAT_OPERATION / self.picojoules
 
 
@@ -132,22 +133,22 @@ class Energy:
 
     @property
     def microjoules(self) -> float:
-        """Of a token."""
+        """Energy for one token."""
         return sum(row.number * row.picojoules for row in self.products) / 1e6
 
     @property
     def half_microjoules(self) -> float:
-        """Of a token with everything in FP16."""
+        """Energy for one token with everything in FP16."""
         return sum(row.number for row in self.products) * FLOAT_OPERATION / 1e6
 
     @property
     def saving(self) -> float:
-        """What a token takes in FP16, over what it takes here."""
+        """The energy for a token in FP16 over the energy here."""
         return self.half_microjoules / self.microjoules
 
 
 def operation_of(rule: Rule | None) -> tuple[str, float]:
-    """What a weight under a rule takes in a product, and its picojoules."""
+    """The operation that a weight under a rule takes in a product, and its picojoules."""
     kind = "INT8" if rule and rule.activation_bits else "FP16"
     addition, multiplication = PICOJOULES[kind]
     if rule and rule.weights.bits <= 2:
@@ -156,11 +157,11 @@ def operation_of(rule: Rule | None) -> tuple[str, float]:
 
 
 def energy(config: Config, recipe: Recipe, slots: Iterable[int]) -> Energy:
-    """The energy of a token's products.
+    """The energy of a token's matrix products.
 
     Args:
         config: the model.
-        recipe: what it is quantized with.
+        recipe: the recipe that it is quantized with.
         slots: positions that each layer attends to.
     """
     numbers: dict[tuple[str, str, float], int] = {}
@@ -175,15 +176,15 @@ def energy(config: Config, recipe: Recipe, slots: Iterable[int]) -> Energy:
 
 @dataclass(frozen=True)
 class Detail:
-    """All of it."""
+    """Speed, energy and entropy as the papers model them."""
 
     decode: Decode
     energy: Energy
     entropy: Entropies | None
-    """None where the model is quantized already."""
+    """Entropies of the float model's weights; None where the model is quantized already."""
 
     def to_json(self) -> dict[str, Any]:
-        """As the command prints it."""
+        """The detail as the command prints it."""
         decode, energy = self.decode, self.energy
         return asdict(self) | {
             "decode": asdict(decode) | {"speedup": decode.speedup, "tokens_per_second": decode.tokens_per_second},

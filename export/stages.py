@@ -1,4 +1,4 @@
-"""The stages of an export: how far they are, and what they took."""
+"""The stages of an export: their progress, seconds and peak memory."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from lobit.memory import peak_rss_bytes
 from lobit.quant_recipes.apply import Progress
 
 Count = Callable[[int, int], None]
-"""(done, of how many) within a stage"""
+"""Called with how much of a stage is done, and how much there is."""
 WHOLE = 1000
-"""Steps of the progress of all stages together."""
+"""Number of steps in which the progress of all stages together is counted."""
 
 
 class Stages:
-    """Seconds and peak memory of each stage, in order.
+    """Measures the seconds and peak memory of each stage, in order.
 
     Args:
-        expected: seconds that each stage should take; the progress of all stages together goes by them.
-        progress: told how far all stages are.
+        expected: seconds that each stage should take; they decide its share of the progress of all stages together.
+        progress: called with the name of a stage and the progress of all stages together.
     """
 
     def __init__(self, expected: Mapping[str, float], progress: Progress | None = None) -> None:
@@ -31,7 +31,7 @@ class Stages:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Count]:
-        """Times what happens inside; yields what is told how far the stage is."""
+        """Times the `with` block; yields the function to call with the stage's progress."""
 
         def count(done: int, total: int) -> None:
             if self.progress:

@@ -1,4 +1,4 @@
-"""What every target has: one module with the same names, found here by the target's name and imported on use."""
+"""The interface of a target: a module with the names of `Target`, which is found here by the target's name and imported on use."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ class Spec:
 
     recipe: Recipe
     context: int
-    """Positions that it holds."""
+    """Number of positions that the program can hold."""
     chunk: int
     """The most tokens in one call."""
     portable: bool = False
-    """Standard operators alone, where the target has others too."""
+    """Whether to use standard operators alone, where the target has others too."""
     all_logits: bool = False
-    """Of every token of a call, not of the last alone."""
+    """Whether a call gives the logits of all its tokens, not of the last alone."""
     bos: int | None = None
-    """The token that begins a text."""
+    """Id of the token that begins a text; None: there is none."""
     stop: tuple[int, ...] = ()
-    """Tokens that end one."""
+    """Ids of the tokens that end a text."""
     threads: int = 0
-    """Of the runtime, where it is not told otherwise; 0: one per core."""
+    """Threads that the runtime uses unless the user asks for another number; 0: one per core."""
 
 
 RunGraph = Callable[[Tensor, Tensor], Tensor]
-"""(tokens int64 [1, T], input_pos int64 [1]) -> logits float32 [1, 1, V] of the last; keeps what it read."""
+"""(tokens int64 [1, T], input_pos int64 [1]) -> logits float32 [1, 1, V] of the last token, or [1, T, V]; keeps keys and values."""
 
 
 @dataclass
@@ -58,32 +58,32 @@ class Lowered:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a program takes besides its weights."""
+    """What lowering and running a program takes, besides the weights in its files."""
 
     parts: int
-    """Graphs that are lowered."""
+    """Number of graphs that are lowered."""
     overhead_bytes: int
-    """Of the file."""
+    """Bytes of the program's files that are not weights."""
     device_peak_bytes: int
-    """Of memory when the context is full, weights included."""
+    """Peak memory on the device when the context is full, weights included."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What exports to a target take on the machine where they run, fitted to exports of many sizes."""
+    """The time and memory of exports to a target on the machine where they run, fitted to exports of many sizes."""
 
     imports_seconds: float
-    """Of loading the exporter."""
+    """Seconds that loading the exporter takes."""
     imports_bytes: int
-    """Of the exporter before it has a model."""
+    """Memory of the exporter before it has a model."""
     model_copies: float
-    """Of the quantized model in memory."""
+    """Memory that the quantized model takes, as a multiple of its size."""
     head_copies: float
-    """Of the head, besides."""
+    """Memory that the head takes besides, as a multiple of its size."""
     seconds_per_parameter: Mapping[str, float]
-    """Of each stage."""
+    """Seconds of each stage for every parameter of the model."""
     seconds_per_part: float
-    """Of what is lowered."""
+    """Seconds for each graph that is lowered."""
 
 
 class Target(Protocol):
@@ -94,42 +94,42 @@ class Target(Protocol):
     """Whether `graph` runs so many operators one by one that a large model takes minutes."""
 
     def versions(self) -> dict[str, str]:
-        """Of the packages that the target is lowered with."""
+        """Versions of the packages that models are lowered with."""
 
     def arithmetic(self, model: Transformer, spec: Spec) -> Recipe | None:
-        """Changes the converted model, in place, to round its inputs as the target's products do.
+        """Changes the converted model, in place, so that its products round their inputs as the target's do.
 
         Returns:
-            The recipe, with the key-value cache that the target has; None: the target computes as the recipe says, nothing is changed.
+            The recipe, with the key-value cache that the target has; None: the target computes as the recipe says, and nothing is changed.
         """
 
     def graph(self, model: Transformer, spec: Spec) -> RunGraph | None:
-        """The converted model's program before it is lowered or written, run by PyTorch; takes the model's layers over.
+        """The converted model's program before it is lowered or written, run by PyTorch; the model's layers may be replaced.
 
         Returns:
-            None: its operators are the runtime's own, and `arithmetic` is what they compute.
+            The program as a function; None: its operators are the runtime's own, and `arithmetic` gives what they compute.
         """
 
     def check(self, spec: Spec, config: Config) -> list[str]:
-        """Every reason why the target cannot hold the model, before anything slow."""
+        """Every reason why the target cannot hold the model, found before anything slow is done."""
 
     def step(self, spec: Spec) -> int:
-        """The most tokens that are read in one call, of the `chunk` that was asked for."""
+        """The most tokens that one call reads: the `chunk` that was asked for, or fewer."""
 
     def options(self, spec: Spec) -> dict[str, str | int | bool]:
-        """What the program is made for besides, and how it is to be run, by names of the target's own."""
+        """Options by the target's own names: what else the program is made for, and how it is to be run."""
 
     def weights(self, spec: Spec, config: Config) -> list[TensorGroup]:
         """The bytes that each kind of weights will take in the files."""
 
     def cache(self, spec: Spec, config: Config) -> CacheInfo:
-        """The key-value cache in bytes."""
+        """The size of the key-value cache."""
 
     def needs(self, model: Transformer, spec: Spec) -> Needs:
-        """What a program of the converted model will take; the model may have no memory for its weights."""
+        """What lowering and running a program of the converted model will take; the model may have no memory for its weights."""
 
     def lower(self, model: Transformer, spec: Spec, kept: StageCache, count: Count) -> Lowered:
-        """The converted model in the target's own form; takes its layers over, and keeps what is finished."""
+        """The converted model in the target's own form; the model's layers may be replaced, and finished parts are put into `kept`."""
 
     def write(self, lowered: Lowered, folder: Path, count: Count) -> list[FileEntry]:
         """Writes the target's files into the folder."""
@@ -140,7 +140,7 @@ def find_target(name: str) -> Target:
 
     Raises:
         TargetError: there is no such target.
-        MissingPartError: what it needs is not installed.
+        MissingPartError: a package that the target needs is not installed.
     """
     if name not in TARGETS:
         raise TargetError(f"there is no target {name!r}: choose one of {', '.join(TARGETS)}")

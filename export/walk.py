@@ -1,4 +1,4 @@
-"""A model in the order of the data, for graphs that are written: what the walk asks of a target's operations, and the walk."""
+"""Walks through a model in the order in which data flows, and calls a target's operations, which make the graph."""
 
 from __future__ import annotations
 
@@ -15,51 +15,51 @@ V = TypeVar("V")
 
 
 class Ops(Protocol[V]):
-    """The operations of a model; T tokens, D hidden size, H heads, E head size, F feed-forward size, V vocabulary."""
+    """A model's operations, as targets provide them; T tokens, D hidden size, H heads, E head size, F feed-forward size, V vocabulary."""
 
     def scope(self, name: str) -> AbstractContextManager[None]:
-        """Names what is added inside."""
+        """Puts `name` before the names of all that is added inside the `with` block."""
 
     def begin(self) -> V:
-        """Declares the inputs, and all that follows from positions; the tokens int64 [1, T]."""
+        """Declares the inputs and all that depends on positions alone; returns the tokens int64 [1, T]."""
 
     def embed(self, embedding: nn.Module, tokens: V) -> V:
-        """The stream [1, T, D] of tokens."""
+        """The residual stream [1, T, D] that the tokens begin with: their rows of the embedding, scaled."""
 
     def norm(self, x: V, norm: RMSNorm) -> V:
         """RMSNorm over the last axis."""
 
     def add_norm(self, x: V, delta: V | None, norm: RMSNorm) -> tuple[V, V]:
-        """The stream after `delta` was added to it, and its norm."""
+        """The residual stream x with `delta` added, where there is one, and the same after the norm."""
 
     def attend(self, layer: int, block: Block, x: V) -> V:
-        """What of the normed stream [1, T, D] attention gives: [1, T, H · E]; keeps keys and values."""
+        """Attention [1, T, H · E] of the normed stream [1, T, D], before the output product; keeps keys and values."""
 
     def linear(self, name: str, module: nn.Module, x: V) -> V:
-        """A product with a weight [out, in], and its bias."""
+        """The product of x and a weight [out, in], plus the bias, where there is one."""
 
     def gate_up(self, block: Block, x: V) -> Sequence[V]:
-        """Gate and up, each [1, T, F]."""
+        """The gate and up products, each [1, T, F]."""
 
     def activate(self, x: V) -> V:
-        """The gate's nonlinearity."""
+        """Applies the feed-forward's nonlinearity to the gate x."""
 
     def multiply(self, a: V, b: V) -> V:
-        """Entry by entry."""
+        """a · b, entry by entry."""
 
     def last(self, x: V) -> V:
-        """What of x [1, T, n] has logits: the last token, or all."""
+        """The tokens of x [1, T, n] that get logits: the last one, or all."""
 
     def score(self, head: nn.Module, x: V) -> None:
-        """Gives out the logits of the normed stream."""
+        """Makes the logits of the normed stream x the output."""
 
 
 def walk(model: Transformer, ops: Ops[V]) -> None:
     """Goes through a converted model once.
 
     Args:
-        model: its tensors are stored when the graph is written, and may have no memory until then.
-        ops: of a target.
+        model: the converted model. For a graph in a file, its tensors are stored when that is written, and may have no memory until then.
+        ops: the target's operations.
     """
     config, delta = model.config, None
     x = ops.embed(model.embedding, ops.begin())
@@ -85,5 +85,5 @@ def walk(model: Transformer, ops: Ops[V]) -> None:
 
 
 def _normed(ops: Ops[V], norm: nn.Module, x: V) -> V:
-    """Through a norm that only some families have."""
+    """x after a norm that only some families have; x itself in the others."""
     return ops.norm(x, norm) if isinstance(norm, RMSNorm) else x

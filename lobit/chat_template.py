@@ -23,15 +23,15 @@ from jinja2.utils import Namespace
 from lobit.errors import InputError, ModelError
 
 LARGEST_TEXT = 1 << 24
-"""Characters of a rendered conversation; no context holds more."""
+"""Characters that a rendered conversation may have; no model's context holds more."""
 
 
 class RefusalError(TemplateError):
-    """The template's own `raise_exception`: it was not made for these messages."""
+    """The template called `raise_exception`: it was not made for these messages."""
 
 
 class Generation(Extension):
-    """`{% generation %}` … `{% endgeneration %}`: marks answers for training; here its body is rendered as it is."""
+    """`{% generation %}` … `{% endgeneration %}`: marks answers for training; here the text between is rendered unchanged."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
 
@@ -41,7 +41,7 @@ class Generation(Extension):
 
 
 class Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, with bounds on products and powers: `'a' * 10**10` is a short template."""
+    """The sandbox, with bounds on products and powers, because a template as short as `'a' * 10**10` would fill the memory."""
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -57,7 +57,7 @@ class Environment(ImmutableSandboxedEnvironment):
 
 
 class PublicNamespace(Namespace):
-    """Jinja's `namespace` without names that begin with an underscore, as transformers has it."""
+    """Jinja's `namespace` without names that begin with an underscore, as in transformers."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         attributes = dict(*args[1:], **kwargs)
@@ -97,7 +97,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes for HTML; templates expect plain JSON."""
+    """The filter `tojson` without the escapes for HTML that Jinja's own makes: templates expect plain JSON."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -124,11 +124,11 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], special: Mappin
     Args:
         template: Jinja source.
         messages: JSON values; entries that are None count as absent.
-        special: special tokens by name, variables of the template.
-        add_generation_prompt: a variable of the template: end with the words that begin an answer.
+        special: special tokens by name, which become variables of the template.
+        add_generation_prompt: a variable of the template that asks it to end with the words that begin an answer.
 
     Raises:
-        InputError: no messages, messages that are not JSON values, or the template refuses them.
+        InputError: there are no messages, they are not JSON values, or the template refuses them.
         ModelError: the template is broken, reaches outside the sandbox or writes too much.
     """
     if not messages:

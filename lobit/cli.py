@@ -1,7 +1,7 @@
-"""The command line: parses, calls the function of the same name in `verbs`, prints.
+"""The command line: each command parses its options, calls the function of the same name in `verbs`, and prints the result.
 
-stdout is the result, a table or with `--json` one JSON object; progress goes to stderr.
-Exit 0: done; 1: a gate failed; 2: a mistake or a missing part, in one message; 130: interrupted.
+The result goes to stdout, as a table or with `--json` as one JSON object; progress goes to stderr.
+Exit codes: 0, done; 1, a gate failed; 2, a mistake or a missing part, told in one message; 130, interrupted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import lobit.cli_learn
-import lobit.cli_make  # noqa: F401 (its commands)
+import lobit.cli_make  # noqa: F401 (imported because it registers its commands)
 from lobit.cli_options import (
     BundleArgument,
     Json,
@@ -129,7 +129,7 @@ def run(
 
 
 def _chat(bundle: Path, system: str | None, max_new_tokens: int | None, sampling: Sampling, threads: int | None) -> None:
-    """A conversation with whoever types, or with the lines of stdin."""
+    """Chats with a user at a terminal, or answers the lines of stdin."""
     from lobit import tables, verbs
 
     typed = sys.stdin.isatty()
@@ -149,9 +149,9 @@ def _chat(bundle: Path, system: str | None, max_new_tokens: int | None, sampling
 
 
 def _typed_lines() -> Iterator[str]:
-    """Lines typed at a prompt, until the end of the input."""
+    """Yields the lines that are typed at a prompt, until the end of the input."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 (lines can be edited, and come again)
+        import readline  # noqa: F401 (gives `input` line editing and a history)
     while True:
         try:
             yield input("> ")
@@ -159,13 +159,13 @@ def _typed_lines() -> Iterator[str]:
             typer.echo()
             return
         except KeyboardInterrupt as error:
-            if error.args:  # another signal than Ctrl-C's
+            if error.args:  # it was raised for another signal than Ctrl-C's
                 raise
             typer.echo()
 
 
 def _aside(text: str) -> None:
-    """To stderr, dim where that is a terminal."""
+    """Prints a text to stderr, dimmed where that is a terminal."""
     typer.secho(text, err=True, dim=True)
 
 
@@ -268,7 +268,7 @@ def doctor(
 
 
 def main() -> None:
-    """Runs the command line; a user's mistake is one message."""
+    """Runs the command line and exits; a user's mistake is shown as one message."""
     command, code = typer.main.get_command(app), 0
     with one_message():
         try:

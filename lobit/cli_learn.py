@@ -1,4 +1,4 @@
-"""The commands that make weights, and what they cost: train, sensitivity, merge."""
+"""The commands that train, examine and merge weights: train, sensitivity, merge."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def train(
 
 
 def _training(recipe: Recipe, learning_rate: float | None, distillation: float | None, from_scratch: bool, begun: bool) -> Training:
-    """The recipe's own way, with changes."""
+    """How the recipe trains by default, with the changes that the options ask for."""
     from lobit.quant_recipes.schedule import training_of
 
     training = training_of(recipe, from_scratch, begun)
@@ -174,7 +174,7 @@ def merge(
 
 
 def _shares(text: str) -> list[float]:
-    """`0.3,0.7` as numbers."""
+    """Parses weights such as `0.3,0.7`."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:

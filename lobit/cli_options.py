@@ -1,4 +1,4 @@
-"""What commands share: the application, their options, how results are printed."""
+"""What the commands share: the typer application, options that several of them have, and functions that read and print."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging F
 
 
 def print_json(result: dict[str, Any]) -> None:
-    """The result of a command."""
+    """Prints the result of a command as JSON."""
     typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
 
 
 def numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:
-    """`128,512` as numbers."""
+    """Parses an option's list of whole numbers, such as `128,512`, each at least `least`."""
     try:
         values = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -84,13 +84,13 @@ def numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:
 
 
 def read_text(path: Path) -> str:
-    """A text file.
+    """Reads a text file.
 
     Raises:
-        InputError: it cannot be read, or is not UTF-8.
+        InputError: the file cannot be read, or is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")  # without the mark that editors of Windows put first
+        return path.read_text(encoding="utf-8-sig")  # drops the byte order mark that editors on Windows put first
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}): give a text file") from None
     except OSError as error:
@@ -98,7 +98,7 @@ def read_text(path: Path) -> str:
 
 
 def rotations(text: str | None) -> tuple[str, ...]:
-    """What `--rotate stream,heads` names."""
+    """Parses the rotations that `--rotate` names, such as `stream,heads`."""
     return () if text is None else tuple(turn.strip() for turn in text.split(","))
 
 
@@ -111,7 +111,7 @@ def chosen_recipe(
     scale_rule: str | None = None,
     rotate: str | None = None,
 ) -> Recipe | None:
-    """The recipe that is named, with its changes."""
+    """The recipe that `--recipe` names, with the changes of the other options; None where none is named."""
     from lobit import verbs
 
     if recipe is None and (exclude or group_size or kv_cache or mixed or scale_rule or rotate is not None):
@@ -123,10 +123,10 @@ def chosen_recipe(
 
 
 def calibration_on(path: Path | None, samples: int | None, length: int | None, act_order: bool) -> verbs.calibrate.Calibration | None:
-    """What `--calibration` and the options beside it say.
+    """The calibration that `--calibration` and its further options ask for; None without `--calibration`.
 
     Raises:
-        InputError: the file cannot be read, or there are options without it.
+        InputError: the file cannot be read, or its further options are given without it.
     """
     from lobit.verbs.calibrate import SAMPLES, Calibration
 

@@ -1,4 +1,4 @@
-"""Reading the fields of a config.json: sizes, numbers, flags, and what families share of rotary embeddings and windows."""
+"""Reading the fields of a config.json: sizes, numbers, flags, and the rotary embeddings and windows that several families share."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from lobit.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, Yarn
 LARGEST_SIZE = 1 << 24
 """No real config.json holds a larger width, context or vocabulary; a larger one is a damaged file."""
 LARGEST = {"num_hidden_layers": 1 << 10, "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "head_dim": 1 << 14}
-"""Sizes whose bound is lower, so that a damaged file costs neither time nor memory."""
+"""Largest values of fields that need a tighter bound, so that a damaged file costs neither time nor memory."""
 NUMBERS = (1e-12, 1e12)
-"""Where every factor, base and epsilon lies; float32 holds their products."""
+"""Smallest and largest value of any factor, base or epsilon; float32 can hold their products."""
 
 
 class Fields:
-    """A config.json being read: every missing or absurd value is noted, none stops the reading."""
+    """The fields of a config.json; a missing or absurd value is noted in `problems` and does not stop the reading."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.values = values
         self.problems: list[str] = []
 
     def size(self, name: str, default: int | None = None) -> int:
-        """A positive whole number; 1 in its place where it is not usable."""
+        """A positive whole number, or 1 where the field is not usable."""
         value, largest = self.values.get(name), LARGEST.get(name, LARGEST_SIZE)
         value = default if value is None else value
         if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest:
@@ -34,7 +34,7 @@ class Fields:
         return 1
 
     def number(self, name: str, default: float | None = None, least: float = NUMBERS[0], largest: float = NUMBERS[1]) -> float:
-        """A positive finite number; 1 in its place where it is not usable."""
+        """A number from `least` to `largest`, or 1 where the field is not usable."""
         value = self.values.get(name)
         value = default if value is None else value
         if isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= largest:
@@ -43,7 +43,7 @@ class Fields:
         return 1.0
 
     def flag(self, name: str, default: bool = False) -> bool:
-        """True or false."""
+        """True or false; `default` where the field is missing or not usable."""
         value = self.values.get(name)
         if value is None or isinstance(value, bool):
             return default if value is None else value
@@ -51,7 +51,7 @@ class Fields:
         return default
 
     def numbers(self, name: str, length: int) -> list[Any] | None:
-        """A list of `length` entries, or None where the file has none."""
+        """A list of `length` entries, or None where the field is missing or not usable."""
         value = self.values.get(name)
         if value is None or (isinstance(value, list) and len(value) == length):
             return value
@@ -59,7 +59,7 @@ class Fields:
         return None
 
     def nested(self, name: str) -> Fields:
-        """The object under `name`, empty where there is none; problems are noted here."""
+        """The object under `name`, empty where there is none; its problems are added to those of this object."""
         value = self.values.get(name)
         if value is not None and not isinstance(value, dict):
             self.problems.append(f"{name} is {shown(value)}: an object is needed")
@@ -78,17 +78,17 @@ ROPE_FIELDS: dict[str, set[str]] = {
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "longrope": {"factor", "short_factor", "long_factor", "attention_factor", "original_max_position_embeddings"},
 }
-"""What each kind of rotary embedding says of itself."""
+"""Parameters that each kind of rotary embedding has."""
 ANY_ROPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "finetuned"}
-"""What any kind may say, whether it matters there or not."""
+"""Parameters that any kind may have, whether it uses them or not."""
 NO_CHANGE = {"factor": 1, "attention_factor": 1}
-"""Fields that change nothing with these values, wherever they stand."""
+"""Parameters that have no effect with these values, whatever the kind."""
 
 
 def _rope_parameters(fields: Fields) -> Fields:
-    """transformers 4's `rope_scaling` or 5's `rope_parameters`; the former goes first, as it does there.
+    """transformers 4's `rope_scaling` or 5's `rope_parameters`; the former takes precedence, as in transformers.
 
-    `partial_rotary_factor` may stand beside them.
+    `partial_rotary_factor` may also be a field of config.json itself.
     """
     parameters = fields.nested("rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters")
     parameters.values = {"partial_rotary_factor": fields.values.get("partial_rotary_factor"), **parameters.values}
@@ -96,12 +96,12 @@ def _rope_parameters(fields: Fields) -> Fields:
 
 
 def _rope_kind(parameters: Fields, known: Sequence[str], aliases: Mapping[str, str] | None = None) -> str:
-    """The kind of rotary embedding; `default` in its place where it is not usable.
+    """The kind of rotary embedding, or `default` where the field is not usable.
 
     Args:
         parameters: of the rotary embedding.
-        known: kinds of the family.
-        aliases: other names of kinds.
+        known: kinds that the family can have.
+        aliases: other names of kinds, and the kinds that they mean.
     """
     kind = parameters.values.get("rope_type", parameters.values.get("type", "default"))
     kind = (aliases or {}).get(kind, kind) if isinstance(kind, str) else kind
@@ -116,19 +116,19 @@ def _rope_kind(parameters: Fields, known: Sequence[str], aliases: Mapping[str, s
 
 
 def _turned_share(parameters: Fields) -> float:
-    """The share of a head that the rotary embedding turns."""
+    """The share of each head's entries that the rotary embedding rotates."""
     return parameters.number("partial_rotary_factor", 1.0, largest=1)
 
 
 def read_rope(parameters: Fields, head_dim: int, theta: float, context: int) -> Rope:
     """Rotary embedding of whole heads.
 
-    One that is `dynamic` is the plain one up to the model's context, which is where lobit ends.
+    The kind `dynamic` is the same as `default` up to the model's context, and lobit does not go beyond that.
 
     Args:
-        parameters: under transformers 5's names.
+        parameters: of the rotary embedding, under transformers 5's names.
         head_dim: entries of a head.
-        theta: where the parameters have none.
+        theta: the base where the parameters have none.
         context: of the model.
     """
     kind = _rope_kind(parameters, ("default", "dynamic", "linear", "llama3", "yarn"))
@@ -173,16 +173,17 @@ def _yarn(parameters: Fields, context: int) -> YarnScaling:
 
 
 def only_rope(fields: Fields, head_dim: int) -> Rope:
-    """The one rotary embedding of most families."""
+    """The rotary embedding of families that have only one."""
     theta, context = fields.number("rope_theta", 10000.0, least=1), fields.size("max_position_embeddings")
     return read_rope(_rope_parameters(fields), head_dim, theta, context)
 
 
 def long_rope(fields: Fields, head_dim: int, context: int) -> tuple[Rope, int]:
-    """Phi-3's rotary embedding, and the context that it holds.
+    """Phi-3's rotary embedding, and the context up to which it is valid.
 
     A longrope has one set of factors up to the original context and another beyond it, chosen anew by the length of each
-    sequence (transformers `longrope_frequency_update`). A program has one table, so lobit reads the first and ends there.
+    sequence (transformers `longrope_frequency_update`). A program has one table, so lobit uses the first set and ends at the
+    original context.
     """
     parameters = _rope_parameters(fields)
     kind = _rope_kind(parameters, ("default", "longrope"), {"su": "longrope", "yarn": "longrope"})
@@ -210,11 +211,11 @@ def _factors(parameters: Fields, name: str, length: int) -> tuple[float, ...]:
 
 
 def read_windows(fields: Fields, kinds: Sequence[str]) -> list[int | None]:
-    """The window of each layer.
+    """The window of each layer; None for full attention.
 
     Args:
         fields: with `sliding_window`, and `layer_types` where the file has them.
-        kinds: of a file that has no `layer_types`.
+        kinds: the kind of each layer where the file has no `layer_types`.
     """
     kinds = fields.numbers("layer_types", len(kinds)) or kinds
     unknown = [shown(kind) for kind in kinds if kind not in (FULL, SLIDING)]

@@ -8,14 +8,14 @@ from __future__ import annotations
 import reprlib
 
 LONGEST_SHOWN = 60
-"""Characters of a text, digits of a number, that a message repeats."""
+"""Characters of a user's text, or digits of a number, that a message repeats at most."""
 LONGEST_REASON = 200
-"""Characters of a library's own words that it repeats."""
+"""Characters of a library's error text that a message repeats at most."""
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 2
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = LONGEST_SHOWN
 MOST_LISTED = 50
-"""Problems that a message names; of a model with nothing in place there are thousands."""
+"""Problems that a message lists at most; a model without any of its tensors has thousands."""
 
 
 class LobitError(Exception):
@@ -57,16 +57,16 @@ def shown_name(name: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """A library's own words as a message repeats them: on one line, never long."""
+    """A library's error text as a message repeats it: on one line, never long."""
     return " ".join(str(error).split())[:LONGEST_REASON]
 
 
 def listed(problems: list[str], heading: str) -> str:
-    """One message that names every problem, of very many the first.
+    """One message that lists the first `MOST_LISTED` problems and says how many more there are.
 
     Args:
         problems: one line each.
-        heading: the sentence above them.
+        heading: the line above them.
     """
     lines = [f"  {problem}" for problem in problems[:MOST_LISTED]]
     left = len(problems) - len(lines)

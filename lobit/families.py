@@ -1,4 +1,4 @@
-"""What each model family adds to a plain Llama block: a reader of its config.json, and what its checkpoints call our modules.
+"""What each model family adds to a plain Llama block: a reader of its config.json, and its checkpoints' names of lobit's modules.
 
 Adding a family is one reader function and one entry in `FAMILIES`.
 """
@@ -22,20 +22,20 @@ ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh", "relu2"]] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu2": "relu2",
 }
-"""transformers' names of the activations."""
+"""transformers' names of the activations, and lobit's."""
 
 
 OF_THE_WHOLE = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
-"""Fields of a model of images and text that stand beside its `text_config`."""
+"""Fields that a model of images and text has outside of its `text_config`, and that hold for its text model too."""
 
 
 def _common(fields: Fields, width: str = "intermediate_size", act: str = "hidden_act") -> dict[str, Any]:
     """The fields that every family has, under the names of `Config`.
 
     Args:
-        fields: of the file.
-        width: what the family calls the width of its feed-forward.
-        act: what it calls its activation.
+        fields: of config.json.
+        width: the family's field for the width of the feed-forward.
+        act: the family's field for the activation.
     """
     hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     kv_heads = fields.size("num_key_value_heads", heads)
@@ -63,13 +63,13 @@ def _common(fields: Fields, width: str = "intermediate_size", act: str = "hidden
 
 
 def _ternary(fields: Fields) -> Literal["none", "multiply", "divide", "online"]:
-    """How the layers' weights are kept: transformers' `BitNetQuantConfig`, or floats."""
+    """How the checkpoint keeps the layers' weights (`Config.ternary`), from transformers' `BitNetQuantConfig`."""
     quantization = fields.nested("quantization_config")
     if not quantization.values:
         return "none"
     method, kept = quantization.values.get("quant_method"), quantization.values.get("modules_to_not_convert")
     if method == "torchao":
-        return "none"  # the file says of each tensor what it is
+        return "none"  # the metadata of the weights' files describe each tensor
     linear, mode = (quantization.values.get(*pair) for pair in (("linear_class", "bitlinear"), ("quantization_mode", "offline")))
     if method != "bitnet":
         fields.problems.append(f"quantization_config is of {shown(method)}: bitnet, torchao and floats are read, take the float checkpoint")
@@ -87,7 +87,7 @@ def _ternary(fields: Fields) -> Literal["none", "multiply", "divide", "online"]:
 def _read_llama(fields: Fields) -> Config:
     """Llama 2 and 3, TinyLlama, SmolLM2, Danube3, TriLM, Bonsai (transformers `LlamaConfig`), and MobileLLM.
 
-    MobileLLM shares the embedding under a name of its own, and may run each block twice in a row (facebookresearch/MobileLLM,
+    MobileLLM has its own field for a head that shares the embedding, and may run each block twice in a row (facebookresearch/MobileLLM,
     utils/modeling_llama.py).
     """
     common = _common(fields)
@@ -101,7 +101,7 @@ def _read_llama(fields: Fields) -> Config:
 
 
 def _qwen_layers(fields: Fields, head_dim: int) -> tuple[Layer, ...]:
-    """Layers that, where windows are used at all, have one from `max_window_layers` on."""
+    """The layers of Qwen: where windows are used at all, those from `max_window_layers` on have one."""
     depth, full = fields.size("num_hidden_layers"), fields.values.get("max_window_layers")
     used = fields.flag("use_sliding_window") and fields.values.get("sliding_window") is not None
     if not isinstance(full, int) or full < 0:
@@ -139,7 +139,7 @@ def _read_smollm3(fields: Fields) -> Config:
 
 
 def _one_window(fields: Fields) -> int | None:
-    """The window of every layer, or None."""
+    """The one window of all layers, or None."""
     if fields.values.get("layer_types") is not None:
         fields.problems.append("layer_types is given: this family has one window for all layers, or none")
     return None if fields.values.get("sliding_window") is None else fields.size("sliding_window")
@@ -153,7 +153,7 @@ def _read_mistral(fields: Fields) -> Config:
 
 
 def _read_phi3(fields: Fields) -> Config:
-    """Phi-3-mini, Phi-4-mini: fused products, part of each head turned, longrope (transformers `Phi3Config`)."""
+    """Phi-3-mini, Phi-4-mini: fused projections, rotary embedding on a part of each head, longrope (transformers `Phi3Config`)."""
     common = _common(fields)
     rope, common["max_context"] = long_rope(fields, common["head_dim"], common["max_context"])
     layer = Layer(_one_window(fields), rope)
@@ -161,7 +161,7 @@ def _read_phi3(fields: Fields) -> Config:
 
 
 def _read_gemma3(fields: Fields) -> Config:
-    """Gemma 3: norms after the blocks too, two rotary bases, windows (transformers `Gemma3TextConfig`)."""
+    """Gemma 3: norms also after attention and feed-forward, two rotary bases, windows (transformers `Gemma3TextConfig`)."""
     common, bias = _common(fields, act="hidden_activation"), fields.flag("attention_bias")
     depth, pattern = fields.size("num_hidden_layers"), fields.size("sliding_window_pattern")
     if fields.flag("use_bidirectional_attention"):
@@ -185,7 +185,7 @@ def _read_gemma3(fields: Fields) -> Config:
 
 
 def _gemma3_ropes(fields: Fields, head_dim: int) -> dict[str, Rope]:
-    """The rotary embedding of each kind of layer; transformers 4's `rope_scaling` is that of full attention."""
+    """The rotary embedding of each kind of layer; transformers 4's `rope_scaling` applies to full attention only."""
     nested = fields.nested("rope_parameters")
     flat = sorted(map(shown, set(nested.values) - {FULL, SLIDING}))
     if flat:
@@ -199,7 +199,7 @@ def _gemma3_ropes(fields: Fields, head_dim: int) -> dict[str, Rope]:
 
 
 def _embedding_scale(fields: Fields, hidden: int) -> float:
-    """√hidden in the type of the weights, as transformers' `Gemma3TextScaledWordEmbedding` has it."""
+    """√hidden rounded to the dtype of the weights, as in transformers' `Gemma3TextScaledWordEmbedding`."""
     name = fields.values.get("dtype") or fields.values.get("torch_dtype") or "bfloat16"
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if not isinstance(name, str) or name not in dtypes:
@@ -209,7 +209,7 @@ def _embedding_scale(fields: Fields, hidden: int) -> float:
 
 
 def _dense_width(fields: Fields) -> str:
-    """Where Llama 4 has the width of a dense feed-forward; `intermediate_size` is that of its experts."""
+    """Llama 4's field for the width of a dense feed-forward; where there are two, `intermediate_size` is the width of its experts."""
     return "intermediate_size" if fields.values.get("intermediate_size_mlp") is None else "intermediate_size_mlp"
 
 
@@ -231,7 +231,7 @@ def _read_llama4(fields: Fields) -> Config:
 
 
 def _check_chunks(fields: Fields, turned: Sequence[bool], context: int) -> None:
-    """Attention in chunks is full attention as long as the context is no longer than a chunk."""
+    """Accepts attention in chunks only if the context is no longer than a chunk: then it is full attention."""
     chunked = "chunked_attention"
     kinds = fields.numbers("layer_types", len(turned)) or [chunked if turn else FULL for turn in turned]
     unknown = [shown(kind) for kind in kinds if kind not in (FULL, chunked)]
@@ -270,13 +270,13 @@ class Family:
 
     read: Callable[[Fields], Config]
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What its config.json may leave out, where transformers' class differs from Llama's."""
+    """Values of the fields that its config.json may leave out, where its transformers class differs from Llama's."""
     names: Mapping[str, str] = field(default_factory=dict)
-    """Our modules that it calls otherwise than Llama (`layout.LLAMA`); modules of one name are fused, one after the other."""
+    """Its names of lobit's modules, where they differ from Llama's (`layout.LLAMA`); modules of one name are fused, one after the other."""
     interleaved: bool = False
     """Rotary embedding pairs neighbours (Llama 4) instead of halves: rows of q and k are permuted on reading."""
     shifted_norms: bool = False
-    """Norms multiply by 1 + w."""
+    """Its norms multiply by 1 + w, and not by w."""
 
 
 LLAMA4_NAMES = {f"mlp.{part}": f"feed_forward.{part}_proj" for part in ("gate", "up", "down")}
@@ -334,14 +334,14 @@ FAMILIES: dict[str, Family] = {
         {"attention.sub_norm": "self_attn.attn_sub_norm", "mlp.sub_norm": "mlp.ffn_sub_norm"},
     ),
 }
-"""config.json's `model_type` and how it is read."""
+"""How a folder is read, by the `model_type` in its config.json."""
 
 
 def read_config(values: Mapping[str, Any]) -> Config:
     """The `Config` of a parsed config.json.
 
     Raises:
-        ModelError: the family is unknown, or fields are missing or absurd; all are named.
+        ModelError: the family is unknown, or fields are missing or absurd; the message lists them.
     """
     values, inner = text_values(values), ""
     kind = values.get("model_type")
@@ -358,9 +358,9 @@ def read_config(values: Mapping[str, Any]) -> Config:
 
 
 def text_values(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A parsed config.json; of a model of images and text that of its text model, where that is of a family.
+    """The fields of a parsed config.json; for a model of images and text, those of its text model if that is of a known family.
 
-    Source: transformers `Gemma3Config` and others with a `text_config`, whose fields go first.
+    Source: transformers `Gemma3Config` and others with a `text_config`, whose fields take precedence.
     """
     inner = values.get("text_config")
     if not isinstance(inner, dict) or _is_family(values) or not _is_family(inner):
@@ -374,13 +374,13 @@ def _is_family(values: Mapping[str, Any]) -> bool:
 
 
 def _reach(rope: Rope | None) -> int:
-    """Positions up to which YaRN stretches a rotary embedding; 0 of others. The cards of models add it and leave the context as it is."""
+    """Positions up to which YaRN stretches a rotary embedding; 0 for other kinds. Model cards add YaRN without changing the context."""
     scaling = rope.scaling if rope else None
     return min(int(scaling.factor * scaling.original_context), LARGEST_SIZE) if isinstance(scaling, YarnScaling) else 0
 
 
 def _absurd(config: Config) -> list[str]:
-    """What cannot be computed although every field is usable by itself."""
+    """Problems of a config that cannot be computed although every field is usable by itself."""
     found = []
     for rope in {layer.rope for layer in config.layers if layer.rope}:
         if usable := rope.dim % 2 == 0 and 0 < rope.dim <= config.head_dim:

@@ -1,4 +1,4 @@
-"""JSON values as dataclasses: what an annotation says is what a file must have."""
+"""JSON values as dataclasses: a file must have what the annotations of the fields say."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def build(kind: Any, value: Any, where: str, more: bool = False) -> Any:
             a plain type, Any. Whole numbers lie in 0 to `LARGEST_NUMBER`, and are taken where a float is needed; floats are finite.
         value: as `json.loads` gives it.
         where: its place in the file, for messages.
-        more: leave out fields that are unknown, instead of refusing them.
+        more: whether unknown fields are left out instead of refused.
 
     Raises:
-        ValueError: the first difference.
+        ValueError: the value does not fit; the message names the first difference.
     """
     if dataclasses.is_dataclass(kind):
         return _instance(kind, value, where, more)
@@ -51,7 +51,7 @@ def _instance(kind: Any, value: Any, where: str, more: bool) -> Any:
 
 
 def _is_plain(kind: Any, value: Any) -> bool:
-    """Whether a value is of a plain type, one of a union, or of a Literal; True is no number here."""
+    """Whether a value is of a plain type, one of a union, or of a Literal; True does not count as a number."""
     origin = get_origin(kind)
     if origin in (Union, UnionType):
         return any(_is_plain(part, value) for part in get_args(kind))

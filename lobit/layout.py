@@ -1,4 +1,4 @@
-"""How checkpoints lay out our tensors: the family's names, fused rows, paired rotary rows, shifted norms, quantized weights."""
+"""How checkpoints lay out lobit's tensors: the family's names, fused rows, paired rotary rows, shifted norms, quantized weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LLAMA = {
     **{f"attention.{part}_norm": f"self_attn.{part}_norm" for part in "qk"},
     **{f"mlp.{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
 }
-"""Our name of every module, and Llama's; what a family calls otherwise is in its entry of `FAMILIES`."""
+"""lobit's name of every module, and Llama's; the names that differ in a family are in its entry of `FAMILIES`."""
 GGUF = {
     "embedding": "token_embd",
     "norm": "output_norm",
@@ -34,23 +34,23 @@ GGUF = {
     "attention.o": "attn_output",
     **{f"mlp.{part}": f"ffn_{part}" for part in ("gate", "up", "down")},
 }
-"""The same for Llamas in GGUF files (gguf-py `gguf/constants.py`, `TENSOR_NAMES`)."""
+"""lobit's names, and those of Llamas in GGUF files (gguf-py `gguf/constants.py`, `TENSOR_NAMES`)."""
 LINEARS = {f"attention.{part}" for part in "qkvo"} | {f"mlp.{part}" for part in ("gate", "up", "down")}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a checkpoint keeps one of our tensors."""
+    """Where a checkpoint keeps one of lobit's tensors."""
 
     name: str
     shape: tuple[int, ...]
-    """Of the stored tensor, which holds more than ours where the family fuses several."""
+    """Shape of the stored tensor, which has more rows than lobit's where the family fuses several."""
     first: int
-    """Our first row of it."""
+    """First row of the stored tensor that belongs to lobit's."""
     last: int
-    """The row after our last."""
+    """The row after the last one that belongs to it."""
     quantized: Quantized | None = None
-    """How it is kept; None: as floats."""
+    """How the checkpoint quantized the tensor; None: it is kept as floats."""
 
     @property
     def ternary(self) -> str:
@@ -58,7 +58,7 @@ class Stored:
         return self.quantized.kind if self.quantized else "none"
 
     def tensors(self) -> dict[str, Shapes]:
-        """The tensors of the checkpoint that it is made of."""
+        """The tensors of the checkpoint that the stored one consists of, by their names."""
         if self.quantized is None:
             return {self.name: dict.fromkeys(FLOATS, self.shape)}
         return self.quantized.tensors(self.shape)
@@ -67,10 +67,10 @@ class Stored:
 def layout(
     model: Transformer, headers: Mapping[str, Header] | None = None, torchao: Mapping[str, Quantized] | None = None
 ) -> dict[str, Stored]:
-    """Where a checkpoint keeps each tensor of the model; a head that is the embedding is left out.
+    """Where a checkpoint keeps each tensor of the model; a head that shares the embedding's weight is left out.
 
     Args:
-        model: only its shapes count, it may be on the meta device.
+        model: only its shapes count; it may be on the meta device.
         headers: of the checkpoint's tensors; None: all are floats.
         torchao: as `torchao_weights` gives it.
     """
@@ -114,19 +114,20 @@ def gguf_name(ours: str) -> str:
 
 
 def from_gguf(config: Config, ours: str, tensor: Tensor) -> Tensor:
-    """A tensor of a Llama's GGUF file as our model holds it: llama.cpp turns neighbouring rows of q and k, we turn halves."""
+    """A tensor of a Llama's GGUF file as lobit's model holds it: llama.cpp's rotary embedding pairs neighbouring rows, lobit's halves."""
     return _halves(config, tensor) if _parts(ours)[1] in ("attention.q", "attention.k") else tensor
 
 
 def read(config: Config, ours: str, stored: Stored, get: Callable[[str], Tensor], dtype: torch.dtype | None = torch.float32) -> Tensor:
-    """A tensor as our model holds it.
+    """A tensor of a checkpoint as lobit's model holds it.
 
     Args:
-        config: the model.
-        ours: our name of the tensor.
+        config: of the model.
+        ours: lobit's name of the tensor.
         stored: where the checkpoint keeps it.
         get: gives a tensor of the checkpoint by its name.
-        dtype: of the result; None: of the checkpoint where it holds floats, so that a file that is mapped to memory is not copied.
+        dtype: of the result, float32 where the checkpoint has float64; None: as in the checkpoint where that holds floats, so that a
+            file that is mapped to memory is not copied.
 
     Raises:
         ModelError: as `prequantized.integers`.
@@ -140,7 +141,7 @@ def read(config: Config, ours: str, stored: Stored, get: Callable[[str], Tensor]
 
 
 def read_integers(config: Config, ours: str, stored: Stored, get: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:
-    """Integers [out, in], as floats, and scales [out, groups] of a weight that the checkpoint keeps quantized; as `read` otherwise."""
+    """Integers [out, in], as floats, and scales [out, groups] of a weight that the checkpoint keeps quantized; else like `read`."""
     assert stored.quantized is not None
     values, scale = integers(stored.quantized, get)
     rows, scales = (part[stored.first : stored.last] for part in (values, scale.expand(len(values), -1)))
@@ -165,9 +166,9 @@ def _is_shifted(config: Config, ours: str) -> bool:
 
 
 def from_checkpoint(config: Config, ours: str, tensor: Tensor) -> Tensor:
-    """A float tensor as our model holds it.
+    """A float tensor of a checkpoint as lobit's model holds it.
 
-    Of interleaved families, the even rows of each head of q and k come first, then the odd. A norm that multiplies by 1 + w
+    In interleaved families, the even rows of each head of q and k are put first, then the odd. A norm that multiplies by 1 + w
     becomes one that multiplies by w.
     """
     if _is_shifted(config, ours):
@@ -178,7 +179,7 @@ def from_checkpoint(config: Config, ours: str, tensor: Tensor) -> Tensor:
 
 
 def _halves(config: Config, tensor: Tensor) -> Tensor:
-    """The even rows of each head first, then the odd."""
+    """Puts the even rows of each head first, then the odd."""
     heads = tensor.reshape(-1, config.head_dim // 2, 2, *tensor.shape[1:])
     return heads.transpose(1, 2).reshape(tensor.shape)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from lobit.errors import LobitError
 
 LEAST_ADDRESS_SPACE = 4 << 30
-"""Bytes that PyTorch and a target's exporter map before any work, and some room; with less they fail, some of them without a word."""
+"""Bytes that PyTorch and a target's exporter map before any work, and a reserve; with less they fail, some of them without a message."""
 
 
 def peak_rss_bytes() -> int:
@@ -42,7 +42,7 @@ def check_address_space() -> None:
     """Refuses a limit under which the libraries cannot start.
 
     Raises:
-        LobitError: with both numbers.
+        LobitError: fewer than `LEAST_ADDRESS_SPACE` bytes are allowed.
     """
     if address_space() < LEAST_ADDRESS_SPACE:
         raise LobitError(
@@ -52,7 +52,7 @@ def check_address_space() -> None:
 
 
 def _machine() -> tuple[int, int]:
-    """Bytes that are free for programs, and all; without a package where there is no memory left to load one."""
+    """Bytes of memory that are free for programs, and in all; on Linux without a package, because there may be no memory to load one."""
     if sys.platform == "linux":
         lines = (line.split() for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
         sizes = {words[0]: int(words[1]) << 10 for words in lines}

@@ -1,6 +1,6 @@
 """One Transformer for the dense Llama-like families.
 
-A family is a `Config`: what differs between families are flags here and a key map in `families.py`.
+A family is a `Config`: families differ by flags here and by a map of names in `families.py`.
 Attention is left to the caller (`Attend`), because every runtime keeps its key-value cache in its own way.
 
 Shapes: B batch, T tokens, D hidden size, H query heads, K key-value heads, E head size, F feed-forward size, V vocabulary.
@@ -25,9 +25,9 @@ class Layer:
     """What may differ from layer to layer."""
 
     window: int | None = None
-    """Tokens that a query sees, itself included; None: all before it."""
+    """Tokens that a query sees, its own included; None: its own and all before it."""
     rope: Rope | None = None
-    """None: no position (SmolLM3's NoPE layers)."""
+    """None: a layer without rotary embedding (SmolLM3's NoPE layers)."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Config:
     max_context: int
     norm_eps: float
     tied: bool
-    """The head is the embedding."""
+    """Whether the head shares the embedding's weight."""
     activation: Literal["silu", "gelu_tanh", "relu2"] = "silu"
     qkv_bias: bool = False
     o_bias: bool = False
@@ -64,7 +64,7 @@ class Config:
     """How often each block runs in a row with the same weights (MobileLLM's layer sharing)."""
     ternary: Literal["none", "multiply", "divide", "online"] = "none"
     """How checkpoints keep the layers' linear weights: as floats, as ternary codes to multiply with a scale or to divide by one, or
-    as floats that are rounded to ternary on use (transformers' `bitnet` quantization). The model here holds what they stand for."""
+    as floats that are rounded to ternary on use (transformers' `bitnet` quantization). The model here holds the resulting floats."""
 
     @property
     def scale(self) -> float:
@@ -96,7 +96,7 @@ def rotary_tables(config: Config, positions: Tensor) -> Tables:
 
 
 def softcap(scores: Tensor, cap: float | None) -> Tensor:
-    """Scores drawn into (-cap, cap), where there is a cap."""
+    """Scores squashed into (-cap, cap) by tanh, or unchanged where there is no cap."""
     return scores if cap is None else torch.tanh(scores / cap) * cap
 
 
@@ -113,17 +113,17 @@ class RMSNorm(nn.Module):
 
 
 def weight_of(layer: nn.Module) -> Tensor:
-    """The weight [out, in] of a linear or embedding, float, fake-quantized or of integers: all kinds have one."""
+    """The weight [out, in] of a linear layer or an embedding, which may hold floats, fake-quantized floats or integers."""
     return cast(Tensor, layer.weight)
 
 
 def bias_of(linear: nn.Module) -> Tensor | None:
-    """The bias [out] of a linear of any kind, or None."""
+    """The bias [out] of a linear layer of any kind, or None."""
     return cast("Tensor | None", linear.bias)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: projections, head norms and rotary embedding; the products of q, k, v are the caller's."""
+    """Grouped-query attention: projections, head norms and rotary embedding; the caller combines q, k and v (`Attend`)."""
 
     def __init__(self, config: Config, index: int) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Attention(nn.Module):
         return self.q(x), self.k(x), self.v(x)
 
     def heads(self, x: Tensor, tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, T, H, E], k and v [B, T, K, E] as they are attended to."""
+        """q [B, T, H, E], k and v [B, T, K, E] after head norms and rotary embedding."""
         q, k, v = (part.reshape(*x.shape[:2], -1, self.config.head_dim) for part in self.project(x))
         if self.config.qk_norm != "none":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -159,13 +159,13 @@ class Attention(nn.Module):
         return x * table.cos + self.turn(x) * table.sin  # type: ignore[no-any-return]
 
     def output(self, y: Tensor) -> Tensor:
-        """What attention y [B, T, H, E] adds to the stream [B, T, D]."""
+        """The output projection [B, T, D] of attention y [B, T, H, E]."""
         y = y.reshape(*y.shape[:2], -1)
         return self.o(self.sub_norm(y) if self.config.sub_norms else y)  # type: ignore[no-any-return]
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by its tanh formula, written out: XNNPACK's partitioner would take torch's for the exact one."""
+    """GELU by its tanh formula, written out: XNNPACK's partitioner would take torch's for the exact GELU."""
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
@@ -187,7 +187,7 @@ class MLP(nn.Module):
         return self.gate(x), self.up(x)
 
     def activate(self, x: Tensor) -> Tensor:
-        """The gate's nonlinearity."""
+        """The activation of the gate."""
         match self.config.activation:
             case "gelu_tanh":
                 return gelu_tanh(x)
@@ -202,7 +202,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind a norm and added to the stream."""
+    """Attention and feed-forward, each applied after a norm and added to the residual stream."""
 
     def __init__(self, config: Config, index: int) -> None:
         super().__init__()
@@ -219,11 +219,11 @@ class Block(nn.Module):
         return self.leave(x, attend(layer, q, k, v))
 
     def enter(self, x: Tensor, tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
-        """What of the stream x [B, T, D] is attended with: q [B, T, H, E], k and v [B, T, K, E]."""
+        """q [B, T, H, E], k and v [B, T, K, E] of the residual stream x [B, T, D]."""
         return self.attention.heads(self.attention_norm(x), tables)
 
     def leave(self, x: Tensor, y: Tensor) -> Tensor:
-        """The stream [B, T, D] after attention y [B, T, H, E] and the feed-forward."""
+        """The residual stream x [B, T, D] with attention y [B, T, H, E] and then the feed-forward added."""
         x = x + self.post_attention_norm(self.attention.output(y))
         return x + self.post_mlp_norm(self.mlp(self.mlp_norm(x)))  # type: ignore[no-any-return]
 
@@ -241,33 +241,33 @@ class Transformer(nn.Module):
         if config.tied:
             self.head.weight = self.embedding.weight
         self.rotated: tuple[str, ...] = ()
-        """What of it a recipe has rotated."""
+        """The parts of the model that a recipe has rotated (`Recipe.rotate`)."""
 
     @property
     def blocks(self) -> list[Block]:
-        """The layers, each once however often it runs."""
+        """The blocks, each once, however often it runs."""
         return cast("list[Block]", list(self.layers))
 
     def hidden(self, tokens: Tensor, tables: Tables, attend: Attend) -> Tensor:
-        """The stream before the final norm [B, T, D] for tokens [B, T]."""
+        """The residual stream [B, T, D] before the final norm, for tokens [B, T]."""
         x = self.embedding(tokens) * self.config.embedding_scale
         for layer in range(len(self.config.layers)):
             x = self.layers[layer // self.config.repeats](x, layer, tables, attend)
         return x  # type: ignore[no-any-return]
 
     def logits(self, x: Tensor) -> Tensor:
-        """Scores [B, T, V] of the stream x [B, T, D]."""
+        """Logits [B, T, V] of the residual stream x [B, T, D]."""
         return softcap(self.head(self.norm(x)), self.config.logits_softcap)
 
     def forward(self, tokens: Tensor, tables: Tables | None = None, attend: Attend | None = None) -> Tensor:
-        """Scores [B, T, V] of tokens [B, T]; without tables and attention, of a whole sequence that begins at position 0."""
+        """Logits [B, T, V] of tokens [B, T]; without tables and attention, the tokens are a whole sequence that begins at position 0."""
         if tables is None:
             tables = rotary_tables(self.config, torch.arange(tokens.shape[1], device=tokens.device))
         return self.logits(self.hidden(tokens, tables, attend or CausalAttention(self.config)))
 
 
 def replace_layers(model: Transformer, kind: type[Kind], replace: Callable[[Kind], nn.Module]) -> None:
-    """Puts `replace(module)` where a module of `kind` is; a module in two places stays one. In place."""
+    """Replaces every module of `kind` by `replace(module)`, in place; a module that is in two places is replaced by one."""
     made: dict[nn.Module, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, kind):
@@ -276,14 +276,14 @@ def replace_layers(model: Transformer, kind: type[Kind], replace: Callable[[Kind
 
 
 def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Which keys a query sees: bool [queries, keys] from positions; keys at negative positions are empty slots."""
+    """Which keys each query sees, from their positions: bool [queries, keys]; keys at negative positions are empty slots."""
     distance = queries[:, None] - keys[None, :]
     seen = (distance >= 0) & (keys >= 0)[None, :]
     return seen if window is None else seen & (distance < window)
 
 
 def dot_product_attention(config: Config, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """softmax(scale · q kᵀ) v of q [B, T, H, E] over k, v [B, S, K, E] where `seen` [T, S]; [B, T, H, E]."""
+    """softmax(scale · q kᵀ) v of q [B, T, H, E] over k, v [B, S, K, E], only where `seen` [T, S] is true; [B, T, H, E]."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if config.attention_softcap is None:
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=config.scale, enable_gqa=True)
@@ -307,7 +307,7 @@ class CausalAttention:
 
 
 class FloatAttention(CausalAttention):
-    """Causal attention in float32 where the rest of the model is autocast: faster on a CPU, and rounds less."""
+    """Causal attention in float32 where the rest of the model is autocast: it is faster on a CPU and rounds less."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):

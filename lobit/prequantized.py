@@ -1,4 +1,4 @@
-"""Weights that checkpoints keep quantized: which tensors hold their integers and scales, and what those stand for.
+"""Weights that checkpoints store quantized: which tensors hold their integers and scales, and what those stand for.
 
 | kind       | integers                                           | scale                         | kept by                               |
 |------------|----------------------------------------------------|-------------------------------|---------------------------------------|
@@ -9,7 +9,7 @@
 | `torchao`  | `_weight_qdata`                                    | `_weight_scale`, one a group  | torchao, `IntxUnpackedToInt8Tensor`   |
 | `learned`  | floats over their scale, rounded, clipped          | `weight_fake_quantizer.scale` | torchao's training of INT4 ranges     |
 
-The last is how MobileLLM-Pro's checkpoint for accelerators is kept.
+MobileLLM-Pro's checkpoint for accelerators is of the last kind.
 """
 
 from __future__ import annotations
@@ -31,37 +31,37 @@ Bits = Literal[2, 3, 4, 6, 8]
 Header = tuple[Path, list[int], str]
 """File, shape and dtype of a tensor."""
 Shapes = dict[str, tuple[int, ...]]
-"""The kinds of numbers that a tensor may have, and the shape that it needs with each."""
+"""The dtypes that a tensor may have, and the shape that it must have with each."""
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-"""safetensors' names of the floats that are read."""
+"""The floating-point dtypes that are read, by safetensors' names."""
 CODES = 4
 """Ternary codes in a byte of transformers' packing."""
 QDATA = "_weight_qdata"
 FAKE_QUANTIZER = "weight_fake_quantizer."
 MOST_CLIPPED = 0.25
-"""Of a weight's values: more lie beyond the integers only where these are not the ones that its scales were learned for."""
+"""Share of a weight's values that may lie beyond its integers; more do so only where the scales were learned for other integers."""
 TORCHAO_BITS: dict[str, Bits] = {"int3": 3, "int4": 4, "int6": 6, "int8": 8}
 DYNAMIC_INT8 = "int8_asym_per_token"
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """How a checkpoint keeps a weight [rows, in]: its tensors and its grid."""
+    """How a checkpoint stores a quantized weight [rows, in]: its tensors and its grid."""
 
     kind: Kind
     values: str
     """The tensor of integers, of codes, or of the floats that are rounded to them."""
     scale: str | None = None
-    """The tensor of scales; None: they follow from the values."""
+    """The tensor of scales; None: they are computed from the values."""
     scale_shape: tuple[int, ...] = (1,)
     zero_point: str | None = None
     """A tensor of zero points, which must all be 0."""
     bits: Bits = 2
-    """2: ternary."""
+    """Bits of an integer; 2 stands for ternary ones."""
     group_size: int | None = None
     """Weights along the input that share a scale; None: a row, or the whole matrix where `scale_shape` is (1,)."""
     dynamic_input: bool = False
-    """The input is rounded to INT8 per token, with a zero point."""
+    """Whether the layer's input is rounded to INT8 per token, with a zero point."""
 
     @property
     def one_scale(self) -> bool:
@@ -74,7 +74,7 @@ class Quantized:
         return (-1, 1) if self.bits == 2 else (-(1 << self.bits - 1), (1 << self.bits - 1) - 1)
 
     def tensors(self, shape: tuple[int, ...]) -> dict[str, Shapes]:
-        """The tensors of a weight of that shape, by their names."""
+        """The names of the tensors that a weight of that shape needs, with the dtypes and shapes that each may have."""
         packed = self.kind in ("multiply", "divide") and shape[0] % CODES == 0
         values: Shapes = {"I8": shape} if self.kind == "torchao" else dict.fromkeys(FLOATS, shape)
         values |= {"U8": (shape[0] // CODES, *shape[1:])} if packed else {}
@@ -85,13 +85,13 @@ class Quantized:
 def quantized(
     name: str, shape: tuple[int, ...], ternary: Kind | None, headers: Mapping[str, Header], torchao: Mapping[str, Quantized]
 ) -> Quantized | None:
-    """How a checkpoint keeps the weight `name`, or None: as floats.
+    """How a checkpoint stores the weight `name`; None: as floats.
 
     Args:
-        name: the checkpoint's, `model.layers.0.mlp.up_proj.weight`.
-        shape: of the whole tensor.
-        ternary: the kind of a layer that is ternary in such a checkpoint.
-        headers: of all tensors.
+        name: the weight's name in the checkpoint, such as `model.layers.0.mlp.up_proj.weight`.
+        shape: the shape of the whole weight, before any packing.
+        ternary: the kind of the checkpoint's ternary weights, if this layer is one that is ternary there.
+        headers: the headers of all tensors.
         torchao: as `torchao_weights` gives it.
     """
     module = name.removesuffix("weight")
@@ -107,13 +107,13 @@ def quantized(
 
 
 def _learned_groups(shape: tuple[int, ...], scale: tuple[int, ...]) -> tuple[tuple[int, ...], int | None]:
-    """The shape that learned scales need, as near to theirs as can be, and the group size that it means."""
+    """The shape that learned scales must have, as near to the shape they have as possible, and the group size that it implies."""
     rows, inner = shape
     groups = scale[1] if len(scale) == 2 and 0 < scale[1] < inner and inner % scale[1] == 0 else 1
     return (rows,) if scale == (rows,) else (rows, groups), None if groups == 1 else inner // groups
 
 
-# --- torchao's words of its tensors -----------------------------------------------------------------------------------------------
+# --- torchao's description of its tensors -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,10 @@ class _Entry:
     _tensor_data_names: list[str]
 
     def quantized(self, module: str, shape: tuple[int, ...]) -> Quantized:
-        """The weight of a module, of integers of that shape.
+        """How the weight of a module is stored, whose integers have that shape.
 
         Raises:
-            ValueError: it is not one that is read.
+            ValueError: the weight is of a kind that is not read.
         """
         kept, activation = self._data, self._data.activation_quantization
         bits = TORCHAO_BITS.get(kept.target_dtype._data)
@@ -159,14 +159,14 @@ class _Entry:
 
 
 def torchao_weights(headers: Mapping[str, Header], metadata: Mapping[str, str]) -> dict[str, Quantized]:
-    """The weights that torchao quantized, by their name without its suffix.
+    """The weights that torchao quantized, by the names that they would have as floats (`….weight`).
 
     Args:
-        headers: of all tensors.
-        metadata: of all files together: JSON under the name of each tensor.
+        headers: the headers of all tensors.
+        metadata: the metadata of all files together: JSON under the name of each weight.
 
     Raises:
-        ModelError: tensors of kinds that are not read; all are named.
+        ModelError: there are tensors of kinds that are not read; all are named.
     """
     found, problems = {}, []
     for values, (_, shape, _) in sorted(headers.items()):
@@ -189,7 +189,7 @@ def torchao_weights(headers: Mapping[str, Header], metadata: Mapping[str, str]) 
 
 
 def unpack_ternary(packed: Tensor, name: str) -> Tensor:
-    """-1, 0, 1 [4 R, in] of transformers' packing uint8 [R, in]: bits 2i and 2i + 1 of row r are 1 more than row r + i R.
+    """Unpacks -1, 0, 1 [4 R, in] from transformers' uint8 [R, in]: bits 2i and 2i + 1 of row r hold 1 more than row r + i R.
 
     Raises:
         ModelError: a code is 3.
@@ -204,16 +204,17 @@ def unpack_ternary(packed: Tensor, name: str) -> Tensor:
 
 
 def integers(kept: Quantized, get: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:
-    """Integers [rows, in], as floats, and scales [rows, groups] or, of the whole matrix, [1, 1]: their product is the weight.
+    """Integers [rows, in], as floats, and scales [rows, groups] or, for the whole matrix, [1, 1]: their product is the weight.
 
-    A ternary scale that is negative or 0 becomes one that no runtime refuses, and its integers change sign or become 0.
+    No runtime refuses the scales: a negative ternary scale becomes positive and its integers change sign; for a scale of 0 the scale
+    becomes 1 and its integers 0.
 
     Args:
-        kept: how.
-        get: gives a tensor of the checkpoint by its name.
+        kept: how the checkpoint stores the weight.
+        get: returns a tensor of the checkpoint by its name.
 
     Raises:
-        ModelError: codes that are none, zero points that are not 0, values that are not finite or lie beyond their range.
+        ModelError: there are codes without a meaning, zero points that are not 0, values that are not finite or lie beyond their range.
 
     Source: transformers integrations/bitnet.py, `WeightQuant`, `AutoBitLinear` and `BitLinear`; deepgrove-ai/Bonsai, `QLinear`;
     torchao, `IntxUnpackedToInt8Tensor`; MobileLLM-Pro eq. 4.
@@ -238,7 +239,7 @@ def integers(kept: Quantized, get: Callable[[str], Tensor]) -> tuple[Tensor, Ten
 
 
 def _rounded(values: Tensor, scale: Tensor, kept: Quantized) -> Tensor:
-    """clip(round(w / s)), halves to even [MobileLLM-Pro eq. 4]."""
+    """Integers clip(round(w / s)), with halves rounded to even [MobileLLM-Pro eq. 4]."""
     low, high = kept.range
     ratio = values.reshape(len(values), scale.shape[1], -1) / scale[:, :, None]
     clipped = int(((ratio < low - 0.5) | (ratio > high + 0.5)).sum())

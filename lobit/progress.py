@@ -13,22 +13,22 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 QUIET = 10.0
-"""Seconds without a line: short work needs none."""
+"""Seconds before the first line: short work needs none."""
 BETWEEN = 30.0
-"""Seconds between two lines, at least: a log of some minutes is read at a glance."""
+"""Fewest seconds between two lines: a log of some minutes can then be read at a glance."""
 SHARE = 0.05
-"""Of the work between two lines, at least: twenty lines tell of a night."""
+"""Least share of the work between two lines: work of a whole night then prints about twenty."""
 
 
 class Shown(Protocol):
-    """What counts is shown."""
+    """Shows how much of some work is done."""
 
     def count(self, what: str, done: int, total: int) -> None:
-        """Shows that `done` of `total` are done; another total, or fewer done than before, is other work."""
+        """Shows that `done` of `total` are done; another total, or fewer done than before, means that other work has begun."""
 
 
 class Bar:
-    """One bar: it counts what is done."""
+    """Shows progress as one bar."""
 
     def __init__(self, bar: Progress) -> None:
         self._bar, self._task = bar, bar.add_task("", total=None, visible=False)
@@ -39,11 +39,11 @@ class Bar:
 
 
 class Lines:
-    """Plain lines, the first after `QUIET` seconds, each with the time since the beginning, the share, and the time left.
+    """Shows progress as plain lines, the first after `QUIET` seconds, each with the time since the beginning, the share, and the time left.
 
     Args:
-        write: takes a line.
-        clock: seconds that only grow.
+        write: called with each line.
+        clock: returns the time in seconds, which never decreases.
     """
 
     def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
@@ -64,7 +64,7 @@ class Lines:
         self._write(f"{_clock_time(now - self._start):>8}  {int(100 * share):3} %  {what}{self._left(now)}")
 
     def _left(self, now: float) -> str:
-        """By the speed since the work was counted first; of a training that goes on, what was done before is not counted."""
+        """The time left, by the speed since the work was first counted; what an earlier run of a training did is left out of the speed."""
         begun, before = self._first
         if self._done <= before:
             return ""
@@ -72,18 +72,18 @@ class Lines:
 
 
 def _clock_time(seconds: float) -> str:
-    """`0:01:05`."""
+    """Seconds as a text such as `0:01:05`."""
     return str(timedelta(seconds=round(seconds)))
 
 
 def _print(line: str) -> None:
-    with contextlib.suppress(OSError):  # the work is worth more than what tells of it
+    with contextlib.suppress(OSError):  # progress that cannot be printed must not end the work
         print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def bar() -> Iterator[Shown]:
-    """What shows the progress of long work."""
+    """Yields what shows the progress of long work: a bar on a terminal, otherwise lines."""
     console = Console(file=sys.stderr)
     if not console.is_terminal:
         yield Lines(_print)
@@ -102,7 +102,7 @@ def bar() -> Iterator[Shown]:
 
 @contextlib.contextmanager
 def announce() -> Iterator[Callable[[str], None]]:
-    """A function that prints a line per step, with the seconds since the beginning."""
+    """Yields a function that prints a line for each step, with the seconds since the beginning."""
     console, start = Console(file=sys.stderr, highlight=False), time.monotonic()
 
     def step(what: str) -> None:

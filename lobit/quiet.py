@@ -1,4 +1,4 @@
-"""Silence for what libraries say about themselves while they do what they were asked."""
+"""Silences what libraries print about themselves while they work."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from collections.abc import Iterator
 
 
 class _Silence:
-    """The process's standard error stream, shut for as long as anyone wants it shut: several threads may at once."""
+    """Discards what is written to the process's standard error stream as long as at least one thread asks for it."""
 
     def __init__(self) -> None:
         self.lock, self.wanted, self.kept = threading.Lock(), 0, -1
 
     def begin(self) -> None:
-        """Shuts the stream, the first time."""
+        """Redirects the stream to the null device, unless another thread has done so."""
         with self.lock:
             self.wanted += 1
             if self.wanted == 1:
@@ -28,7 +28,7 @@ class _Silence:
                 os.close(null)
 
     def end(self) -> None:
-        """Opens it again, the last time."""
+        """Restores the stream, unless another thread still wants it silent."""
         with self.lock:
             self.wanted -= 1
             if self.wanted == 0:
@@ -43,8 +43,8 @@ _SILENCE = _Silence()
 def quiet_native() -> Iterator[None]:
     """Drops what native code writes to the standard error stream.
 
-    For what is known to speak of itself and cannot abort, such as ExecuTorch's thread pool when it is made anew: the words of an abort
-    would be lost.
+    Use it only for code that is known to print about itself and cannot abort, such as ExecuTorch's thread pool when it is made anew: the
+    message of an abort would be lost.
     """
     _SILENCE.begin()
     try:
@@ -55,7 +55,7 @@ def quiet_native() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_python() -> Iterator[None]:
-    """Drops warnings and log lines below errors: torch.export and torchao speak of their own internals."""
+    """Drops warnings and log lines below errors: torch.export and torchao print them about their own internals."""
     before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Rotary position embedding: its frequencies as the families scale them, tables of cosine and sine, and the turn itself.
+"""Rotary position embedding: its frequencies as the families scale them, tables of cosine and sine, and the quarter turn of its pairs.
 
 Shapes: T positions, E head size.
 """
@@ -40,21 +40,21 @@ class LongRopeScaling:
 
 @dataclass(frozen=True)
 class YarnScaling:
-    """Slow frequencies divided by a factor, fast ones left, between them a ramp (transformers `_compute_yarn_parameters`)."""
+    """Slow frequencies are divided by a factor, fast ones are unchanged, with a ramp between (transformers `_compute_yarn_parameters`)."""
 
     factor: float
     attention_factor: float
-    """On cosine and sine."""
+    """Factor on cosine and sine."""
     original_context: int
     beta_fast: float = 32.0
-    """Turns within the original context: a frequency that turns as often, or more often, is left."""
+    """A frequency that makes this many turns within the original context, or more, is unchanged."""
     beta_slow: float = 1.0
-    """One that turns no more often is divided by the whole factor."""
+    """A frequency that makes this many turns within the original context, or fewer, is divided by the whole factor."""
     truncate: bool = True
-    """The ramp begins and ends at whole frequencies."""
+    """Whether the ramp begins and ends at whole indices of frequencies."""
 
     def divided(self, theta: float, dim: int) -> Tensor:
-        """How much of each frequency [dim / 2] is divided, from 0 to 1."""
+        """Share of each frequency [dim / 2] that is divided by the factor, from 0 to 1."""
         turns = (self.beta_fast, self.beta_slow)
         first, last = (dim * math.log(self.original_context / (2 * math.pi * each)) / (2 * math.log(theta)) for each in turns)
         if self.truncate:

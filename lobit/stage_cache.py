@@ -1,4 +1,4 @@
-"""What long work has finished, in a folder beside its result, and the files that it was made from."""
+"""Keeps finished stages of long work in a folder beside its result, and tells whether a model's files have changed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CHECKSUM = ".sha256"
-"""The ending of the file that says what is in a finished file or folder."""
+"""Suffix of the file that holds the checksum of a finished file or folder."""
 
 
 class StageCache:
-    """What is finished of long work, in a folder beside its result: a run that is killed goes on from there.
+    """The finished stages of long work, in a folder beside its result: the run after one that was killed goes on from there.
 
     Args:
-        folder: made where it is missing. It lies in an unfinished folder, whose owner is the work (`atomic_folder.Work`).
+        folder: where the stages are; made where it is missing. It lies in the unfinished folder of the work (`atomic_folder.Work`).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -26,16 +26,16 @@ class StageCache:
 
     @contextlib.contextmanager
     def making(self, name: str) -> Iterator[Path]:
-        """A path to write a file or folder to; it is kept as `name` when all of it is there."""
+        """Yields a path to write a file or folder to; when the `with` block ends without an error, it is kept as `name`."""
         new = self.folder / f"{name}.new"
         for path in (new, self.folder / name):
             _remove(path)
         yield new
-        self._checksum(name).write_text(_checksum(new), encoding="utf-8")  # tells what a crash cut short, so that none waits for the disk
+        self._checksum(name).write_text(_checksum(new), encoding="utf-8")  # reveals what a crash cut short: no write waits for the disk
         new.replace(self.folder / name)
 
     def has(self, name: str) -> Path | None:
-        """A file or folder that is finished and as it was written, or None."""
+        """The path of a finished file or folder that is as it was written, or None."""
         path, told = self.folder / name, self._checksum(name)
         if path.exists() and told.is_file() and told.read_text(encoding="utf-8", errors="replace") == _checksum(path):
             return path
@@ -67,6 +67,6 @@ def _checksum(path: Path) -> str:
 
 
 def files_of(folder: Path) -> str:
-    """A word for the files of a model's folder: it is another one when a file's name, size or time is another."""
+    """A hash of the files of a model's folder, which changes with the folder's path and with any file's name, size or modification time."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir()) if path.is_file()]
     return hashlib.sha256(json.dumps([str(folder.resolve()), files]).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Results as tables for people; `--json` has all of it."""
+"""Results as tables for people; `--json` prints all that a result has."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
 WIDTH_WITHOUT_TERMINAL = 160
 MOST_LAYERS = 40
-"""That a table of single layers has."""
+"""Rows of a table of single layers, at most."""
 MOST_FAULTS = 3
-"""Parts that a title has."""
+"""Faulty parts that a title names, at most."""
 BAR = 24
-"""Characters."""
+"""Characters of the longest bar."""
 
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # a reader that has enough is no error: rich would exit with 1
+        raise BrokenPipeError  # a reader that closes the pipe is no error, but rich would exit with 1
 
 
 def show(table: RenderableType, error: bool = False) -> None:
@@ -91,7 +91,7 @@ def layer_plans(rows: Sequence[LayerPlan]) -> Table:
 
 
 def plan(found: Plan) -> list[RenderableType]:
-    """An export before it is made, and its detail."""
+    """What an export will give and take, and the plan's detail where there is one."""
     table = _table("", "plan", "" if found.problems else "nothing speaks against it")
     scales = f" + {megabytes(found.cache.scale_bytes)} of scales" if found.cache.scale_bytes else ""
     rows = [
@@ -112,12 +112,12 @@ def plan(found: Plan) -> list[RenderableType]:
 
 
 def _modelled(table: Table, found: Decode | Energy | Entropies, *notes: str) -> Group:
-    """A table of figures, and what they rest on."""
+    """A table of modelled figures, with their source and assumptions."""
     return Group(table, *notes, f"source: {found.source}", f"assumes: {'; '.join(found.assumes)}", "")
 
 
 def _decode(found: Plan, decode: Decode) -> Group:
-    """What bounds decoding."""
+    """How the bandwidth of the memory bounds the speed of decoding."""
     columns = ("this recipe", "half precision")
     table = _table(f"decode, bound by memory: {decode.speedup:.2f}x half precision", "read per token", *columns, right=columns)
     table.add_row("weights", megabytes(decode.weight_bytes), megabytes(decode.half_weight_bytes))
@@ -128,7 +128,7 @@ def _decode(found: Plan, decode: Decode) -> Group:
 
 
 def _energy(energy: Energy) -> Group:
-    """What the arithmetic takes."""
+    """The energy that the arithmetic of a token takes."""
     columns = ("number", "pJ each", "µJ", "FP16 takes")
     title = f"arithmetic: {energy.microjoules:,.2f} µJ a token, FP16 takes {energy.saving:.1f}x"
     table = _table(title, "products", "operation", *columns, right=columns)
@@ -139,7 +139,7 @@ def _energy(energy: Energy) -> Group:
 
 
 def _entropy(found: Entropies | None) -> RenderableType:
-    """What the weights hold and what the recipe spends on them."""
+    """The entropy of the weights, and the bits that the recipe spends on them."""
     if found is None:
         return "weights: no entropy, the model is quantized already\n"
     columns = ("number", "sigma", "Gaussian", *(f"{count} bins" for count in found.kinds[0].shannon_bits), "recipe spends")
@@ -194,7 +194,7 @@ def _verdict(result: dict[str, Any]) -> str:
 
 
 def parity(result: dict[str, Any]) -> Table:
-    """Stages, phases, limits, and what is to be done."""
+    """The figures of stages and phases, their limits, and what helps where quantization costs much."""
     read = f"{result['positions']} positions, reference perplexity {result['reference_perplexity']:.3f}"
     parts = result["parts"]
     fault = f", AT FAULT: {', '.join(parts['faults'][:MOST_FAULTS])}" if parts["faults"] else ""
@@ -220,14 +220,14 @@ def parity(result: dict[str, Any]) -> Table:
 
 
 def bench(result: dict[str, Any]) -> Table:
-    """llama-bench's table."""
+    """A benchmark as a table like llama-bench's."""
     from lobit.runtime.bench import bench_table
 
     return bench_table(result)
 
 
 def speed(stats: dict[str, Any]) -> str:
-    """One line on a generation."""
+    """One line on the speed of a generation."""
     loaded = f"loaded in {stats['load_seconds']:.1f} s, " if "load_seconds" in stats else ""
     return (
         f"{loaded}prefill {stats['prompt_tokens']} tokens at {stats['prefill_tokens_per_second']:.0f} t/s, first token after "
@@ -237,7 +237,7 @@ def speed(stats: dict[str, Any]) -> str:
 
 
 def installed(result: dict[str, Any]) -> Table:
-    """What is there and what is missing."""
+    """Which packages are installed, and how to install those that are missing."""
     table = _table("", "for", "part", "found", "way out")
     for row in result["parts"]:
         table.add_row(row["for"], row["part"], row["found"] or "missing", "" if row["found"] else row["way_out"])
@@ -279,7 +279,7 @@ def sensitivity(result: dict[str, Any]) -> Group:
 
 
 def _sensitive(result: dict[str, Any]) -> Table:
-    """The layers, each with a bar."""
+    """The layers with their figures, each with a bar of its KL."""
     rows, right = result["rows"], ("parameters", "saves", "KL", "of the sum")
     total, largest = sum(row["kl"] for row in rows) or 1.0, rows[0]["kl"] or 1.0
     table = _table(f"one layer quantized at a time: nats a token, {result['tokens']} tokens", "layer", "grid", *right, "", right=right)
@@ -299,7 +299,7 @@ def _bar(share: float) -> str:
 
 
 def training(result: dict[str, Any], out: Path) -> Table:
-    """What was trained, and what it is worth on text that was held out."""
+    """How much was trained, and the model's figures on held-out text."""
     table = _table(f"{out}: {result['steps']} steps, {result['tokens']:,} tokens in {result['seconds']:.0f} s", "held out", "", right=("",))
     table.add_row("tokens", f"{result['held_out_tokens']:,}")
     table.add_row("loss, nats a token", _loss(result["loss"]))

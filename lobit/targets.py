@@ -1,6 +1,6 @@
-"""The targets by name: where the code of each is, what runs its bundles, and which packages it needs. Standard library only.
+"""The targets by name: where the code of each is, what runs its bundles, and which packages it needs.
 
-A target that is added is its modules and a line here; its extra in pyproject.toml has its name.
+A new target needs its modules and an entry here; its extra in pyproject.toml has its name. This module imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 HOST = "host"
-"""The device that is this machine."""
+"""Name of this machine, as a device that runs bundles."""
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,13 @@ class TargetEntry:
     """What the command line, `doctor`, `bench` and the tests know of a target without loading it."""
 
     what: str
-    """In a few words, for help."""
+    """What the target is, in a few words for the help texts."""
     export: str
-    """The module that has the names of `export.target.Target`."""
+    """The module that implements `export.target.Target`."""
     engines: Mapping[str, str]
     """Modules with `open_engine(bundle, threads)`, by the device that they run a bundle on."""
     packages: tuple[str, ...]
-    """That it is exported and run with."""
+    """The packages that exporting to it and running its bundles need."""
 
 
 TARGETS: dict[str, TargetEntry] = {

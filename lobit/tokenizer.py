@@ -28,7 +28,7 @@ BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 """A token that stands for one byte in vocabularies with byte fallback."""
 IN_USE = "the model's tokenizer.json is damaged, which shows only in use"
 KEPT = 8
-"""Tokens before the new ones that a stream decodes with them, for the spaces between words."""
+"""Earlier tokens that a stream decodes together with new ones, so that the spaces between words are right."""
 
 
 class Tokenizer:
@@ -38,9 +38,9 @@ class Tokenizer:
         bos: the token that `encode` puts before a text; None where it puts none.
         stop: generation ends at any of these.
         chat_template: Jinja source; None where the model has none.
-        special: `bos_token`, `eos_token`, … as text: what the template may name.
-        vocab_size: of the model; None: not known.
-        size: one more than the largest id.
+        special: the texts of `bos_token`, `eos_token`, …, which the template may name.
+        vocab_size: the size of the model's vocabulary; None: not known.
+        size: one more than the largest id that the tokenizer has.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class Tokenizer:
         Stop ids are those of generation_config.json, or of config.json where it has none, and the tokenizer's `eos_token`.
 
         Args:
-            folder: with tokenizer.json; the other files may be absent.
-            vocab_size: of the model; None: not compared.
+            folder: a folder with tokenizer.json; the other files may be absent.
+            vocab_size: the size of the model's vocabulary; None: it is not compared.
 
         Raises:
             ModelError: missing, damaged or too large files, or a tokenizer that does not fit the vocabulary.
@@ -97,7 +97,7 @@ class Tokenizer:
         Args:
             tokenizer_json: the file.
             bos: as `Tokenizer` has it; so are `stop`, `chat_template` and `special`.
-            vocab_size: of the model; None: not compared.
+            vocab_size: the size of the model's vocabulary; None: it is not compared.
 
         Raises:
             ModelError: the file is missing, damaged or too large, or does not fit the vocabulary.
@@ -111,7 +111,7 @@ class Tokenizer:
 
         Args:
             text: as `encode` takes it.
-            count: tokens, at most.
+            count: how many tokens, at most.
 
         Raises:
             InputError: as `encode` does.
@@ -126,7 +126,7 @@ class Tokenizer:
 
         Args:
             text: special tokens in it are read as such.
-            bos: with the tokens that the tokenizer puts around a text (Hugging Face's `add_special_tokens`).
+            bos: whether to add the tokens that the tokenizer puts around a text (Hugging Face's `add_special_tokens`).
 
         Raises:
             InputError: the text is not Unicode, or has a token that the model does not have.
@@ -153,7 +153,7 @@ class Tokenizer:
 
         Args:
             ids: tokens that the vocabulary does not have are left out.
-            special: with the text of special tokens.
+            special: whether to include the text of special tokens.
 
         Raises:
             ModelError: the tokenizer is damaged in a way that shows only now.
@@ -166,11 +166,11 @@ class Tokenizer:
         return TextStream(self._inner, self._hidden)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """A conversation as the text that the model reads; encode it with `bos=False`, the template writes its own.
+        """A conversation as the text that the model reads; encode it with `bos=False`, as the template adds special tokens.
 
         Args:
             messages: each with `role` and `content`.
-            add_generation_prompt: end with the words that begin an answer.
+            add_generation_prompt: whether to end with the words that begin an answer.
 
         Raises:
             InputError: the model has no chat template, or the template refuses the messages.
@@ -186,19 +186,19 @@ class Tokenizer:
 class TextStream:
     """Turns tokens into text as they come: the pieces joined are `Tokenizer.decode` of all tokens.
 
-    A piece is given out when no later token can change it: never half a character, and no byte of a run of byte tokens before
+    A piece is returned when no later token can change it: never half a character, and no byte of a run of byte tokens before
     the run ends, because one byte that fits no character makes the whole run unreadable.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, hidden: set[int]) -> None:
         self._inner, self._hidden = inner, hidden
         self._window: list[int] = []
-        """The last tokens; older ones cannot change what comes."""
+        """The last tokens; older ones cannot change the text of those to come."""
         self._given = ""
-        """The text of the window's tokens that was given out."""
+        """The text of the window's tokens that has been returned."""
 
     def push(self, token: int) -> str:
-        """The text that is final now and was not before; often empty."""
+        """Takes the next token and returns the text that it makes final; often empty."""
         piece = self._inner.id_to_token(token)
         if piece is None or token in self._hidden:
             return ""
@@ -218,7 +218,7 @@ class TextStream:
         return new
 
     def finish(self) -> str:
-        """What was held back; call it after the last token."""
+        """Returns the text that was held back; call it after the last token."""
         text = self._decoded(self._window)[len(self._given) :]
         self._window, self._given = [], ""
         return text

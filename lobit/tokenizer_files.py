@@ -1,4 +1,4 @@
-"""The files of a tokenizer: tokenizer.json and what lies beside it, read, checked against each other and the model, and copied."""
+"""Reads a tokenizer's files (tokenizer.json and those beside it), checks them against each other and the model, and copies them."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from lobit.quiet import quiet_native
 
 FILE_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
 SLOW = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "tekken.json")
-"""Tokenizers of other kinds."""
+"""Files of other kinds of tokenizers, which are not read."""
 SAVE_FAST = "save one with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
 ADDED_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 """What tokenizer.json says of an added token besides its content."""
 LARGEST_TOKENIZER = 64 << 20
-"""Bytes; the files of vocabularies of a quarter million tokens have about 30 MB."""
+"""Most bytes of a tokenizer.json; those of vocabularies of a quarter million tokens have about 30 MB."""
 LARGEST_TEMPLATE = 1 << 20
-"""Characters; real chat templates have a few thousand."""
+"""Most characters of a chat template; real ones have a few thousand."""
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The special tokens that a chat template may name (transformers `SPECIAL_TOKENS_ATTRIBUTES`)."""
 STOP_FILES = ("generation_config.json", "config.json")
+"""Where stop tokens are declared; the first file that has any counts."""
 DRAWING = {"temperature": (0, 100), "top_k": (0, 1 << 31), "top_p": (0, 1), "repetition_penalty": (0.01, 100)}
-"""Fields of generation_config.json and what they lie in."""
-"""Where stop tokens are declared; the first that has any counts."""
+"""Fields of generation_config.json that say how tokens are drawn, and the least and largest value of each."""
 NO_TOKEN = -1
-"""What some config.json files say for none."""
+"""The `eos_token_id` of some config.json files that declare none."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -52,12 +52,12 @@ def is_unicode(text: str) -> bool:
 
 
 def load(path: Path, special: Mapping[str, str], config: Mapping[str, Any] | None = None) -> tokenizers.Tokenizer:
-    """tokenizer.json, without the truncation and padding that it may carry; the named tokens of its vocabulary are special.
+    """Loads tokenizer.json without the truncation and padding that it may have, and makes the named tokens of its vocabulary special.
 
     Args:
         path: the file.
-        special: the named tokens.
-        config: tokenizer_config.json.
+        special: the named tokens (`special_tokens`).
+        config: the content of tokenizer_config.json.
     """
     with guarded(f"{path} is no tokenizer that can be read"), quiet_native():
         text, added_tokens = _whole(path, config or {})
@@ -73,10 +73,10 @@ def load(path: Path, special: Mapping[str, str], config: Mapping[str, Any] | Non
 
 
 def _whole(path: Path, config: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
-    """The text of tokenizer.json and its added tokens, with those that tokenizer_config.json alone knows (transformers adds them too).
+    """The text of tokenizer.json and its added tokens, with those that only tokenizer_config.json has (transformers adds them too).
 
     Raises:
-        ModelError: it is missing or too large, or an added token is unusable.
+        ModelError: the file is missing or too large, or an added token is unusable.
     """
     if not path.is_file():
         raise ModelError(f"{path} is missing: lobit needs a fast tokenizer, {SAVE_FAST}")
@@ -107,7 +107,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def _check_ids(inner: tokenizers.Tokenizer, added: list[dict[str, Any]], path: Path) -> None:
-    """One token an id, and added tokens have the file's: the library numbers them itself."""
+    """Checks that no two tokens share an id, and that added tokens have the ids of the file: the library numbers them itself."""
     ids = list(inner.get_vocab(with_added_tokens=False).values())
     problems = [f"{len(ids)} tokens have {len(set(ids))} ids"] if len(set(ids)) < len(ids) else []
     for entry in added:
@@ -119,20 +119,20 @@ def _check_ids(inner: tokenizers.Tokenizer, added: list[dict[str, Any]], path: P
 
 
 def first_added(inner: tokenizers.Tokenizer) -> int | None:
-    """The token that the tokenizer puts before a text."""
+    """The token that the tokenizer puts before a text; None where it puts none."""
     encoding = inner.encode("a")
     return encoding.ids[0] if encoding.special_tokens_mask[:1] == [1] else None
 
 
 def read_optional(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no file."""
+    """The JSON object in a file; an empty one where there is no file."""
     from lobit.checkpoint import read_json  # brings torch, which a bundle's tokenizer does not need
 
     return read_json(path) if path.is_file() else {}
 
 
 def special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """The named special tokens; special_tokens_map.json decides for folders of old (no `added_tokens_decoder`)."""
+    """The named special tokens; in older folders, without `added_tokens_decoder`, special_tokens_map.json takes precedence."""
     values = dict(config)
     if "added_tokens_decoder" not in config:
         values |= read_optional(folder / "special_tokens_map.json")
@@ -151,7 +151,7 @@ def special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def chat_template_of(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, or tokenizer_config.json's text, or the one named `default` in its list."""
+    """The chat template: chat_template.jinja, or tokenizer_config.json's text, or the text named `default` in the list there."""
     path = folder / "chat_template.jinja"
     template = config.get("chat_template")
     if path.is_file():
@@ -173,7 +173,7 @@ def chat_template_of(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def declared_stops(folder: Path) -> list[int]:
-    """`eos_token_id`, one or several, of generation_config.json or else of config.json."""
+    """The stop tokens: `eos_token_id`, one or several, of generation_config.json or else of config.json."""
     for name in STOP_FILES:
         stops = _stops_of(folder / name)
         if stops is None:
@@ -186,7 +186,7 @@ def declared_stops(folder: Path) -> list[int]:
 
 
 def _stops_of(path: Path) -> list[Any] | None:
-    """What a file has for `eos_token_id`, beside its text model's fields or among them, whatever it is; None: nothing."""
+    """A file's `eos_token_id` as a list, unchecked, from the top level or from the text model's fields; None: there is none."""
     values = read_optional(path)
     inner = values.get("text_config")
     value = values.get("eos_token_id", inner.get("eos_token_id") if isinstance(inner, dict) else None)
@@ -197,7 +197,7 @@ def declared_generation(folder: Path) -> dict[str, Any]:
     """How the model's authors draw tokens, as far as generation_config.json says; a temperature of 0 where they do not draw.
 
     Raises:
-        ModelError: a value is none; all of them are named.
+        ModelError: a value cannot be used; all of these are named.
     """
     path = folder / STOP_FILES[0]
     values = read_optional(path)
@@ -219,7 +219,7 @@ def _draws(name: str, value: Any) -> bool:
 
 
 def check_vocabulary(inner: tokenizers.Tokenizer, stop: Sequence[int], bos: int | None, vocab_size: int | None, folder: Path) -> None:
-    """Compares with the model.
+    """Checks that the tokenizer fits the model's vocabulary.
 
     Tokens that were added behind the vocabulary may lie outside it (Gemma 3's image token does), unless they begin or stop a text.
     """

@@ -1,4 +1,4 @@
-"""The one place where a recipe meets a model: what happens to each layer, prepare for training, convert for shipping."""
+"""The one place where a recipe meets a model: says what happens to each layer, prepares a model for training, converts it for shipping."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from lobit.quant_recipes.rotate import Read, rotate, rotated
 from lobit.quant_recipes.rotate import problems as rotation_problems
 
 MOST_WORKERS = 8
-"""Layers that are quantized at once: each takes some ten bytes per weight meanwhile."""
+"""Layers that are quantized at the same time; meanwhile each needs some ten bytes of memory per weight."""
 HALF = torch.finfo(torch.float16)
 Progress = Callable[[str, int, int], None]
-"""(what, done, of how many)"""
+"""Called with what is being done, how much of it is done, and how much there is."""
 Integers = tuple[torch.Tensor, torch.Tensor]
-"""Of a layer: integers [out, in], int8, and scales [out, groups]."""
+"""The integers [out, in], int8, and scales [out, groups] of a layer."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class LayerPlan:
 
     name: str
     shape: tuple[int, int]
-    """[out, in]; of an embedding [vocabulary, hidden]."""
+    """[out, in] of a linear layer, [vocabulary, hidden] of an embedding."""
     rule: Rule | None
     why: str
     """The rule's grid, or why the layer stays in floating point."""
@@ -82,7 +82,7 @@ def layer_plans(config: Config, recipe: Recipe) -> list[LayerPlan]:
 
 
 def problems(config: Config, recipe: Recipe) -> list[str]:
-    """Every reason why the recipe does not fit the model, each with the way out."""
+    """Every reason why the recipe does not fit the model, each with what to do about it."""
     rows = layer_plans(config, recipe)
     found = []
     misfits = [(row, row.problem) for row in rows if row.problem and row.rule]
@@ -111,12 +111,12 @@ def problems(config: Config, recipe: Recipe) -> list[str]:
 
 
 def _elsewhere(rule: Rule | None) -> Rule | None:
-    """What a rule does, wherever it does it."""
+    """The rule without its patterns: what it does to a layer, whichever layers it matches."""
     return rule and replace(rule, match=())
 
 
 def _pattern(name: str) -> str:
-    """The name with any layer's number: layers.3.mlp.down -> layers.*.mlp.down."""
+    """The pattern that matches a layer of this name in every block: layers.3.mlp.down -> layers.*.mlp.down."""
     parts = name.split(".")
     return ".".join("*" if part.isdigit() else part for part in parts)
 
@@ -125,7 +125,7 @@ def check(config: Config, recipe: Recipe) -> None:
     """Refuses a recipe that does not fit the model.
 
     Raises:
-        RecipeError: with all reasons at once.
+        RecipeError: the recipe does not fit; the message lists all reasons.
     """
     found = problems(config, recipe)
     if found:
@@ -133,17 +133,17 @@ def check(config: Config, recipe: Recipe) -> None:
 
 
 def _check_chooses(recipe: Recipe) -> None:
-    """Refuses a recipe that has no rule for scales.
+    """Refuses a recipe that has no rule by which to choose scales.
 
     Raises:
-        RecipeError: it is that of a model that was quantized before.
+        RecipeError: the recipe describes a model that was quantized before.
     """
     if any(rule.weights.scale_rule == "exact" for rule in recipe.rules):
         raise RecipeError(f"recipe {recipe.name} is that of a model that was quantized before: take one of `lobit recipes`")
 
 
 def arrange(model: Transformer, recipe: Recipe) -> None:
-    """Gives a float model the parameters that the recipe quantizes: a head of its own, a rotated basis. In place; once.
+    """Gives a float model the parameters that the recipe quantizes: an untied head, a rotated basis. In place; idempotent.
 
     Raises:
         RecipeError: the recipe does not fit the model.
@@ -158,7 +158,7 @@ def arrange(model: Transformer, recipe: Recipe) -> None:
 def prepare(model: Transformer, recipe: Recipe) -> Transformer:
     """Puts fake-quantized layers in place of those that the recipe quantizes; the weights stay trainable floats. In place.
 
-    Layers that ship in half precision begin rounded to it and train in float32: to round them again at the end moves a weight by
+    Layers that ship in half precision begin rounded to it and train in float32: rounding them again at the end moves a weight by
     at most 2^-11 of itself.
 
     Raises:
@@ -180,7 +180,7 @@ def prepare(model: Transformer, recipe: Recipe) -> Transformer:
 
 @torch.no_grad()
 def begin_at(model: Transformer, start: Transformer) -> list[str]:
-    """Takes a prepared model to the integers of a converted one, in place; the names of the layers that begin there.
+    """Lets a prepared model begin at the integers of a converted one, in place; returns the names of the layers that do.
 
     Layers whose grid is another, or whose scales are not searched, begin as `prepare` left them.
 
@@ -208,12 +208,12 @@ def convert(
     weights: Weights | None = None,
     calibrated: Mapping[str, Integers] | None = None,
 ) -> Transformer:
-    """Puts integers and scales in place of the weights that the recipe quantizes. In place, so that memory shrinks on the way.
+    """Puts integers and scales in place of the weights that the recipe quantizes. In place, so that memory use shrinks layer by layer.
 
     Args:
         model: a float model, which is rotated where the recipe says so, or one that `prepare` made and training changed.
         progress: called after each layer.
-        weights: of a model without memory (`Weights.model`), read when a layer's turn comes; None: the model has its own.
+        weights: the weights of a model without memory (`Weights.model`), read as each layer is quantized; None: the model has its own.
         calibrated: the integers and scales of layers whose rule rounds on a calibration text.
 
     Raises:
@@ -249,7 +249,7 @@ def convert(
 
 @contextlib.contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """PyTorch's operators on one thread each: layers side by side scale better than rows, and threads that wait spin."""
+    """Runs PyTorch's operators on one thread each: layers in parallel scale better than rows in parallel, and waiting threads spin."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -264,7 +264,7 @@ def _reader(weights: Weights, recipe: Recipe, dtype: torch.dtype | None) -> Read
 
 
 def _fill(module: nn.Module, name: str, read: Read) -> None:
-    """Reads what of a module has no memory yet."""
+    """Reads the parameters of a module that have no memory yet."""
     for path, parameter in list(module.named_parameters(name)):
         if parameter.is_meta:
             owner = module.get_submodule(path.removeprefix(f"{name}.").rpartition(".")[0])
@@ -273,13 +273,13 @@ def _fill(module: nn.Module, name: str, read: Read) -> None:
 
 
 def _check_finite(name: str, weight: torch.Tensor) -> None:
-    """Refuses what training broke; `Weights` has looked at what it read."""
+    """Refuses weights that are infinite or NaN, such as failed training leaves; `Weights` checks those that it reads."""
     if not weight.isfinite().all():
         raise RecipeError(f"{name} has {int((~weight.isfinite()).sum())} weights that are not finite: train with a lower learning rate")
 
 
 def _to_floats(module: nn.Module, recipe: Recipe, name: str) -> nn.Module:
-    """The layer with its weight as the recipe keeps floats."""
+    """The layer, its weight rounded to the precision in which the recipe keeps floats."""
     if recipe.float_bits == 16:
         weight = weight_of(module)
         beyond = 0 if weight.is_meta else int((weight.data.abs() > HALF.max).sum())

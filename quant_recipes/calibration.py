@@ -1,7 +1,7 @@
-"""A calibration text on its way through a model, whose layers are rounded on the way.
+"""Runs a calibration text through a model, block by block, and rounds the layers on the inputs that they get.
 
-Every layer is rounded on the inputs that the rounded layers before it give, so that it also makes up for what those have lost: beside
-the rounded model goes the float one, and a layer is to give on the rounded inputs what it would have given on the float ones.
+A layer is rounded on the inputs that the rounded layers before it give, so that it also makes up for their errors: the text runs through
+the float model too, and a layer is to give on the rounded model's inputs what it gives on the float model's.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from lobit.quant_recipes.recipe import Recipe, WeightGrid
 from lobit.rope import Tables
 
 TOGETHER = 2048
-"""Tokens that go through a block at once: what they need stays in the processor's cache."""
+"""Tokens that go through a block at once: few enough that their activations stay in the processor's cache."""
 PRODUCT = torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
-"""What linear layers and attention are computed in: bfloat16 where the processor multiplies it natively, which is several times
+"""The type in which linear layers and attention are computed: bfloat16 where the processor multiplies it natively, which is several times
 quicker than float32. On stories260k the KL after calibration is the same within the spread of the choice of sequences."""
 
 
 class LayerError(NamedTuple):
     """`relative_error` of one layer, on inputs that come through the rounded layers before it.
 
-    It is that from the weight which makes up for the rounding before (`gptq.catch_up`).
+    The weight that it compares with is already corrected for the rounding of the layers before (`gptq.catch_up`).
     """
 
     name: str
     nearest: float
-    """Rounded to nearest."""
+    """The error when the original weight is rounded to nearest."""
     gptq: float
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The layers that were rounded, as `apply.convert` takes them, and how far rounding moves each."""
+    """The layers that were rounded, as `apply.convert` takes them, and each one's error."""
 
     integers: dict[str, Integers] = field(default_factory=dict)
     errors: list[LayerError] = field(default_factory=list)
@@ -66,22 +66,22 @@ def calibrate(
 ) -> Calibrated:
     """Rounds the layers whose rule says so, one after the other, on inputs that come through the rounded layers before them.
 
-    On them a layer is to give what it gives in the float model.
+    On these inputs a layer is to give what it gives in the float model.
 
     An embedding that is the head too is rounded first, on what the head reads in the float model; another one to nearest.
 
     In place: the model then holds the rounded weights, as floats. Layers under other rules stay floats as they are. A block that runs
-    several times is rounded on the inputs of all its runs; the later runs begin where the block ended before it was rounded.
+    several times is rounded on the inputs of all its runs; those of the later runs come from the block before it was rounded.
 
-    Memory: the model, the streams of all sequences in float32 through the rounded and the float model, beside each the attention's
-    output or the feed-forward's input in `PRODUCT`, and two sums of products at a time.
+    Memory: the model; for the rounded and the float model each, the residual stream of all sequences in float32 and the attention's
+    output or the feed-forward's input in `PRODUCT`; and two sums of products at a time.
 
     Args:
         model: in float32.
-        recipe: what is rounded, to which grids.
+        recipe: says which layers are rounded, and to which grids.
         sequences: tokens [n, length], int64.
         act_order: as in `round_with_hessian`.
-        damping: as there.
+        damping: as in `round_with_hessian`.
         progress: called after each step.
 
     Raises:
@@ -99,12 +99,12 @@ def calibrate(
 
 
 class _Side:
-    """All sequences on their way through one version of the model, block by block.
+    """Takes all sequences through one version of the model, rounded or float, block by block.
 
     Args:
         streams: the embedded tokens [B, T, D] of each part of the text.
         tables: of the rotary embedding.
-        attend: over whole sequences.
+        attend: attention over whole sequences.
         repeats: how often each block runs in a row.
     """
 
@@ -112,7 +112,7 @@ class _Side:
         self.streams, self.tables, self.attend, self.repeats = streams, tables, attend, repeats
 
     def enter(self, block: Block, first: int) -> None:
-        """Comes to a block, whose first run is layer `first`."""
+        """Begins a block, whose first run is layer `first`."""
         self.block, self.first = block, first
         self.starts = [x.clone() for x in self.streams] if self.repeats > 1 else []
         self.runs = [(first, x) for x in self.streams]
@@ -128,14 +128,14 @@ class _Side:
         return (self.block.attention_norm(x) for _, x in self.runs)
 
     def to_output(self) -> Iterator[Tensor]:
-        """The inputs of attention's output product, which are kept."""
+        """The inputs of attention's output product; they also stay in `self.kept`."""
         attention, block = self.block.attention, self.block
         mixed = (attention.output(self.attend(layer, *block.enter(x, self.tables))) for layer, x in self.runs)
         self.kept = [y.to(PRODUCT) for y in _before(attention, "o", mixed)]
         return iter(self.kept)
 
     def to_mlp(self) -> Iterator[Tensor]:
-        """Adds attention to the streams; the inputs of gate and up, which are kept."""
+        """Adds attention to the streams and returns the inputs of gate and up; they also stay in `self.kept`."""
         for i, (_, x) in enumerate(self.runs):
             x += self.block.post_attention_norm(self.block.attention.o(self.kept[i]))
             self.kept[i] = self.block.mlp_norm(x).to(PRODUCT)
@@ -146,7 +146,7 @@ class _Side:
         return _before(self.block.mlp, "down", (self.block.mlp(y) for y in self.kept))
 
     def leave(self) -> None:
-        """Adds the feed-forward to the streams."""
+        """Adds the feed-forward to the streams, or takes them through all runs of a block that runs several times."""
         for (_, x), y in zip(self.runs, self.kept, strict=True):
             x += self.block.post_mlp_norm(self.block.mlp(y))
         for layer in range(self.first, self.first + self.repeats) if self.starts else ():
@@ -155,7 +155,7 @@ class _Side:
 
 
 class _LayerByLayer:
-    """The text on its way through the rounded model and, beside it, the float one."""
+    """Takes the text through the rounded and the float model at the same time, and rounds layer after layer."""
 
     def __init__(
         self, model: Transformer, recipe: Recipe, sequences: Tensor, act_order: bool, damping: float, progress: Progress | None
@@ -169,12 +169,12 @@ class _LayerByLayer:
         self.steps = 4 * len(model.blocks) + (len(self.parts) if rounds_table else 0) + (not self.tied)
 
     def _side(self, attend: Attend) -> _Side:
-        """At the beginning, with the embedding as it is now."""
+        """A side at the first block, its streams embedded with the embedding as it is now."""
         streams = [self.model.embedding(part) * self.model.config.embedding_scale for part in self.parts]
         return _Side(streams, self.tables, attend, self.model.config.repeats)
 
     def embedding(self) -> None:
-        """Rounds the embedding, of a head that shares it on what the head reads in the float model, and begins both sides."""
+        """Rounds the embedding, on what the head reads in the float model if the head shares it, and begins both sides."""
         plain = _Attention(self.model.config)
         self.exact, grids = self._side(plain), self._grids(["embedding"])
         if grids:
@@ -184,7 +184,7 @@ class _LayerByLayer:
         self.rounded = self._side(FakeQuantizedAttention(plain) if self.recipe.kv_bits else plain)
 
     def _to_head(self, attend: Attend) -> Iterator[Tensor]:
-        """What the head reads of the model as it is."""
+        """The inputs of the head in the model as it is now."""
         for part in self.parts:
             yield self.model.norm(self.model.hidden(part, self.tables, attend))
             self._advance()
@@ -202,16 +202,16 @@ class _LayerByLayer:
             side.leave()
 
     def head(self) -> None:
-        """Rounds the head on what the last block gives, where it has integers of its own."""
+        """Rounds a head that does not share the embedding, on what the last block gives."""
         if not self.model.config.tied:
             self._round(["head"], lambda side: (self.model.norm(x) for x in side.streams))
 
     def _grids(self, names: list[str]) -> dict[str, WeightGrid]:
-        """Of those of the layers that GPTQ rounds."""
+        """The grids of those of the layers that GPTQ rounds."""
         return {name: rule.weights for name in names if (rule := self.recipe.rule_for(name)) and rule.rounding == "gptq"}
 
     def _round(self, names: list[str], inputs: Callable[[_Side], Iterator[Tensor]]) -> None:
-        """Rounds those of the layers with these inputs whose rule says so."""
+        """Rounds those of the layers whose rule says so; all have the same inputs."""
         rounded, exact, grids = inputs(self.rounded), inputs(self.exact), self._grids(names)
         if grids:
             self._round_layers(grids, *moments(rounded, exact))
@@ -223,7 +223,7 @@ class _LayerByLayer:
             self.progress("calibrate", self.done, self.steps)
 
     def _round_layers(self, grids: dict[str, WeightGrid], hessian: Tensor, drift: Tensor) -> None:
-        """Rounds layers with the same inputs."""
+        """Rounds layers that have the same inputs."""
         weights = {name: weight_of(self.model.get_submodule(name)).detach() for name in grids}
         for name, weight in weights.items():
             _check_finite(name, weight, hessian + drift)
@@ -248,7 +248,7 @@ def _check_finite(name: str, weight: Tensor, sums: Tensor) -> None:
 
 
 def _before(part: nn.Module, name: str, outputs: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The inputs of a part's last product, where `outputs` computes what it gives."""
+    """The inputs of a part's last product `name`, where `outputs` computes what the part gives."""
     product = getattr(part, name)
     setattr(part, name, nn.Identity())
     try:
@@ -258,7 +258,7 @@ def _before(part: nn.Module, name: str, outputs: Iterator[Tensor]) -> Iterator[T
 
 
 class _QuickProducts(TorchFunctionMode):
-    """Linear layers and attention in `PRODUCT`, norms in float32."""
+    """Computes linear layers and attention in `PRODUCT`, norms in float32."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -272,7 +272,7 @@ class _QuickProducts(TorchFunctionMode):
 
 
 class _Attention(CausalAttention):
-    """Attention over whole sequences, without a mask where every token before is seen: less than half the time."""
+    """Attention over whole sequences, without a mask where a token sees all tokens before it, which takes less than half the time."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         window = self.config.layers[layer].window

@@ -15,7 +15,7 @@ _GPTQ: tuple[tuple[Literal[3, 4, 6, 8], int | None, str], ...] = (
     (6, None, "per output channel"),
     (8, None, "per output channel"),
 )
-"""Bits, group size [Spectra section 4]."""
+"""Bits, group size [Spectra section 4], and the words for it in a summary."""
 
 _ALL = (
     Recipe(
@@ -114,7 +114,7 @@ def find_recipe(name: str) -> Recipe:
     """The recipe of that name.
 
     Raises:
-        RecipeError: there is none; the message lists the names.
+        RecipeError: no recipe has that name; the message lists the names.
     """
     if name not in CATALOG:
         raise RecipeError(f"there is no recipe {name!r}: choose one of {', '.join(CATALOG)} (`lobit recipes` describes them)")

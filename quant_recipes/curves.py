@@ -1,4 +1,4 @@
-"""A training as a table and as a picture."""
+"""The course of a training, written as a table and as a picture."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lobit.quant_recipes.train import Row
 
 TABLE_FILE, PICTURE_FILE = "training.csv", "training.png"
 SMOOTH = 50
-"""Parts of a training whose losses are averaged for the line."""
+"""Parts into which a training is divided; the line of the loss is a running mean over one part."""
 
 
 def write_curves(rows: Sequence[Row], folder: Path, title: str) -> None:
-    """Writes `training.csv`, a line for every step, and `training.png`: loss and learning rate, by steps and by minutes."""
+    """Writes `training.csv`, with a line for every step, and `training.png`, with loss and learning rate by steps and by minutes."""
     with (folder / TABLE_FILE).open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, [field.name for field in fields(Row)])
         table.writeheader()
@@ -45,6 +45,6 @@ def _draw(rows: Sequence[Row], path: Path, title: str) -> None:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Each value averaged with those shortly before it."""
+    """The running mean: each value averaged with those before it, over 1 / `SMOOTH` of all values."""
     width = max(1, len(values) // SMOOTH)
     return [sum(values[max(0, i - width + 1) : i + 1]) / (i + 1 - max(0, i - width + 1)) for i in range(len(values))]

@@ -1,4 +1,4 @@
-"""The loss of a student's hidden states, against the text and against a teacher, without ever holding all logits."""
+"""The loss of a student's hidden states, against the text and against a teacher, without all logits in memory at once."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lobit.errors import InputError
 from lobit.model import softcap
 
 CHUNK = 4096
-"""Entries of the vocabulary whose logits are held at once: 8 MiB for 512 tokens, a few times over."""
+"""Entries of the vocabulary whose logits are in memory at once: 8 MiB for 512 tokens, in a few copies."""
 IGNORED = -100
-"""A target that does not count, as in torch's cross entropy."""
+"""The target of a token that does not count, as in torch's cross entropy."""
 
 
 class Teacher(NamedTuple):
-    """What a teacher says of the same tokens. No gradient reaches it."""
+    """A teacher's hidden states of the same tokens, and the head that makes logits of them. No gradient reaches them."""
 
     hidden: Tensor
-    """[N, Dt], the stream after the final norm."""
+    """[N, Dt], the teacher's stream after the final norm."""
     weight: Tensor
-    """[V, Dt], its head."""
+    """[V, Dt], the weight of its head."""
     cap: float | None = None
     bias: Tensor | None = None
 
@@ -43,21 +43,21 @@ def head_loss(
     """share * KL(teacher || student) + (1 - share) * cross entropy, in nats a token; without a teacher, cross entropy.
 
     With the float checkpoint as the teacher this is the self-distillation of MobileLLM-Pro (§7.1, Table 16). Logits are computed
-    once here and once more in the backward pass: the products in autocast's type or else in that of the inputs, all else in
-    float32, or in float64 if an input is.
+    once here and once more in the backward pass: the products in autocast's type or else in that of the inputs, everything else in
+    float32, or in float64 if an input has it.
 
     Args:
-        hidden: [N, D], what the head's product takes: the stream after the final norm, rounded where the recipe says so.
+        hidden: [N, D], the input of the head's product: the stream after the final norm, rounded where the recipe says so.
         weight: [V, D], the head's weight, rounded likewise.
         targets: [N], int64. A token whose target is `IGNORED` counts in neither term; if none counts, the loss is 0.
-        bias: [V].
-        teacher: hidden states of the same N tokens, a head over the same vocabulary.
-        share: of the teacher, in [0, 1].
+        bias: [V], the head's bias, or None.
+        teacher: hidden states of the same N tokens, and a head over the same vocabulary.
+        share: the weight of the KL term, in [0, 1].
         cap: logits z become cap * tanh(z / cap); the teacher has a cap of its own.
-        chunk: entries of the vocabulary whose logits are held at once.
+        chunk: entries of the vocabulary whose logits are in memory at once.
 
     Raises:
-        InputError: the teacher's vocabulary is another, or a target lies outside it.
+        InputError: the teacher's vocabulary has another size, or a target lies outside the vocabulary.
     """
     kept = targets != IGNORED
     targets, dtype = targets[kept], _product_dtype(hidden, weight)
@@ -69,7 +69,7 @@ def head_loss(
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Autocast's type where it is on. A custom function has to ask for it."""
+    """Autocast's type where autocast is on, else that of the inputs. A custom function has to apply it itself."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -91,7 +91,7 @@ def _check(targets: Tensor, vocabulary: int, teacher: Teacher | None) -> None:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """`head_loss` of tokens that all count; the teacher's hidden states come in `dtype`."""
+    """`head_loss` of tokens that all count; the teacher's hidden states must have `dtype`."""
 
     @staticmethod
     def forward(
@@ -162,7 +162,7 @@ def _chunks(vocabulary: int, chunk: int) -> Iterator[slice]:
 
 
 def _columns(targets: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    """Which targets [N] lie in a chunk, and their columns [N, 1] there; of the others any column."""
+    """Which targets [N] lie in a chunk, and their columns [N, 1] in it; targets outside get an arbitrary column."""
     columns, last = targets - rows.start, rows.stop - rows.start - 1
     return (columns >= 0) & (columns <= last), columns.clamp(0, last)[:, None]
 

@@ -1,4 +1,4 @@
-"""How much a float model's weights hold, in bits, beside what a recipe spends on them [Spectra section 2.2]."""
+"""The entropy of a float model's weights, in bits, compared with the bits that a recipe spends on them [Spectra section 2.2]."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from lobit.quant_recipes.rotate import rotated
 from lobit.quant_recipes.sizes import checkpoint_sizes, kind_of
 
 BINS = (16, 256, 4096)
-"""Each divides the last one, so that one histogram gives all."""
+"""Numbers of bins. Each divides the last one, so that one histogram gives all entropies."""
 Progress = Callable[[str, int, int], None]
-"""(what, done, of how many)"""
+"""Called with what is being done, how much of it is done, and how much there is."""
 
 
 @dataclass(frozen=True)
 class Entropy:
-    """Of all weights of one kind, over all layers."""
+    """The entropy of all weights of one kind, over all layers."""
 
     kind: str
     """`embedding`, `attention`, `mlp` or `head`."""
     weights: int
     sigma: float
-    """Their standard deviation."""
+    """The weights' standard deviation."""
     gaussian_bits: float | None
-    """Differential entropy of a Gaussian with this sigma, 0.5 log2(2 pi e sigma^2) [Figure 4]; None where all weights are equal."""
+    """Differential entropy of a Gaussian of this sigma, 0.5 log2(2 pi e sigma^2) [Figure 4]; None where all weights are equal."""
     shannon_bits: dict[int, float]
     """Entropy of the weights in N equal bins between the smallest and the largest, by N [Figure 3]."""
     recipe_bits: float
@@ -43,7 +43,7 @@ class Entropy:
 
 @dataclass(frozen=True)
 class Entropies:
-    """Of every kind of weights of a float model."""
+    """The entropies of every kind of weights of a float model."""
 
     kinds: list[Entropy]
     source: str = "Spectra section 2.2, Figures 3 and 4"
@@ -56,7 +56,7 @@ class Entropies:
 
 
 class _Range:
-    """Number, spread and ends of weights: what a histogram needs to know before."""
+    """Number, variance, minimum and maximum of weights; a histogram needs the last two before it can count."""
 
     def __init__(self, parts: Iterable[Tensor]) -> None:
         self.count, total, squares, self.low, self.high = 0, 0.0, 0.0, math.inf, -math.inf
@@ -73,9 +73,9 @@ def entropies(weights: Weights, recipe: Recipe, progress: Progress | None = None
     """The entropies of each kind of weights. Two passes over the weights, one tensor in memory at a time.
 
     Args:
-        weights: of a float model.
-        recipe: whose bits stand beside.
-        progress: called with each tensor.
+        weights: the weights of a float model.
+        recipe: whose bits per weight are compared; where it rotates, the rotated weights are measured.
+        progress: called after each tensor.
     """
     kinds: dict[str, list[str]] = {}
     for name, _ in layers_of(weights.model):
@@ -95,7 +95,7 @@ def entropies(weights: Weights, recipe: Recipe, progress: Progress | None = None
 
 
 def _entropy(kind: str, parts: Callable[[], Iterator[Tensor]], config: Config, recipe: Recipe) -> Entropy:
-    """Of one kind, whose weights `parts` gives anew each time."""
+    """The entropy of one kind; each call of `parts` gives all its weights again."""
     known, counts = _Range(parts()), torch.zeros(BINS[-1], dtype=torch.float64)
     for part in parts():
         counts += torch.histc(part, BINS[-1], known.low, known.high)
@@ -110,11 +110,11 @@ def _entropy(kind: str, parts: Callable[[], Iterator[Tensor]], config: Config, r
 
 
 def shannon_bits(counts: Tensor) -> float:
-    """-sum of p log2 p over bins with these counts."""
+    """The entropy -Σ p log2 p of a distribution over bins with these counts."""
     shares = counts[counts > 0] / counts.sum()
     return -(shares * shares.log2()).sum().item() + 0.0
 
 
 def gaussian_bits(variance: float) -> float | None:
-    """0.5 log2(2 pi e sigma^2); None where sigma is 0."""
+    """The differential entropy of a Gaussian, 0.5 log2(2 pi e sigma^2); None where sigma is 0."""
     return 0.5 * math.log2(2 * math.pi * math.e * variance) if variance > 0 else None

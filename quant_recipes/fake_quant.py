@@ -1,4 +1,4 @@
-"""Layers that compute in floating point what the integers will compute: for training, and to say what a recipe costs."""
+"""Layers that compute in floating point what the integers will compute: for training, and to measure what a recipe costs."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from lobit.quant_recipes.recipe import Recipe, Rule, WeightGrid
 
 
 def fake_quantize_weight(weight: Tensor, grid: WeightGrid) -> Tensor:
-    """The weight [out, in] that ships, bit for bit, with straight-through gradients; for grids that learn nothing else."""
+    """The weight [out, in] that ships, bit for bit, with straight-through gradients; for grids without other learned parameters."""
     quantizer = quantizer_for(weight, grid)
     return quantizer(weight, *quantizer.learned())  # type: ignore[no-any-return]
 
 
 class _Product(torch.autograd.Function):
-    """x̂ ŵᵀ + b of what is rounded, with straight-through gradients.
+    """x̂ ŵᵀ + b of the rounded input x̂ and weight ŵ, with straight-through gradients.
 
-    For the backward pass it keeps the input's integers, a byte each, and no rounded weight, which is rounded again: a step of
-    training takes hardly more memory than a float one.
+    For the backward pass it keeps the input's integers, a byte each, but not the rounded weight, which is computed again: a step of
+    training takes hardly more memory than one in floating point.
     """
 
     @staticmethod
@@ -39,7 +39,7 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         layer, gradient, needed = ctx.layer, gradients[0], ctx.needs_input_grad
-        saved = ctx.saved_tensors  # once: activations that are computed again are there but once
+        saved = ctx.saved_tensors  # read once: recomputed activations can be unpacked only once
         kept, weights = saved[: ctx.kept], saved[ctx.kept :]
         leaves = [weight.detach().requires_grad_(needs) for weight, needs in zip(weights, needed[3:], strict=True)]
         with torch.enable_grad():
@@ -66,14 +66,14 @@ class FakeQuantizedLinear(nn.Module):
         self.weight, self.quantizer = trained(weight_of(linear), rule)
 
     def round_input(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """What is kept of the input x [..., in] for the backward pass, and the rounded input."""
+        """The tensors to keep of the input x [..., in] for the backward pass, and the rounded input."""
         if not self.rule.activation_bits:
             return [x], x
         integers, scale, zero_point = quantize_tokens(x, self.rule.activation_rule)
         return [integers.to(torch.int8), scale, zero_point], integers.sub_(zero_point).mul_(scale)
 
     def kept_input(self, kept: tuple[Tensor, ...]) -> Tensor:
-        """The rounded input again."""
+        """The rounded input, from the tensors that `round_input` kept of it."""
         if not self.rule.activation_bits:
             return kept[0]
         integers, scale, zero_point = kept
@@ -114,7 +114,10 @@ class FakeQuantizedEmbedding(nn.Module):
 
 
 def trained(weight: Tensor, rule: Rule) -> tuple[Tensor, Quantizer]:
-    """What is trained in the place of a float weight, and its quantizer; a weight that is used twice stays one tensor."""
+    """The parameter that is trained in place of a float weight, and its quantizer.
+
+    Where the quantizer starts from the weight itself, it is that very tensor, so that a weight used twice stays one.
+    """
     quantizer = quantizer_for(weight, rule.weights)
     start = quantizer.start(weight)
     if start is not weight:
@@ -133,5 +136,5 @@ class FakeQuantizedAttention:
 
 
 def attention_for(recipe: Recipe | None, attend: Attend) -> Attend:
-    """Attention over the key-value cache that the recipe has."""
+    """Attention over a key-value cache of the recipe's precision."""
     return FakeQuantizedAttention(attend) if recipe is not None and recipe.kv_bits else attend

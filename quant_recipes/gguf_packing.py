@@ -1,8 +1,8 @@
 """Ternary integers in GGUF's blocks: `TQ2_0`, 2.0625 bits a weight, and `TQ1_0`, 1.6875.
 
-A block holds 256 weights of one row: segments of bytes, then their scale d as float16. In a segment of n bytes, byte m holds weights m,
-m + n, m + 2n and so on: the sum v of their codes q + 1, each times its place value. TQ1_0 writes ceil(v * 256 / 243) for v, which fills
-the byte, so that products alone read the codes back.
+A block holds 256 weights of one row: segments of bytes, then the scale d as float16. In a segment of n bytes, byte m holds weights m,
+m + n, m + 2n and so on: the sum v of their codes q + 1, each times its place value. TQ1_0 writes ceil(v * 256 / 243) instead of v, which
+uses the whole range of a byte, so that multiplications alone read the codes back.
 
 Source: ggml `src/ggml-common.h`, `block_tq1_0` and `block_tq2_0`; gguf-py `gguf/quants.py`, `TQ1_0` and `TQ2_0`.
 """
@@ -19,10 +19,10 @@ from lobit.errors import ModelError, TargetError
 from lobit.quant_recipes.packing import row_slices
 
 BLOCK = 256
-"""Weights of a block."""
+"""Weights in a block."""
 SCALE_BYTES = 2
 NOTHING = 3
-"""The codes of a byte that no weights give."""
+"""Stands in place of each code of a byte that no weights encode to."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,15 @@ class BlockFormat:
 
     name: str
     segments: tuple[tuple[int, int], ...]
-    """Weights of a byte, and bytes."""
+    """Of each segment: weights per byte, and number of bytes."""
     places: tuple[int, ...]
-    """The place values of a byte's codes."""
+    """The place values of the codes in a byte."""
     values: int
-    """Sums there are; they are spread over the 256 values of a byte."""
+    """How many different sums a byte can encode; they are spread over its 256 values."""
 
     @property
     def size(self) -> int:
-        """Bytes of a block."""
+        """Bytes in a block."""
         return sum(count for _, count in self.segments) + SCALE_BYTES
 
     def pack(self, integers: Tensor, scale: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class BlockFormat:
             scale: [rows, 1] or [rows, columns / 256].
 
         Raises:
-            TargetError: rows that are not whole blocks, other integers, or scales that float16 does not hold.
+            TargetError: rows are not whole blocks, integers are others than -1, 0, 1, or float16 does not hold a scale.
         """
         rows, columns = integers.shape
         self._check(columns, scale)
@@ -68,7 +68,7 @@ class BlockFormat:
         """The inverse of `pack`: int8 [rows, columns], and scales [rows, columns / 256], float32.
 
         Raises:
-            ModelError: rows that are not whole blocks, or bytes that no weights give.
+            ModelError: rows are not whole blocks, or there are bytes that no weights encode to.
         """
         rows, width = packed.shape
         if width % self.size:
@@ -109,12 +109,12 @@ class BlockFormat:
 
     @cached_property
     def _bytes(self) -> Tensor:
-        """The byte of every sum: [256], of which the first `values` occur."""
+        """The byte that encodes each sum: [256], of which only the first `values` occur."""
         return ((torch.arange(256) * 256 + self.values - 1) // self.values).to(torch.uint8)
 
     @cached_property
     def _codes(self) -> Tensor:
-        """The codes of every byte: [256, codes]."""
+        """The codes that each byte encodes: [256, codes per byte]."""
         codes = torch.cartesian_prod(*[torch.arange(3)] * len(self.places))
         table = torch.full((256, len(self.places)), NOTHING, dtype=torch.uint8)
         table[self._bytes[(codes * torch.tensor(self.places)).sum(1)].long()] = codes.to(torch.uint8)
@@ -122,7 +122,7 @@ class BlockFormat:
 
 
 def _count(codes: Tensor) -> int:
-    """Codes that are none of 0, 1, 2; the maximum is quicker than the count."""
+    """How many codes are none of 0, 1, 2. The maximum is taken first, as it is quicker than the count."""
     return int((codes > 2).sum()) if codes.max() > 2 else 0
 
 

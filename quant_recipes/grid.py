@@ -1,4 +1,4 @@
-"""Scales, zero points and integers: pure functions on tensors, used alike by training, conversion and the reference."""
+"""Scales, zero points and integers: pure functions on tensors, which training, conversion and the reference share."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LARGEST_SCALE = 65280.0
 ABSMEAN_EPS = 1e-5
 """Added to the mean of absolute weights [Spectra Table 1]."""
 SHARES = [step / 40 for step in range(16, 45)]
-"""Of the largest weight: ranges that are tried where scales are searched, 0.4 to 1.1. Beyond 1, since eq. 4 cuts half a step off."""
+"""Shares of the largest weight, 0.4 to 1.1: the ranges that a search of scales tries. Some exceed 1, since eq. 4 clips half a step."""
 LEAST_OF_ROW = 0.85
-"""The smallest share that is tried where a whole row has one scale. The least squared error would cut its largest weights, which carry
-more than their share: KL of SmolLM2 per channel 2.6 with all shares, 1.39 with these, 1.48 by eq. 4."""
+"""The smallest share that is tried where a whole row has one scale. The least squared error would clip its largest weights, which matter
+more than their share of that error: KL of SmolLM2 per channel 2.6 with all shares, 1.39 with these, 1.48 by eq. 4."""
 TERNARY_THRESHOLD = 0.7
-"""Of a row's mean of absolute weights: what is smaller becomes 0 [Ternary Weight Networks, Li et al. 2016, eq. 6]."""
+"""Weights below this share of their row's mean absolute weight become 0 [Ternary Weight Networks, Li et al. 2016, eq. 6]."""
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -34,7 +34,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(exact: Tensor, rounded: Tensor) -> Tensor:
-    """`rounded`, whose gradient is that of `exact` [Bengio et al. 2013]."""
+    """`rounded`, whose gradient is passed on to `exact` unchanged [Bengio et al. 2013]."""
     return _StraightThrough.apply(exact, rounded)  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -52,7 +52,7 @@ def grouped(weight: Tensor, grid: WeightGrid) -> Tensor:
 
 
 def shard_mean(weight: Tensor, grid: WeightGrid) -> Tensor:
-    """The mean of every shard of weight [out, in], [out, 1]: for each of its rows."""
+    """The mean of each shard of weight [out, in], repeated for every row of the shard: [out, 1]."""
     shards = grid.shards or weight.shape[0]
     return weight.reshape(shards, -1).mean(1).repeat_interleave(weight.shape[0] // shards)[:, None]
 
@@ -68,17 +68,17 @@ def row_norm_scale(magnitude: Tensor, integers: Tensor) -> Tensor:
 
 
 def shares_of(grid: WeightGrid) -> list[float]:
-    """The shares that are tried for a grid."""
+    """The `SHARES` that are tried for a grid."""
     return SHARES if grid.group_size else [share for share in SHARES if share >= LEAST_OF_ROW]
 
 
 def best_range(weight: Tensor, grid: WeightGrid, importance: Tensor | None = None) -> Tensor:
-    """How much of its largest weight each group's range should reach for the least squared error, [out, groups], of `shares_of` it.
+    """The one of `shares_of` the grid with which each group is rounded with the least squared error, [out, groups].
 
     Args:
         weight: [out, in].
-        grid: of the integers.
-        importance: [in], a factor on each input's squared errors: the inputs' mean squares on a calibration text; None: all alike.
+        grid: the grid to round to.
+        importance: [in], a factor on each input's squared errors: the inputs' mean squares on a calibration text; None: all count alike.
     """
     groups = grouped(weight, grid)
     factors = None if importance is None else grouped(importance[None], grid)
@@ -94,12 +94,12 @@ def best_range(weight: Tensor, grid: WeightGrid, importance: Tensor | None = Non
 
 
 def least_squares_scale(weight: Tensor, grid: WeightGrid, importance: Tensor | None = None) -> Tensor:
-    """Scales [out, groups] that round weight [out, in] with the least squared error; arguments as `best_range` has them."""
+    """Scales [out, groups] that round weight [out, in] with the least squared error; the arguments are those of `best_range`."""
     return range_scale(grouped(weight, grid).abs().amax(dim=2) * best_range(weight, grid, importance), grid)
 
 
 def choose_scale(weight: Tensor, grid: WeightGrid) -> Tensor:
-    """Scales [out, groups] of weight [out, in] by the grid's rule, rounded once; of ranges to learn, where they begin."""
+    """Scales [out, groups] of weight [out, in] by the grid's rule, rounded once; for learned ranges, those that training begins with."""
     match grid.scale_rule:
         case "least_squares" | "learned":
             return least_squares_scale(weight, grid)
@@ -116,7 +116,7 @@ def ternary_sign(weight: Tensor) -> Tensor:
 
 
 def quantize_float(weight: Tensor, scale: Tensor, grid: WeightGrid) -> Tensor:
-    """`quantize`, the integers as floats."""
+    """The integers of `quantize`, as floats."""
     if grid.bits == 1:
         return torch.where(weight < shard_mean(weight, grid), -1.0, 1.0)
     if grid.scale_rule == "row_norm":
@@ -131,10 +131,10 @@ def rounded(weight: Tensor, scale: Tensor, grid: WeightGrid) -> Tensor:
 
 
 def quantize(weight: Tensor, scale: Tensor, grid: WeightGrid) -> Tensor:
-    """Integers [out, in], int8, of weight [out, in] that was not trained for them.
+    """Integers [out, in], int8, of a float weight [out, in].
 
     clip(round(w / s), q_min, q_max), halves to even [MobileLLM-Pro eq. 4; BitNet b1.58 eq. 1]; binary: the sign of w - mean w
-    [Spectra Table 1]; rows with a magnitude: `ternary_sign` [Bonsai section 2.1].
+    [Spectra Table 1]; rows with a magnitude, whose weight is no trained latent yet: `ternary_sign` [Bonsai section 2.1].
     """
     return quantize_float(weight, scale, grid).to(torch.int8)
 
@@ -148,7 +148,7 @@ def dequantize(integers: Tensor, scale: Tensor) -> Tensor:
 def token_range(x: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero point [..., 1] of each token's INT8 grid over the last axis.
 
-    s = (max - min) / 255 [MobileLLM-Pro eq. 3]. Runtimes hold an integer zero point in [-128, 127], so the range is widened
+    s = (max - min) / 255 [MobileLLM-Pro eq. 3]. Runtimes keep an integer zero point in [-128, 127], so the range is widened
     to include 0 and eq. 3's offset z = min becomes the nearest multiple of s (XNNPACK `src/xnnpack/quantization.h`).
     """
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
@@ -168,7 +168,7 @@ TOKEN_GRIDS = {"range": token_range, "absmax": token_absmax}
 
 
 def quantize_tokens(x: Tensor, rule: str = "range") -> tuple[Tensor, Tensor, Tensor]:
-    """x [..., n] as integers of each token's grid, still floats, with scale and zero point [..., 1].
+    """The integers of x [..., n] on each token's grid, as floats, with scale and zero point [..., 1].
 
     Args:
         x: float32.

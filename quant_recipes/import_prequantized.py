@@ -1,6 +1,6 @@
-"""Taking in models that were quantized before: their integers and scales, not others near to them.
+"""Imports models that were quantized before, with exactly the integers and scales that they have.
 
-What a file says of its integers is read as `lobit.prequantized` has it. Floats whose values are ternary times a scale (Spectra's
+Weights that a file marks as quantized are read as `lobit.prequantized` describes. Floats whose values are ternary times a scale (Spectra's
 unpacked TriLM, Bonsai folded) are recognised from the values.
 """
 
@@ -33,19 +33,19 @@ SOURCES: dict[Kind | Literal["values"], tuple[str, str]] = {
     "learned": ("learned-ranges", "torchao's QAT with learned ranges; MobileLLM-Pro, section 7.1 and eq. 4"),
     "values": ("ternary", "floats that are ternary times a scale; Spectra, section A.4; Bonsai, eq. 2"),
 }
-"""Names of recipes after `taken-in`, and where such checkpoints come from."""
+"""By kind of checkpoint: the recipe's name after `taken-in`, and where such checkpoints come from."""
 MOST_SHARDS = 8
-"""Blocks of a matrix that are looked for, of rows or of columns; Spectra's largest model has 6 [section A.4]."""
+"""Most blocks of rows or columns, each with its own scale, that are looked for in a matrix; Spectra's largest model has 6 [section A.4]."""
 FEWEST_WEIGHTS = 32
-"""In a block of columns: fewer may have one magnitude by chance."""
+"""The fewest columns of a block: fewer weights of a row may have one magnitude by chance."""
 ROWS = 64
-"""That are looked at together."""
+"""Rows of a matrix that are examined together."""
 SMALLEST = torch.finfo(torch.float32).tiny
-"""Smaller scales no runtime multiplies with."""
+"""The smallest scale that runtimes can multiply with."""
 
 
 def take_in(source: Path, config: Config, progress: Progress | None = None) -> tuple[Transformer, Recipe] | None:
-    """The converted model of a folder that was quantized before, and its recipe; None: the folder is a float model.
+    """The converted model of a folder whose weights were quantized before, and its recipe; None if the folder holds a float model.
 
     Args:
         source: a Hugging Face folder.
@@ -53,7 +53,7 @@ def take_in(source: Path, config: Config, progress: Progress | None = None) -> t
         progress: called after each tensor.
 
     Raises:
-        ModelError: the folder cannot be read, or what it holds is not exactly integers times scales; all layers are named.
+        ModelError: the folder cannot be read, or its weights are not exactly integers times scales; all layers are named.
     """
     weights = Weights(source, config)
     recipe = taken_recipe(weights)
@@ -79,17 +79,17 @@ def take_in(source: Path, config: Config, progress: Progress | None = None) -> t
 
 
 def is_taken_in(recipe: Recipe) -> bool:
-    """Whether a recipe is that of a model that was taken in, and can quantize no other."""
+    """Whether a recipe describes an imported model; it cannot quantize another one."""
     return any(rule.weights.scale_rule == "exact" for rule in recipe.rules)
 
 
 def taken_recipe(weights: Weights) -> Recipe | None:
-    """The recipe of a folder that was quantized before; None: it is a float model.
+    """The recipe of a folder whose weights were quantized before; None if it holds a float model.
 
-    Values are looked at only where the file has no word of its integers, and to tell whether half precision holds the rest.
+    Values are examined only where no weight is marked as quantized, and to tell whether float16 holds the other layers exactly.
 
     Raises:
-        ModelError: a part of the layers is ternary, the others are not; all are named.
+        ModelError: some layers are ternary, others are not; all of the latter are named.
     """
     kept = {name: weights.places[place].quantized for name, place in _places(weights).items()}
     rules = {name: _rule(how) for name, how in kept.items() if how}
@@ -111,13 +111,13 @@ def taken_recipe(weights: Weights) -> Recipe | None:
 
 
 def _places(weights: Weights) -> dict[str, str]:
-    """The tensor of every layer; of a head that is the embedding, the embedding's."""
+    """The name of every layer's weight; that of the embedding for a head that shares it."""
     layers = [name for name, _ in layers_of(weights.model)]
     return {name: f"{'embedding' if name == 'head' and weights.config.tied else name}.weight" for name in layers}
 
 
 def _rule(kept: Quantized) -> Rule:
-    """The rule of a layer, without its name."""
+    """The rule of a layer, without the pattern that matches its name."""
     grid = WeightGrid(kept.bits, kept.group_size, "exact", 1 if kept.one_scale and kept.bits == 2 else None)
     if kept.kind in ("multiply", "divide", "online"):
         return Rule((), grid, activation_bits=8, activation_rule="absmax")
@@ -125,7 +125,7 @@ def _rule(kept: Quantized) -> Rule:
 
 
 def _grouped(rules: Mapping[str, Rule], layers: list[str]) -> tuple[Rule, ...]:
-    """Rules of single layers as rules of patterns, each of which matches no layer of another rule."""
+    """Merges rules of single layers into rules with patterns, none of which matches a layer that has another rule or none."""
     matches: dict[Rule, dict[str, None]] = {}
     for name, rule in rules.items():
         pattern = next(
@@ -167,7 +167,7 @@ def _integers(weights: Weights, place: str, grid: WeightGrid) -> tuple[Tensor, T
 
 
 def magnitudes(weight: Tensor, groups: int) -> Tensor | None:
-    """The one magnitude in each group of each row [out, groups] of a weight [out, in], 0 where all are 0; None: one has several."""
+    """The only magnitude besides 0 in each group of each row of a weight [out, in], or 0: [out, groups]; None if a group has several."""
     found = []
     for rows in weight.split(ROWS):
         parts = rows.float().abs().reshape(len(rows), groups, -1)
@@ -178,7 +178,7 @@ def magnitudes(weight: Tensor, groups: int) -> Tensor | None:
 
 
 def ternary_grid(weight: Tensor) -> WeightGrid | None:
-    """The coarsest grid that holds a weight [out, in] exactly, of one scale a matrix, a shard, or a row; None: it is not ternary.
+    """The coarsest grid that holds a weight [out, in] exactly, with one scale a matrix, a shard, or a row; None if it is not ternary.
 
     Shards are equal blocks of rows, or of columns where the devices that trained the model each held a part of the input.
     """
@@ -194,13 +194,13 @@ def ternary_grid(weight: Tensor) -> WeightGrid | None:
 
 
 def _agree(found: Tensor, blocks: int) -> bool:
-    """Whether the rows in each of the equal blocks have one magnitude, or none."""
+    """Whether all rows of each of the equal blocks have the same magnitude, or 0."""
     parts = found.reshape(blocks, -1)
     return bool(((parts == parts.amax(1, keepdim=True)) | (parts == 0)).all())
 
 
 def ternary_scale(weight: Tensor, grid: WeightGrid) -> Tensor:
-    """Scales [out, groups] of a ternary weight: its magnitudes. What has only zeros gets its shard's, or else 1."""
+    """Scales [out, groups] of a ternary weight: its magnitudes. A group of zeros gets the scale of its shard, or else 1."""
     found = magnitudes(weight, weight.shape[1] // (grid.group_size or weight.shape[1]))
     assert found is not None
     if grid.shards:
@@ -210,10 +210,10 @@ def ternary_scale(weight: Tensor, grid: WeightGrid) -> Tensor:
 
 
 def _ternary_grids(weights: Weights) -> dict[str, WeightGrid]:
-    """The grid of every linear layer; nothing of a float model, which has fewer ternary weights than others.
+    """The grid of every linear layer; empty for a float model, where most layers are not ternary, or those that are hold zeros only.
 
     Raises:
-        ModelError: some are ternary, some are not.
+        ModelError: some layers are ternary, some are not.
     """
     grids, others, zeros = {}, [], 0
     layers = [name for name in _places(weights) if name.startswith("layers.")]

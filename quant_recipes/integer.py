@@ -12,7 +12,7 @@ from lobit.quant_recipes.grid import choose_scale, dequantize, fake_quantize_tok
 from lobit.quant_recipes.recipe import Rule, WeightGrid
 
 ROWS = 1024
-"""Rows that are rounded at once: their temporaries stay in the processor's cache."""
+"""Rows that are rounded at once: few enough that the temporary tensors stay in the processor's cache."""
 
 
 def quantize_linear(weight: Tensor, grid: WeightGrid) -> tuple[Tensor, Tensor]:

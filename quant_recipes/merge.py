@@ -1,6 +1,6 @@
-"""Specialists merged into one model: the weighted average of their parameters, with weights searched on held-out text.
+"""Merges specialists into one model: the weighted average of their parameters, with weights searched on held-out text.
 
-Specialists are trained side by side from one base, with small updates: far from each other, their average is no model.
+Specialists are trained in parallel from one base, with small updates: if they are far apart, their average is no useful model.
 
 Source: MobileLLM-Pro section 6.
 """
@@ -28,27 +28,27 @@ from lobit.quant_recipes.quantized import is_checkpoint
 from lobit.tokenizer_files import FILE_NAME
 
 LONGEST_SEQUENCE = 512
-"""Tokens that are read at once: their logits and the logits' gradients are in memory together."""
+"""Most tokens of a sequence: its logits and their gradients are in memory together."""
 SHORTEST_TEXT = 16
-"""Predicted tokens below which a loss says nothing."""
+"""With fewer predicted tokens than this, a loss says nothing."""
 STEPS = 8
-"""Of the search: more lowered the loss by less than 1e-4 nats, of trained specialists and of copies with noise."""
+"""Steps of the search: more lowered the loss by less than 1e-4 nats, with trained specialists and with copies with noise."""
 
 TINY = 1e-30
-"""In the place of a slope of 0, which models that are equal have."""
+"""Stands in place of a difference of 0 between the slopes, which equal models have."""
 
 
 class Specialists:
     """Float models of one architecture, read tensor by tensor.
 
     Attributes:
-        config: of them all.
-        weights: of each.
-        dtype: holds the floats of every folder.
+        config: the one that they all have.
+        weights: the tensors of each.
+        dtype: the narrowest type that holds the floats of every folder.
 
     Raises:
-        InputError: fewer than two folders.
-        ModelError: they cannot be read or averaged; every reason is named.
+        InputError: there are fewer than two folders.
+        ModelError: the folders cannot be read or averaged; every reason is named.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
@@ -64,7 +64,7 @@ class Specialists:
         self.dtype = reduce(torch.promote_types, kinds)
 
     def _open(self, folder: Path) -> list[str]:
-        """Adds a folder, or tells why not."""
+        """Adds a folder; returns why it cannot, or nothing."""
         if is_checkpoint(folder):
             return [f"{folder} is a quantized checkpoint: merge the float models, and quantize the result"]
         try:
@@ -77,9 +77,9 @@ class Specialists:
         return []
 
     def average(self, name: str, weights: Sequence[float]) -> Tensor:
-        """The average of one tensor, float32.
+        """The weighted average of one tensor, float32.
 
-        The heaviest and what the others differ from it: equal tensors stay as they are, whatever the weights.
+        Computed as the heaviest specialist's tensor plus the weighted differences of the others from it: equal tensors stay as they are.
         """
         heaviest = max(range(len(weights)), key=weights.__getitem__)
         base = self.weights[heaviest].read(name)
@@ -106,7 +106,7 @@ def normalize(weights: Sequence[float], count: int) -> list[float]:
     """Weights that sum to 1.
 
     Raises:
-        InputError: not `count` numbers from 0, or all of them 0.
+        InputError: they are not `count` numbers from 0 on, or all are 0.
     """
     total = sum(weights)
     if len(weights) != count or not all(weight >= 0 for weight in weights) or not 0 < total < math.inf:
@@ -117,12 +117,12 @@ def normalize(weights: Sequence[float], count: int) -> list[float]:
 def merge(specialists: Specialists, weights: Sequence[float]) -> Transformer:
     """M = Σ w_b θ_b in float32, for inference. Memory: one model and a few tensors.
 
-    Equation 2 has a factor 1/n before the sum. With weights that sum to 1, as the paper has them, it would shrink the model
-    by n; it is left out as a slip.
+    Equation 2 has a factor 1/n before the sum. With weights that sum to 1, as they do in the paper, it would shrink the
+    model by n; it is taken for a slip and left out.
 
     Args:
-        specialists: the θ_b.
-        weights: as `normalize` gives them.
+        specialists: the models with parameters θ_b.
+        weights: the w_b, as `normalize` gives them.
 
     Source: MobileLLM-Pro equation 2.
     """
@@ -138,10 +138,10 @@ def held_out(tokens: Sequence[int], config: Config, bos: int | None, most: int) 
     """Sequences [T] to measure the loss on, spread evenly over a text.
 
     Args:
-        tokens: of the whole text.
-        config: a sequence fits its context and has at most `LONGEST_SEQUENCE` tokens.
-        bos: begins every sequence; None: nothing does.
-        most: tokens of the text in all sequences together.
+        tokens: the tokens of the whole text.
+        config: its context bounds a sequence, and so does `LONGEST_SEQUENCE`.
+        bos: the token to put before every sequence, or None.
+        most: the most tokens of the text in all sequences together.
 
     Raises:
         InputError: fewer than `SHORTEST_TEXT` tokens would be predicted.
@@ -158,7 +158,7 @@ def held_out(tokens: Sequence[int], config: Config, bos: int | None, most: int) 
 
 
 def held_out_loss(model: Transformer, sequences: Sequence[Tensor]) -> float:
-    """Nats per predicted token; parameters that require gradients get them."""
+    """The loss in nats per predicted token; parameters that require gradients get them."""
     count, total = sum(len(sequence) - 1 for sequence in sequences), 0.0
     for sequence in sequences:
         loss = F.cross_entropy(model(sequence[None, :-1])[0], sequence[1:], reduction="sum") / count
@@ -170,32 +170,32 @@ def held_out_loss(model: Transformer, sequences: Sequence[Tensor]) -> float:
 
 @dataclass(frozen=True)
 class Found:
-    """Weights and held-out losses in nats per token, of float32 averages."""
+    """The weights that the search chose, and held-out losses in nats per token, all of averages in float32."""
 
     weights: list[float]
-    """The best that was measured."""
+    """The best weights that were measured."""
     loss: float
-    """With these weights."""
+    """The loss with these weights."""
     uniform: float
-    """Of the average with equal weights."""
+    """The loss with equal weights."""
     singles: list[float]
-    """Of each specialist."""
+    """The loss of each specialist alone."""
 
 
 def search(specialists: Specialists, sequences: Sequence[Tensor], steps: int = STEPS, progress: Progress | None = None) -> Found:
     """The weights with the least held-out loss.
 
     Exponentiated gradient descent over the simplex from equal weights: w ← softmax(log w - rate · ∂L/∂w), on all sequences at
-    once. A step that does not lower the loss is taken back and tried shorter. The best of the walk, of equal weights and of
-    each single specialist is chosen, by losses of models that were really averaged.
+    once. A step that does not lower the loss is taken back and tried again at a quarter of its rate. The best of all steps, equal weights
+    and single specialists is chosen, by losses of models that were actually averaged.
 
     Memory: the average, its gradient, and what one sequence needs.
 
     Args:
         specialists: what to merge.
         sequences: as `held_out` gives them.
-        steps: of the walk; 0: only equal weights and single specialists are measured.
-        progress: called after each model that was measured.
+        steps: of the descent; 0: only equal weights and single specialists are measured.
+        progress: called after each model that is measured.
     """
     count = len(specialists.weights)
     done, total = itertools.count(1), count + 1 + steps
@@ -224,7 +224,7 @@ def search(specialists: Specialists, sequences: Sequence[Tensor], steps: int = S
 
 
 def _slope(model: Transformer, specialists: Specialists) -> Tensor:
-    """∂L/∂w [n] along the simplex: the loss's gradient times the way from the average to each specialist."""
+    """∂L/∂w [n] along the simplex: the loss's gradient times the difference of each specialist from the average."""
     slope = torch.zeros(len(specialists.weights), dtype=torch.float64)
     for name, parameter in model.named_parameters():
         for i, specialist in enumerate(specialists.weights):

@@ -1,4 +1,4 @@
-"""What a model is worth on a text that it was not trained on."""
+"""How well a model predicts a text that it was not trained on."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from lobit.quant_recipes.recipe import Recipe
 from lobit.quant_recipes.trainee import normed
 
 AT_ONCE = 1 << 24
-"""Logits."""
+"""Logits that are in memory at once."""
 TOGETHER = 4096
-"""Tokens that go through the layers at once: each call of a layer of integers makes its float weights anew."""
+"""Tokens that go through the layers at once: many, since a layer of integers computes its float weights anew in each call."""
 LARGEST = 709.0
-"""Nats: e to more is no float."""
+"""Nats: the exponential of much more overflows a float."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Over all tokens of a corpus."""
+    """The figures of a model over all tokens of a corpus."""
 
     tokens: int
     loss: float
@@ -33,13 +33,13 @@ class Figures:
     kl: float | None = None
     """KL(reference || model), nats a token."""
     top1: float | None = None
-    """Share of tokens whose most probable successor is the reference's."""
+    """Share of positions where model and reference give the highest probability to the same next token."""
     reference_loss: float | None = None
-    """Of the reference on the same tokens."""
+    """The loss of the reference on the same tokens."""
 
     @property
     def perplexity(self) -> float:
-        """e to the loss, or to the largest that has a number."""
+        """e to the loss, with the loss cut at `LARGEST` so that the result is finite."""
         return math.exp(min(self.loss, LARGEST))
 
 
@@ -51,14 +51,14 @@ def figures(
     reference: Transformer | None = None,
     progress: Progress | None = None,
 ) -> Figures:
-    """A model's loss, and how far it is from a reference, in one pass of each.
+    """A model's loss, and how far its predictions are from a reference's, in one pass of each.
 
     Args:
-        model: float, prepared or converted.
+        model: a float, prepared or converted model.
         corpus: the text.
         recipe: of the model, for its key-value cache.
         reference: the float model, or None.
-        progress: called with the sequences that are done.
+        progress: called with the number of sequences that are done.
     """
     device = next(model.norm.parameters()).device
     loss = others_loss = kl = same = 0.0
@@ -84,5 +84,5 @@ def figures(
 
 
 def _log_probabilities(model: Transformer, x: Tensor) -> Tensor:
-    """Of the next tokens [N, V], float32, from what the head reads, x [N, D]."""
+    """Log probabilities [N, V] of the next tokens, float32, from the input x [N, D] of the head."""
     return softcap(model.head(x), model.config.logits_softcap).float().log_softmax(1)

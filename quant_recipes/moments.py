@@ -1,4 +1,4 @@
-"""Sums of products of a layer's inputs over a calibration text: what GPTQ knows of the text."""
+"""Sums of products of a layer's inputs over a calibration text: all that GPTQ needs of the text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 STRIP = 256
-"""Columns of a Hessian that are summed at once, from the diagonal on: the rest is their mirror image."""
+"""Rows of a Hessian that are summed at once, each strip from its diagonal block on: the rest is the mirror image."""
 
 
 def squares(inputs: Iterable[Tensor]) -> Tensor:
@@ -23,12 +23,12 @@ def squares(inputs: Iterable[Tensor]) -> Tensor:
 
 
 def _mirrored(upper: Tensor) -> Tensor:
-    """The symmetric matrix whose upper half that is."""
+    """The symmetric matrix whose upper triangle is that of `upper`."""
     return upper.triu() + upper.triu(1).T
 
 
 def moments(inputs: Iterable[Tensor], exact: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Σ x xᵀ and Σ (x̄ - x) xᵀ, each [in, in], of inputs x [..., in] and what they are in the float model, x̄."""
+    """Σ x xᵀ and Σ (x̄ - x) xᵀ, each [in, in], of inputs x [..., in] and their counterparts x̄ in the float model."""
     total = drift = torch.zeros(0)
     for part, other in zip(inputs, exact, strict=True):
         x, moved = part.flatten(0, -2).float(), other.flatten(0, -2).float()
@@ -41,7 +41,7 @@ def moments(inputs: Iterable[Tensor], exact: Iterable[Tensor]) -> tuple[Tensor, 
 
 
 def _add_squares(total: Tensor, x: Tensor) -> None:
-    """Adds x [tokens, in] to the upper half of the sum [in, in]."""
+    """Adds Σ x xᵀ of x [tokens, in] to the upper triangle of the sum [in, in]."""
     with quick_sums():
         for start in range(0, len(total), STRIP):
             total[start : start + STRIP, start:].addmm_(x[:, start : start + STRIP].T, x[:, start:])
@@ -49,7 +49,7 @@ def _add_squares(total: Tensor, x: Tensor) -> None:
 
 @contextlib.contextmanager
 def quick_sums() -> Iterator[None]:
-    """Lets oneDNN round the inputs of float32 products to bfloat16, and only them: a sum of squares stays one."""
+    """Lets oneDNN round the inputs of float32 products to bfloat16, and nothing else: a sum of squares stays a sum of squares."""
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     try:

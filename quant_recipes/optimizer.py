@@ -1,4 +1,4 @@
-"""The optimizers of the recipes, and which parameter goes with which rate and decay."""
+"""The optimizers of the recipes, and the learning rate and weight decay of each parameter."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from lobit.quant_recipes.schedule import Training
 
 BETAS = (0.9, 0.95)
-"""[Spectra section A.3]"""
+"""Decay rates of the two moments [Spectra section A.3]."""
 
 
 class CautiousAdamW(torch.optim.Optimizer):
-    """AdamW that moves only entries whose update and gradient have one sign, the others' share spread over them.
+    """AdamW that updates only entries whose update and gradient have the same sign, and scales them up for those left out.
 
     Source: Liang et al. 2025 (arXiv:2411.16085), Algorithm 1; Bonsai section 2.1.
     """
@@ -25,7 +25,7 @@ class CautiousAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Updates every parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -46,7 +46,7 @@ class CautiousAdamW(torch.optim.Optimizer):
 
 
 def optimizer_for(named: Iterable[tuple[str, nn.Parameter]], training: Training) -> torch.optim.Optimizer:
-    """The optimizer of the parameters that want a gradient; each group knows its share of rate (`scale`) and of decay (`decays`)."""
+    """The optimizer of the parameters that want a gradient; each group has a factor on the rate (`scale`) and whether it `decays`."""
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
         if parameter.requires_grad:

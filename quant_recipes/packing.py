@@ -1,8 +1,8 @@
 """How integers lie in bytes: versioned layouts, the same on every platform.
 
-Along a row, `group` integers share `size` bytes. Their codes c, from 0 on, are the digits of one number: the sum of c[i] * base^i. Its
-lowest byte comes first. Each row begins at a byte; its last group is filled up with 0 (bits-1: with 1), and bytes past the last integer
-are left out.
+Along a row, `group` integers share `size` bytes. Their codes c, which count from 0, are the digits of one number: the sum of
+c[i] * base^i. Its lowest byte comes first. Each row begins at a byte; its last group is filled up with the integer 0 (bits-1: with 1),
+and bytes past the last integer are left out.
 
 | layout    | integers q     | code c      | group | size | base | bits a weight | means nothing |
 |-----------|----------------|-------------|-------|------|------|---------------|---------------|
@@ -32,12 +32,12 @@ from lobit.errors import ModelError
 SLICE = 1 << 18
 """Integers that are packed at once: their temporaries stay in the processor's cache."""
 WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By their bytes."""
+"""Integer types by their size in bytes."""
 
 
 @dataclass(frozen=True)
 class Layout(ABC):
-    """One row of the table above."""
+    """One row of the module's table."""
 
     name: str
     group: int
@@ -46,11 +46,11 @@ class Layout(ABC):
     lowest: int
     highest: int
     step: int = 1
-    """From one integer to the next."""
+    """The distance from one integer to the next."""
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of an integer in a full group."""
+        """Bits that an integer takes in a full group."""
         return 8 * self.size / self.group
 
     def width(self, columns: int) -> int:
@@ -58,7 +58,7 @@ class Layout(ABC):
         return -(-columns * self.size // self.group)
 
     def pack(self, integers: Tensor) -> Tensor:
-        """int8 [rows, columns] as uint8 [rows, width(columns)].
+        """Packs int8 [rows, columns] into uint8 [rows, width(columns)].
 
         Raises:
             ModelError: integers that the layout does not have.
@@ -107,19 +107,19 @@ class Layout(ABC):
         return -(-columns // self.group)
 
     def _wrong(self, steps: Tensor) -> int:
-        """How many integers, less the lowest one, the layout does not have."""
+        """How many integers, given minus `lowest`, the layout does not have."""
         span = self.highest - self.lowest
-        # Two maxima first: counting takes longer than packing does. A tensor without memory has its shape alone.
+        # Two maxima are checked first, since counting takes longer than packing. A meta tensor has no values to check.
         if steps.is_meta or (steps.max() <= span and (self.step == 1 or (steps & 1).max() == 0)):
             return 0
         return int(((steps > span) | (steps % self.step > 0)).sum())
 
     @abstractmethod
     def encode(self, steps: Tensor) -> Tensor:
-        """Bytes, uint8 [n * size].
+        """The packed bytes, uint8 [n * size].
 
         Args:
-            steps: the integers of whole groups, less the lowest one: uint8 [n * group]; may be overwritten.
+            steps: the integers of whole groups minus `lowest`, uint8 [n * group]; may be overwritten.
         """
 
     @abstractmethod
@@ -128,7 +128,7 @@ class Layout(ABC):
 
 
 def row_slices(rows: int, columns: int) -> Iterator[slice]:
-    """Rows that are packed at once."""
+    """Slices of the rows that are packed at once."""
     step = max(SLICE // max(columns, 1), 1)
     return (slice(start, start + step) for start in range(0, rows if columns else 0, step))
 
@@ -138,12 +138,12 @@ class FixedWidth(Layout):
 
     @property
     def joins(self) -> list[tuple[torch.dtype, int, int]]:
-        """How the codes become one number, two neighbours at a time: the word of both, the bits of a half, the base of what it holds."""
+        """How codes are joined in pairs into one number: the type of a pair, the bits of each half, the place value of the upper half."""
         return [(word, 4 * size, self.base ** (size // 2)) for size, word in WORDS.items() if size <= self.group]
 
     def encode(self, steps: Tensor) -> Tensor:
         if self.size == 1:
-            # A product with this factor adds up, in the word's highest byte, each code times its place value.
+            # In a product with this factor, the word's highest byte is the sum of all codes times their place values.
             factor: int = sum(256 ** (self.group - 1 - i) * self.base**i for i in range(self.group)) // self.step
             return (steps.view(WORDS[self.group]) * factor >> 8 * (self.group - 1)).to(torch.uint8)
         words = steps
@@ -162,7 +162,7 @@ class FixedWidth(Layout):
         return codes if self.step == 1 else codes * self.step
 
     def _numbers(self, packed: Tensor) -> Tensor:
-        """One word per group."""
+        """The number of each group, in a word of its own."""
         if self.size == 1:
             return packed.to(WORDS[self.group])
         words = torch.zeros(len(packed) // self.size * self.group, dtype=torch.uint8, device=packed.device)
@@ -175,7 +175,7 @@ class Trits(Layout):
     """Five ternary codes a byte: 3^5 = 243 <= 256."""
 
     def encode(self, steps: Tensor) -> Tensor:
-        # Sums at every position, of 2, 4 and 5 codes: neighbours are added in vector registers, every fifth ones are not.
+        # Sums of 2, 4 and 5 codes are taken at every position: neighbours are added in vector registers, every fifth code would not be.
         pairs = torch.add(steps[:-1], steps[1:], alpha=3)
         fours = torch.add(pairs[:-2], pairs[2:], alpha=9)
         return torch.add(fours[:-1], steps[4:], alpha=81)[::5]
@@ -185,7 +185,7 @@ class Trits(Layout):
 
     @cached_property
     def _table(self) -> Tensor:
-        """The codes [256, 5] of every byte; the last one of a byte over 242 is 3."""
+        """The codes [256, 5] of every byte; a byte over 242 has 3 as its last code."""
         codes = torch.arange(256)[:, None] // 3 ** torch.arange(5)
         codes[:, :4] %= 3
         return codes.to(torch.uint8)
@@ -202,7 +202,7 @@ _BY_BITS: dict[int, Layout | None] = {1: BITS, 2: TRITS, 3: THREES, 4: NIBBLES, 
 
 
 def layout_of(bits: int) -> Layout | None:
-    """The layout in which checkpoints hold integers; None: as int8, unpacked.
+    """The layout in which checkpoints store integers; None: they are stored as int8, unpacked.
 
     Args:
         bits: 1 for -1 and 1; 2 for -1, 0 and 1; 3, 4, 6 or 8 for [-2^(bits - 1), 2^(bits - 1) - 1].

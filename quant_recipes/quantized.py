@@ -31,9 +31,9 @@ CONFIG_FILE = "config.json"
 RECIPE_FILE = "recipe.json"
 WEIGHTS_FILE = "model.safetensors"
 HEADER = "lobit"
-"""Of the file's metadata: layout and seal, in one entry, since the library writes several in an order of chance."""
+"""The entry of the file's metadata with layout and seal: one entry, since the library writes several in random order."""
 LAYOUT = "packed-2"
-"""Of integers: those of each width in the layout that `packing.layout_of` gives, 8 bits as int8."""
+"""Integers of each width lie in the layout that `packing.layout_of` returns, those of 8 bits as int8."""
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -45,14 +45,14 @@ def check_float(folder: Path) -> None:
     """Refuses a quantized checkpoint where a float model is needed.
 
     Raises:
-        InputError: it is one.
+        InputError: the folder holds a quantized checkpoint.
     """
     if is_checkpoint(folder):
         raise InputError(f"{folder} is quantized already: give the float model that it was made from")
 
 
 def _tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor once, by name in order; a shared head is left out."""
+    """Every tensor once, in the order of names, without a head that is shared."""
     head_is_shared = model.config.tied
     for name, tensor in sorted(model.state_dict().items()):
         if not (head_is_shared and name.startswith("head.")):
@@ -60,7 +60,7 @@ def _tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
 
 
 def fingerprint(model: Transformer) -> str:
-    """sha256 of all integers, scales and floats of a converted model, with their names, kinds and shapes."""
+    """sha256 of all integers, scales and floats of a converted model, with their names, types and shapes."""
     digest = hashlib.sha256()
     for name, tensor in _tensors(model):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -69,7 +69,7 @@ def fingerprint(model: Transformer) -> str:
 
 
 def _packing(recipe: Recipe, name: str) -> Layout | None:
-    """How a tensor of the model is packed, or None."""
+    """The layout in which a tensor of the model is packed, or None."""
     rule = recipe.rule_for(name.removesuffix(".integers")) if name.endswith(".integers") else None
     return layout_of(rule.weights.bits) if rule else None
 
@@ -80,7 +80,7 @@ def _is_half(recipe: Recipe, name: str) -> bool:
 
 
 def _stored(tensor: Tensor, name: str, recipe: Recipe) -> Tensor:
-    """A tensor of the model as the file has it."""
+    """A tensor of the model as the file stores it."""
     packing = _packing(recipe, name)
     if packing is not None:
         return packing.pack(tensor)
@@ -88,7 +88,7 @@ def _stored(tensor: Tensor, name: str, recipe: Recipe) -> Tensor:
 
 
 def _seal(model: Transformer, recipe: Recipe, config: Mapping[str, Any]) -> str:
-    """sha256 of all that a checkpoint says: a changed weight, recipe or config is another one."""
+    """sha256 of a checkpoint's weights, recipe and config, which a change to any of them changes."""
     told = json.dumps([fingerprint(model), recipe.to_json(), config], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()
 
@@ -104,7 +104,7 @@ def save_checkpoint(model: Transformer, recipe: Recipe, source: Path, folder: Pa
     (folder / RECIPE_FILE).write_text(json.dumps(recipe.to_json(), indent=2) + "\n", encoding="utf-8")
     sha256 = _seal(model, recipe, read_json(source / CONFIG_FILE))
     write_tensors(packed, folder / WEIGHTS_FILE, {HEADER: f"{LAYOUT} {sha256}"})
-    shutil.copymode(folder / RECIPE_FILE, folder / WEIGHTS_FILE)  # safetensors leaves it to its owner alone
+    shutil.copymode(folder / RECIPE_FILE, folder / WEIGHTS_FILE)  # safetensors gives access to the owner only
     copy_companions(source, folder, [CONFIG_FILE, *COMPANIONS])
 
 
@@ -117,7 +117,7 @@ def load_checkpoint(folder: Path) -> tuple[Transformer, Recipe]:
     """The converted model and the recipe.
 
     Raises:
-        ModelError: not a checkpoint, not as it was written, or tensors are missing, misshapen or left over; all are named.
+        ModelError: the folder is no checkpoint or has changed, or tensors are missing, misshapen or left over; all are named.
         RecipeError: the recipe does not fit the config.
     """
     if not is_checkpoint(folder):
@@ -137,7 +137,7 @@ def load_checkpoint(folder: Path) -> tuple[Transformer, Recipe]:
 
 
 def empty_model(config: Config, recipe: Recipe) -> Transformer:
-    """The converted model's shape, without memory for it."""
+    """The converted model with the shapes of its tensors, but no memory for them."""
     check(config, recipe)
     model = skeleton(replace(config, tied=config.tied and not recipe.untied))
     for name, module in list(layers_of(model)):
@@ -166,7 +166,7 @@ def _share_head(model: Transformer) -> None:
 
 
 def _read(path: Path, model: Transformer, recipe: Recipe) -> tuple[dict[str, Tensor], str]:
-    """The tensors and the seal."""
+    """Reads and checks the tensors; returns them, unpacked, and the seal."""
     wanted = dict(_tensors(model))
     if not path.is_file():
         raise ModelError(f"{path} is missing: quantize the model again")
@@ -201,7 +201,7 @@ def _read(path: Path, model: Transformer, recipe: Recipe) -> tuple[dict[str, Ten
 
 
 def _is_exact(recipe: Recipe, name: str) -> bool:
-    """Whether a layer's scales are those that an earlier quantization had."""
+    """Whether a layer's scales were taken unchanged from an earlier quantization."""
     rule = recipe.rule_for(name.removesuffix(".scale"))
     return rule is not None and rule.weights.scale_rule == "exact"
 

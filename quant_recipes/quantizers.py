@@ -29,12 +29,12 @@ from lobit.quant_recipes.integer import ROWS
 from lobit.quant_recipes.recipe import WeightGrid
 
 INSIDE = 0.25
-"""Steps from an integer that a weight may begin, to be rounded to it. Nearer to a half, the first few updates undo what calibration found:
+"""How far from its integer a weight may begin, in steps of the grid. Nearer to a half, the first few updates undo what calibration found:
 on SmolLM2 from 0.49 the loss rose from 0.27 to 0.36 in 20 steps."""
 
 
 def best_shares(weight: Tensor, grid: WeightGrid) -> Tensor:
-    """`grid.best_range` [out, groups] of a weight [out, in], some rows at a time: a large embedding would take five times its memory."""
+    """`grid.best_range` [out, groups] of a weight [out, in], some rows at a time: all at once would take five times its memory."""
     return torch.cat([best_range(rows.float(), grid) for rows in weight.detach().split(ROWS)])
 
 
@@ -51,7 +51,7 @@ class Quantizer(nn.Module):
         return weight
 
     def learned(self) -> list[Tensor]:
-        """What decides the integers besides the weight, a row for every output channel; most of it is learned."""
+        """The tensors besides the weight that decide the integers, each with a row for every output channel; most are learned."""
         return list(self.parameters())
 
     def forward(self, weight: Tensor, *learned: Tensor) -> Tensor:
@@ -66,9 +66,9 @@ class Quantizer(nn.Module):
 
 
 class Searched(Quantizer):
-    """Scales of the range, times the share of each group's largest weight that rounded it with the least squared error at the start.
+    """Scales from a share of each group's largest weight: the share that rounded the group with the least squared error at the start.
 
-    So training begins with the integers of rounding to nearest, and its scales follow the weights [MobileLLM-Pro eq. 4] without a
+    So training begins with the integers of rounding to nearest, and the scales follow the weights [MobileLLM-Pro eq. 4] without a
     search in every step.
     """
 
@@ -83,10 +83,10 @@ class Searched(Quantizer):
         return [self.share]
 
     def begin_at(self, weight: Tensor, integers: Tensor, scale: Tensor) -> Tensor:
-        """The weight nearest to a weight [out, in] that rounds to given integers, onto given scales from now on.
+        """Returns the weight nearest to `weight` that lies within `INSIDE` of given integers, and sets the shares to give the scales.
 
         Args:
-            weight: float.
+            weight: [out, in], float.
             integers: [out, in].
             scale: [out, groups].
         """
@@ -99,7 +99,7 @@ class Searched(Quantizer):
         return begun.reshape(weight.shape)
 
     def scale(self, weight: Tensor, share: Tensor) -> Tensor:
-        """Scales [out, groups] of a weight [out, in]."""
+        """Scales [out, groups] of a weight [out, in] with the shares [out, groups]."""
         return range_scale(grouped(weight, self.grid).abs().amax(dim=2) * share, self.grid)
 
     def forward(self, weight: Tensor, *learned: Tensor) -> Tensor:
@@ -134,9 +134,9 @@ class _Clipped(torch.autograd.Function):
 
 
 class LearnedRange(Quantizer):
-    """w_min and w_max of every group are learned [MobileLLM-Pro section 7.1, Table 15].
+    """Scales from the w_min and w_max of every group, which are learned [MobileLLM-Pro section 7.1, Table 15].
 
-    They begin as the weight's, both drawn in where that rounds with less error: outliers cost a whole channel its resolution.
+    They begin at the weight's own, both times the share that rounds with the least error: outliers cost a whole channel its resolution.
     """
 
     def __init__(self, weight: Tensor, grid: WeightGrid) -> None:

@@ -33,8 +33,8 @@ class WeightGrid:
     `least_squares`: those that round it with the least squared error, found before training and then kept as shares of the largest
     weights; `range`: max(-w_min, w_max) / ((2^bits - 1) / 2) [MobileLLM-Pro eq. 4]; `learned`: the same of a w_min and w_max
     for every output channel that training learns [section 7.1]; `absmean`: mean |w| [BitNet b1.58 eq. 3; Spectra Table 1, TriLM and
-    BiLM]; `row_norm`: a magnitude for every row over the norm of its integers [Bonsai eq. 1]; `exact`: as the checkpoint had them,
-    which was quantized before, and not rounded.
+    BiLM]; `row_norm`: a magnitude for every row over the norm of its integers [Bonsai eq. 1]; `exact`: the scales of
+    a checkpoint that was quantized before, not rounded.
     """
     shards: int | None = None
     """Equal blocks of rows whose weights share one scale [Spectra section A.4], 1: the whole matrix; None: rows do not share scales."""
@@ -51,12 +51,12 @@ class WeightGrid:
 
     @property
     def is_computed(self) -> bool:
-        """Whether its integers have scales that are computed from the weight: those that GPTQ can round to."""
+        """Whether the scales of its integers are computed from the weight: GPTQ can round to such grids."""
         return self.bits > 2 and self.scale_rule in ("least_squares", "range")
 
     @property
     def divisor(self) -> str:
-        """What a layer's size must divide by."""
+        """What must divide a layer's size, for messages."""
         return f"shards={self.shards}" if self.shards else f"group_size={self.group_size or 0}"
 
     def misfit(self, out: int, inner: int) -> str | None:
@@ -83,7 +83,7 @@ class Rule:
     activation_bits: Literal[8] | None = None
     """8: the input is quantized per token at run time; None: the input stays in floating point."""
     activation_rule: Literal["range", "absmax"] = "range"
-    """Of the input's grid in training: `range` has a zero point [MobileLLM-Pro eq. 3], `absmax` has none [BitNet b1.58 section 2]."""
+    """The input's grid in training: `range` has a zero point [MobileLLM-Pro eq. 3], `absmax` has none [BitNet b1.58 section 2]."""
     rounding: Literal["nearest", "gptq"] = "nearest"
     """`gptq`: after training, each weight makes up for the rounding of those before it on a calibration text (`gptq.py`)."""
 
@@ -97,9 +97,9 @@ GRIDS: dict[str, WeightGrid] = {
     "int6": WeightGrid(6, None),
     "int8": WeightGrid(8, None),
 }
-"""Grids by the names that mixed precision has for them, with one scale per output channel."""
+"""Grids by their names in mixed precision, each with one scale per output channel."""
 _MIXED = re.compile(r"([^=]+)=(?:(float|binary|ternary)|(int[3468])(?::([1-9]\d{0,7}))?)", re.ASCII)
-"""PATTERN=GRID, integers with or without a group size."""
+"""PATTERN=GRID, where integers may have a group size."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,9 @@ class Recipe:
     untied: bool = False
     """The head gets integers of its own where the model shares the embedding with it."""
     float_bits: Literal[16, 32] = 32
-    """Of the layers that stay in floating point; 16: rounded once to half precision. Norms and biases keep 32."""
+    """Bits of the layers that stay in floating point; 16: they are rounded once to half precision. Norms and biases keep 32."""
     rotate: tuple[Turn, ...] = ()
-    """What gets another basis before anything is rounded, so that outliers are spread (`rotate.py`): the stream, each head's values."""
+    """What is rotated before anything is rounded, so that outliers are spread (`rotate.py`): the stream, the values of each head."""
     source: str = ""
     """Where the recipe comes from."""
 
@@ -148,15 +148,15 @@ class Recipe:
             exclude: further patterns that stay in floating point.
             group_size: weights per scale, in every rule that has groups.
             kv_cache: overrides how keys and values are cached.
-            mixed: `PATTERN=GRID` such as `layers.0.mlp.down=int8`, `embedding=int4:32` (in groups) or `head=float`, the grids of
-                other layers than the recipe's: the first that matches a layer decides, floating point before all. Inputs are
-                rounded as the recipe's own rules say; GPTQ rounds integers of layers where it does so in the recipe.
+            mixed: `PATTERN=GRID` such as `layers.0.mlp.down=int8`, `embedding=int4:32` (in groups) or `head=float`: grids that replace
+                the recipe's. The first that matches a layer decides, but floating point before all. Inputs are rounded as the
+                recipe's last rule says. GPTQ rounds these layers where that rule has it, unless the pattern matches embedding or head.
             scale_rule: how scales are computed from weights, in every rule that does so.
-            rotate: of `TURNS`, beside what the recipe rotates itself; a rotated stream unties the head.
+            rotate: names in `TURNS`, besides what the recipe itself rotates; a rotated stream unties the head.
 
         Raises:
-            RecipeError: a group size for a recipe without groups, or below 1; a rule for a recipe without such scales; an entry of
-                `mixed` that is none or is never reached; nothing that can be rotated.
+            RecipeError: a group size for a recipe without groups, or below 1; a scale rule for a recipe without computed scales; an
+                entry of `mixed` that is malformed or never reached; a name in `rotate` that is not in `TURNS`.
         """
         rules = self.rules
         if group_size is not None:
@@ -190,7 +190,7 @@ class Recipe:
         return replace(self, rotate=turns, untied=self.untied or "stream" in turns)
 
     def _rule(self, pattern: str, grid: WeightGrid) -> Rule:
-        """A rule of another grid, otherwise like the recipe's own."""
+        """A rule with another grid, otherwise like the recipe's last rule."""
         own = self.rules[-1] if self.rules else Rule((), grid)
         calibrated = own.rounding == "gptq" and grid.is_computed and not any(fnmatchcase(end, pattern) for end in ENDS)
         return replace(own, match=(pattern,), weights=grid, rounding="gptq" if calibrated else "nearest")
@@ -210,7 +210,7 @@ class Recipe:
         return replace(self, rules=tuple(rules))
 
     def to_json(self) -> dict[str, Any]:
-        """The recipe as JSON values; `rotate` only where something is, so that recipes from before there was rotation stay the same."""
+        """The recipe as JSON values, without `rotate` where it is empty, so that recipes from before there was rotation stay the same."""
         values = cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(self))))
         return values if self.rotate else {name: value for name, value in values.items() if name != "rotate"}
 
@@ -223,7 +223,7 @@ class Recipe:
         """
         try:
             recipe: Recipe = build(Recipe, {"rotate": [], **values}, "the recipe")
-            json.dumps(values, ensure_ascii=False).encode()  # no half of a surrogate pair, which no manifest could hold
+            json.dumps(values, ensure_ascii=False).encode()  # refuses half of a surrogate pair, which no manifest could contain
         except ValueError as error:
             raise RecipeError(f"{error}: quantize the model again") from None
         if any(rule.weights.group_size == 0 for rule in recipe.rules):
@@ -232,7 +232,7 @@ class Recipe:
 
 
 def _entries(mixed: Sequence[str]) -> list[tuple[str, WeightGrid | None]]:
-    """Pattern and grid of each `PATTERN=GRID`; None: floating point."""
+    """Pattern and grid of each `PATTERN=GRID`; a grid of None stands for floating point."""
     found = [_MIXED.fullmatch(entry) for entry in mixed]
     wrong = [shown(entry) for entry, match in zip(mixed, found, strict=True) if not match]
     if wrong:
@@ -250,7 +250,7 @@ def _grid(match: re.Match[str]) -> WeightGrid | None:
 
 
 def _check_reached(entries: Sequence[tuple[str, WeightGrid | None]], floats: Sequence[str]) -> None:
-    """Refuses entries whose layers others have already."""
+    """Refuses entries that are never reached, since an earlier pattern or floating point decides for their layers."""
     taken, late = list(floats), []
     for pattern in (pattern for pattern, grid in entries if grid):
         plain = set("*?[").isdisjoint(pattern)

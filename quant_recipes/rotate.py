@@ -1,20 +1,20 @@
-"""Rotation: outliers spread over all channels before anything is rounded, folded into the weights so that nothing is computed twice.
+"""Rotation: spreads outliers over all channels before anything is rounded, folded into the weights so that nothing more is computed.
 
 A few channels of a trained model's stream are far larger than the others, and INT8 inputs with one scale per token lose all that is
-small beside them. What one product writes and only other products read may be written in any orthonormal basis R: x R R^T W^T is
-x W^T. Two places are so:
+small beside them. A tensor that products write and only products read can be in any orthonormal basis R, since x R R^T W^T is x W^T.
+There are two such tensors:
 
-* `stream`: what the embedding, o and down write, and q, k, v, gate, up and the head read. The norms in between divide by a length, which
-  R keeps, and multiply each channel by a weight, which R would mix: that goes into the products behind first, and is 1 from then on.
-  The embedding is then another matrix than the head, so the recipe is `untied`.
-* `heads`: what v writes and o reads through attention, which weights tokens and never mixes the entries of a head.
+* `stream`: the embedding, o and down write it, and q, k, v, gate, up and the head read it. The norms in between divide by a length, which
+  R keeps, and multiply each channel by a weight, which R would mix: that weight is first multiplied into the products after the norm,
+  and is 1 from then on. The embedding then differs from the head's matrix, so the recipe is `untied`.
+* `heads`: v writes it and o reads it through attention, which takes weighted sums over tokens and never mixes the entries of a head.
 
 R is D H: D of random signs, H the Hadamard matrix of the largest power of two that divides the size, in the Kronecker product with a
 random orthonormal matrix of the odd rest, where there is one (QuaRot, Ashkboos et al. 2024, does so without the rest).
 
 The same float model gives the same weights, bit by bit, on every machine: the signs come from SHAKE-256, and no number depends on the order
-in which a library adds up, since all there is are single sums, differences and products of float64 in an order that is written here, and
-square roots, which IEEE 754 rounds in one way. Each weight is rounded to float32 once, at the end.
+in which a library sums. All computations are single sums, differences, products and quotients of float64 in an order that is fixed here,
+sums by `math.fsum`, and square roots, which IEEE 754 rounds in one way. Each weight is rounded to float32 once, at the end.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from lobit.model import Config, Transformer
 from lobit.quant_recipes.recipe import Recipe, Turn
 
 Read = Callable[[str], Tensor]
-"""Of a float model: the parameter of that name."""
+"""Returns the parameter of that name."""
 LARGEST_ODD = 127
-"""Of a size's odd part, which is turned one channel after the other."""
+"""The largest odd part of a size that can be rotated: that part is multiplied one channel after the other."""
 CHUNK = 1 << 18
-"""Weights that are turned at once: what a core's cache holds in float64."""
+"""Weights that are rotated at once: as many as a core's cache holds in float64."""
 BEHIND = {
     "attention.q": "attention_norm",
     "attention.k": "attention_norm",
@@ -47,7 +47,7 @@ BEHIND = {
 }
 """The products that read the stream, and the norm before each."""
 WRITE = ("attention.o", "mlp.down")
-"""The products that write to it, beside the embedding."""
+"""The products that write to the stream, besides the embedding."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _odd(size: int) -> int:
 
 
 def _orthonormal(rows: list[list[float]]) -> tuple[tuple[float, ...], ...]:
-    """The rows by Gram and Schmidt, each twice, so that they are orthogonal to the last bits; sums are rounded once."""
+    """The rows made orthonormal by Gram-Schmidt, applied twice so that they are orthogonal to the last bits; sums are rounded once."""
     done: list[tuple[float, ...]] = []
     for row in rows:
         for other in done * 2:
@@ -99,7 +99,7 @@ def _orthonormal(rows: list[list[float]]) -> tuple[tuple[float, ...], ...]:
 
 
 def problems(config: Config, recipe: Recipe) -> list[str]:
-    """Every reason why a model cannot be rotated as the recipe says, each with the way out."""
+    """Every reason why a model cannot be rotated as the recipe says, each with what to do about it."""
     found = []
     if recipe.rotate and not recipe.rules:
         found.append("it quantizes nothing, and rotation changes nothing but what rounding costs: leave --rotate out")
@@ -120,11 +120,11 @@ def problems(config: Config, recipe: Recipe) -> list[str]:
 
 
 class Rotation:
-    """The parameters of a rotated model, from those of the model as it was trained.
+    """Computes the parameters of a rotated model from those of the trained one.
 
     Args:
-        config: of the model.
-        recipe: which `problems` has nothing against.
+        config: the model's.
+        recipe: one in which `problems` finds nothing.
     """
 
     def __init__(self, config: Config, recipe: Recipe) -> None:
@@ -133,11 +133,11 @@ class Rotation:
         self.sub_norms = config.sub_norms
 
     def changes(self, name: str) -> bool:
-        """Whether a parameter becomes another one."""
+        """Whether the rotation changes a parameter."""
         return self._becomes_one(name) or any(self._turns(name))
 
     def read(self, name: str, read: Read) -> Tensor:
-        """The rotated model's parameter `name`, where `read` gives those of the trained one."""
+        """The rotated model's parameter `name`; `read` returns those of the trained one."""
         x = read(name)
         if self._becomes_one(name):
             return torch.ones_like(x, dtype=torch.float32)
@@ -151,21 +151,21 @@ class Rotation:
         return _by_rows(outer.turn, x.T if x.ndim > 1 else x[None], torch.float32).T.reshape(x.shape) if outer else x
 
     def _turns(self, name: str) -> tuple[Basis | None, Basis | None]:
-        """The bases that a parameter is turned to: of its inputs, and of its outputs."""
+        """The bases to which a parameter's inputs and its outputs are rotated, or None."""
         layer, kind = _place(name)
         inner = self.stream if layer in BEHIND or layer == "embedding" else self.heads if layer == "attention.o" else None
         outer = self.stream if layer in WRITE else self.heads if layer == "attention.v" else None
         return inner if kind == "weight" else None, outer
 
     def _norm_before(self, name: str) -> str | None:
-        """The norm whose weight a product takes in, as a parameter's name."""
+        """The name of the norm weight that is multiplied into a product's weight, or None."""
         layer, _ = _place(name)
         if layer == "attention.o":
             return name.replace("attention.o", "attention.sub_norm") if self.sub_norms else None
         return name.replace(layer, BEHIND[layer]) if layer in BEHIND else None
 
     def _becomes_one(self, name: str) -> bool:
-        """Whether it is the weight of a norm that a product has taken in."""
+        """Whether the parameter is a norm weight that is multiplied into the products after it."""
         layer, _ = _place(name)
         return bool(layer in BEHIND.values() and self.stream) or bool(layer == "attention.sub_norm" and self.heads)
 
@@ -177,12 +177,12 @@ def _place(name: str) -> tuple[str, str]:
 
 
 def _by_rows(turn: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`turn` of x [out, in] in float64, some rows at a time."""
+    """Applies `turn` to x [out, in] in float64, some rows at a time."""
     return torch.cat([turn(rows.double()).to(dtype) for rows in x.split(max(1, CHUNK // x.shape[1]))])
 
 
 def rotated(config: Config, recipe: Recipe, read: Read) -> Read:
-    """What reads the rotated model's parameters, where `read` reads those of the float model; in float32 where they are others."""
+    """Returns a function that reads the rotated model's parameters, given one for the float model's; those that change are float32."""
     if not recipe.rotate:
         return read
     rotation = Rotation(config, recipe)
@@ -190,11 +190,11 @@ def rotated(config: Config, recipe: Recipe, read: Read) -> Read:
 
 
 def rotate(model: Transformer, recipe: Recipe) -> Transformer:
-    """Rotates a float model as the recipe says, once: a model that is rotated already stays as it is. In place, new parameters.
+    """Rotates a float model in place, with new parameters; a model that is rotated already stays as it is.
 
     Args:
-        model: with a head of its own where the stream is rotated; parameters without memory stay so.
-        recipe: which `problems` has nothing against.
+        model: has a head of its own where the stream is rotated; parameters without memory stay so.
+        recipe: says what to rotate; `problems` finds nothing in it.
     """
     if model.rotated or not recipe.rotate:
         return model
@@ -210,5 +210,5 @@ def rotate(model: Transformer, recipe: Recipe) -> Transformer:
 
 
 def _reader(model: Transformer, norms: Mapping[str, Tensor]) -> Read:
-    """Reads a model whose norms change on the way."""
+    """Returns a function that reads a model's parameters, the norms from `norms`, since the model's own change meanwhile."""
     return lambda name: norms[name] if name in norms else model.get_parameter(name).detach()

@@ -14,19 +14,19 @@ class Training:
     """How to train, whatever the model and the text."""
 
     learning_rate: float = 2e-4
-    """At its peak."""
+    """The learning rate at its peak."""
     schedule: Literal["cosine", "two_stage"] = "cosine"
     """`two_stage`: linear decay whose peak drops at half of the steps, and no weight decay from two thirds on [Spectra section 3.3]."""
     warm_up: float = 0.05
     """Share of the steps in which the rate rises linearly."""
     second_peak: float = 0.625
-    """Of `two_stage`: the peak after half of the steps, as a share of the first [Spectra Table 3: 2.4e-3 to 1.5e-3]."""
+    """The peak of `two_stage` after half of the steps, as a share of the first [Spectra Table 3: 2.4e-3 to 1.5e-3]."""
     weight_decay: float = 0.0
-    """Of the matrices; norms, ranges and magnitudes never decay."""
+    """The weight decay of matrices; norms, ranges and magnitudes never decay."""
     optimizer: Literal["adamw", "cautious"] = "adamw"
     """`cautious`: AdamW that leaves out the entries whose update points against the gradient [Liang et al. 2025, arXiv:2411.16085]."""
     clip: float = 1.0
-    """The largest norm of the gradient."""
+    """The norm to which larger gradients are clipped."""
     range_rate: float = 1.0
     """Learning rate of learned ranges and magnitudes, as a multiple of that of the weights."""
     distillation: float = 0.0
@@ -50,7 +50,7 @@ class Training:
 
 
 FINE_TUNING = Training(distillation=1.0)
-"""From a float model, its own teacher."""
+"""Training that starts from a float model, which is also the teacher."""
 RECIPES = {
     "8da8w": replace(FINE_TUNING, learning_rate=1e-5),
     **dict.fromkeys(("fp", "fp16"), Training(learning_rate=1e-3, weight_decay=0.1)),
@@ -59,22 +59,23 @@ RECIPES = {
     "bilm": Training(learning_rate=2.4e-3, schedule="two_stage", weight_decay=0.1),
     "bonsai": Training(learning_rate=1e-2, weight_decay=0.1, optimizer="cautious", tuning_samples=128),
 }
-"""How recipes train otherwise [Spectra Table 3, smallest model; Bonsai sections 2.1 and 2.2]. INT8 is so near to the float model that a
-larger rate leads away from it."""
+"""The recipes that do not train as `FINE_TUNING` [Spectra Table 3, smallest model; Bonsai sections 2.1 and 2.2]. INT8 is so near to the
+float model that a larger rate leads away from it."""
 
 
 BEGUN = 2.0
-"""Of the rate, where training begins at integers that calibration found: each weight is then a quarter of a step or more from the next
-integer (`quantizers.INSIDE`), and at half the rate 240 steps on SmolLM2 took not one in a thousand over (`README.md`, Training)."""
+"""A factor on the rate where training begins at integers that calibration found. Each weight is then at least a quarter of a step from
+rounding to another integer (`quantizers.INSIDE`): 240 steps on SmolLM2 at half the usual rate, 1e-4, changed not one integer in a
+thousand (`README.md`, Training)."""
 
 
 def training_of(recipe: Recipe, alone: bool = False, begun: bool = False) -> Training:
-    """How the recipe of that name trains unless told otherwise.
+    """How a recipe trains by default.
 
     Args:
         recipe: what ships.
-        alone: from new weights, which have no float model to learn from.
-        begun: from the integers of a checkpoint.
+        alone: training starts from new weights, which have no float model to learn from.
+        begun: training starts from the integers of a checkpoint.
     """
     training = RECIPES.get(recipe.name, FINE_TUNING)
     if begun:

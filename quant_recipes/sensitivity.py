@@ -1,10 +1,10 @@
-"""How far each layer's rounding alone moves a model, and which layers to give a wider grid.
+"""How far each layer's rounding alone moves a model, and which layers to give a finer grid.
 
-The figures of single layers do not sum to that of all of them, errors add up and cancel: a proposal is chosen by the sum, as an
-approximation, and then measured. Layers whose rule is GPTQ are rounded to nearest here, which needs no calibration text.
+The figures of single layers do not sum to the figure of all of them, since errors add up and cancel: a proposal is chosen by the sum,
+as an approximation, and then measured. Layers whose rule is GPTQ are rounded to nearest here, which needs no calibration text.
 
-Products are in float32. In bfloat16 they are twice as quick, but SmolLM2 is then 2e-4 nats a token from itself, 6e-4 where the head's
-product is too, and its layers.0.attention.q under `8da4w-g32` at 3e-4 in the place of 4e-5: rounding of the products would be ranked.
+Products are computed in float32. bfloat16 is twice as fast, but SmolLM2 then differs from itself by 2e-4 nats a token, by 6e-4 with the
+head's product in bfloat16 too, and layers.0.attention.q under `8da4w-g32` by 3e-4 instead of 4e-5: that ranks the products' rounding.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from lobit.quant_recipes.recipe import GRIDS, Recipe, Rule, WeightGrid
 from lobit.quant_recipes.sizes import size_of
 
 GROUP = 32
-"""Weights that share a scale in the grids that are proposed for layers with one for a whole output channel."""
+"""Weights that share a scale in the grids that are proposed for layers whose scales are per output channel."""
 IN_CACHE = 1 << 20
-"""Logits that are compared at once: what that needs stays in the processor's cache."""
+"""Logits that are compared at once: their temporaries stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -41,37 +41,37 @@ class Wider:
     """A finer grid for a layer than the recipe's."""
 
     grid: str
-    """As `Recipe.with_changes` has it: `int8`, `int4:32`, `float`."""
+    """Its name for `Recipe.with_changes`: `int8`, `int4:32`, `float`."""
     bytes: int
-    """That it adds to the checkpoint."""
+    """Bytes that it adds to the checkpoint."""
     kl: float
-    """What of the layer's is expected to stay, nats a token: as much as of the squared error of its weights."""
+    """The KL that is expected to stay, nats a token: the same share of the layer's KL as of its weights' squared error."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layer quantized, the rest of the model float."""
+    """The figures with one layer quantized and the rest of the model float."""
 
     layers: tuple[str, ...]
-    """Its name; of an embedding that is the head too, both names."""
+    """The layer's name; for an embedding that is also the head, both names."""
     rule: Rule
     parameters: int
     bytes_saved: int
-    """Of the checkpoint, against the layer in floating point as the recipe keeps it."""
+    """How much smaller the checkpoint is than with the layer in floating point, as the recipe keeps floats."""
     kl: float
     """KL(float || model), nats a token."""
     wider: tuple[Wider, ...]
-    """Finer grids: of fewer than 8 bits INT8 per channel and, of channels without groups, the same bits in groups; of 8 bits floats."""
+    """Finer grids. Below 8 bits: INT8 per channel and, if 3 bits or more are per channel, the same bits in groups. At 8 bits: floats."""
 
 
 def sensitivity(model: Transformer, recipe: Recipe, corpus: Corpus, progress: Progress | None = None) -> list[Row]:
-    """Every layer that the recipe quantizes, the most sensitive first.
+    """Measures every layer that the recipe quantizes; the most sensitive comes first.
 
-    One pass of the float model over the text, then for each layer a pass that begins at its block. Memory: the model, and of the
-    text the stream and the float model's log-probabilities, 4 bytes for every token and entry of the vocabulary.
+    The float model passes over the text once, then for each layer there is a pass that begins at its block. Memory: the model, the
+    text's stream and the float model's log-probabilities, 4 bytes for every token and entry of the vocabulary.
 
     Args:
-        model: float. Single layers are replaced in it meanwhile.
+        model: float; single layers are replaced in it meanwhile.
         recipe: what is quantized; its key-value cache stays float here.
         corpus: the text.
         progress: called after each layer.
@@ -96,7 +96,7 @@ def sensitivity(model: Transformer, recipe: Recipe, corpus: Corpus, progress: Pr
 
 
 def _units(model: Transformer, recipe: Recipe) -> list[list[LayerPlan]]:
-    """Layers that are quantized together, in the order of execution: each alone, but a shared head with its embedding."""
+    """The layers to quantize, in the order of execution: each alone, except a shared head, which goes with its embedding."""
     ruled = [layer_plan for layer_plan in layer_plans(model.config, recipe) if layer_plan.rule]
     return [[row, *(head for head in ruled if head.shared_with == row.name)] for row in ruled if not row.shared_with]
 
@@ -115,7 +115,7 @@ def _row(unit: Sequence[LayerPlan], recipe: Recipe, kl: float, error: float, wei
 
 
 def _finer(grid: WeightGrid, inner: int) -> Iterator[tuple[str, WeightGrid | None]]:
-    """Names and grids that round less; None: floating point."""
+    """Names and grids that round less; a grid of None stands for floating point."""
     if grid.bits == 8:
         yield "float", None
         return
@@ -125,13 +125,13 @@ def _finer(grid: WeightGrid, inner: int) -> Iterator[tuple[str, WeightGrid | Non
 
 
 def _squared_error(weight: Tensor, integers: Tensor, scale: Tensor) -> float:
-    """Of all weights together."""
+    """The squared error summed over all weights."""
     return F.mse_loss(dequantize(integers, scale), weight.float(), reduction="sum").item()
 
 
 @contextlib.contextmanager
 def _quantized(model: Transformer, unit: Sequence[LayerPlan]) -> Iterator[float]:
-    """The model with one layer of integers; yields the squared error of its weights."""
+    """Replaces a layer of the model by its integers meanwhile; yields the squared error of its weights."""
     before = {layer_plan.name: model.get_submodule(layer_plan.name) for layer_plan in unit}
     rule = cast(Rule, unit[0].rule)
     weight = weight_of(before[unit[0].name]).detach()
@@ -149,9 +149,9 @@ def _quantized(model: Transformer, unit: Sequence[LayerPlan]) -> Iterator[float]
 
 
 class _LayerByLayer:
-    """A text on its way through the float model; from where it is, to the end of the model with one layer changed.
+    """Takes a text through the float model layer by layer, and from any place to the end of the model with one layer changed.
 
-    Places on the way: 0 before the embedding, 1 before the first layer that is executed, and so on to the head.
+    Place 0 is before the embedding, 1 before the first layer that is executed, and so on to the head.
     """
 
     @torch.inference_mode()
@@ -185,7 +185,7 @@ class _LayerByLayer:
         return self.model.logits(self._through(x, 1 + len(self.model.config.layers))).flatten(0, 1)
 
     def _through(self, x: Tensor, end: int) -> Tensor:
-        """A stream from its place to another."""
+        """Runs a stream from the current place to another."""
         config = self.model.config
         if self.place == 0 < end:
             x = self.model.embedding(x) * config.embedding_scale
@@ -196,7 +196,7 @@ class _LayerByLayer:
 
 @dataclass(frozen=True)
 class _Step:
-    """From a layer's grid to a finer one."""
+    """A step from a layer's grid to a finer one."""
 
     row: Row
     before: Wider | None
@@ -208,19 +208,19 @@ class _Step:
 
     @property
     def worth(self) -> float:
-        """KL that goes, for a byte."""
+        """The KL that the step removes per byte."""
         goes = (self.before.kl if self.before else self.row.kl) - self.after.kl
         return math.inf if goes > 0 >= self.bytes else goes / max(self.bytes, 1)
 
 
 def proposal(rows: Sequence[Row], budget: int) -> list[str]:
-    """Finer grids for few layers, as `Recipe.with_changes` takes them: first those for which most KL goes for a byte.
+    """Finer grids for few layers, as `Recipe.with_changes` takes them: first those that remove most KL per byte.
 
-    What no longer fits is left out, and what comes after it tried. More bytes never leave more of the summed KL: where they allow
-    a step that was left out, it is worth more a byte than all that it displaces, which together has fewer bytes.
+    A step that no longer fits is left out, and the ones after it are tried. A larger budget never leaves more of the summed KL: a step
+    that it newly allows is worth more per byte than all steps that it displaces, which together have fewer bytes.
 
     Args:
-        rows: of all layers.
+        rows: those of all layers.
         budget: bytes that the checkpoint may grow by, at least 0.
     """
     chosen: dict[tuple[str, ...], Wider] = {}
@@ -233,7 +233,7 @@ def proposal(rows: Sequence[Row], budget: int) -> list[str]:
 
 
 def _steps(row: Row) -> Iterator[_Step]:
-    """From grid to grid, each step the one that is worth most: so each is worth less than the one before."""
+    """The steps from grid to grid, each time the one that is worth most, so that each is worth less than the one before."""
     before = None
     while True:
         steps = [_Step(row, before, wider) for wider in row.wider if wider != before]
@@ -245,12 +245,12 @@ def _steps(row: Row) -> Iterator[_Step]:
 
 
 def measured(model: Transformer, recipe: Recipe, corpus: Corpus) -> Figures:
-    """A recipe's figures with all its layers quantized, and its key-value cache; the model stays as it is.
+    """A recipe's figures with all its layers rounded to nearest, and its key-value cache; the model stays as it is.
 
     Raises:
         RecipeError: the recipe does not fit the model, or a weight is not finite.
     """
     nearest = recipe.to_nearest()
-    # new parameters over the same memory: nothing but integers is allocated
+    # the copy has new parameters over the same memory, so that only integers are allocated
     shared: dict[int, object] = {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in model.parameters()}
     return figures(convert(copy.deepcopy(model, shared), nearest), corpus, recipe, model)

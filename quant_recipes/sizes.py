@@ -1,8 +1,8 @@
 """The bytes of a quantized checkpoint, from the shapes alone.
 
-They are those of the tensors that `quantized.save_checkpoint` writes; the file has a header with names and shapes besides. Papers
-count a little differently: a ternary weight as log2(3) = 1.58 bits where five in a byte take 1.6, and neither norms nor the
-float32 scale of each row [Spectra Table 4; Bonsai Table 1]. Groups of 128 agree: 4.25 bits are 4 and a scale of 32 [Spectra section 4.2].
+They are those of the tensors that `quantized.save_checkpoint` writes; the file also has a header with names and shapes. Papers count a
+little differently: a ternary weight as log2(3) = 1.58 bits where five in a byte take 1.6, and neither norms nor the float32 scale of
+each row [Spectra Table 4; Bonsai Table 1]. For groups of 128 they agree: 4.25 bits are 4 and a scale of 32 [Spectra section 4.2].
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Size:
     """`int4 group 32`, `float16`, `float32`, …"""
     parameters: int
     bytes: int
-    """Packed integers and their scales, or floats."""
+    """Bytes of the packed integers and their scales, or of the floats."""
 
 
 def kind_of(name: str) -> str:
@@ -49,12 +49,12 @@ def checkpoint_sizes(config: Config, recipe: Recipe) -> list[Size]:
 
 
 def checkpoint_bytes(config: Config, recipe: Recipe) -> int:
-    """The bytes of all tensors."""
+    """The bytes of all tensors together."""
     return sum(size.bytes for size in checkpoint_sizes(config, recipe))
 
 
 def _tensors(config: Config, recipe: Recipe) -> Iterator[Size]:
-    """Each layer's weight, norm and bias."""
+    """The size of each layer's weight, of each norm and of each bias."""
     for layer_plan in layer_plans(config, recipe):
         if not layer_plan.shared_with:
             yield size_of(layer_plan, recipe)
@@ -63,14 +63,14 @@ def _tensors(config: Config, recipe: Recipe) -> Iterator[Size]:
 
 
 def norms_and_biases(config: Config) -> Iterator[tuple[str, int]]:
-    """`norms` or `biases` and the entries of each such tensor."""
+    """The kind, `norms` or `biases`, and the number of entries of each such tensor."""
     for name, tensor in skeleton(config).named_parameters():
         if "norm" in name or name.endswith(".bias"):
             yield "norms" if "norm" in name else "biases", tensor.numel()
 
 
 def size_of(layer_plan: LayerPlan, recipe: Recipe) -> Size:
-    """A linear's or embedding's weight: packed row by row, with float32 scales, or floats of the recipe's width."""
+    """The size of a linear's or embedding's weight: packed row by row with float32 scales, or floats of the recipe's width."""
     (out, inner), kind = layer_plan.shape, kind_of(layer_plan.name)
     if layer_plan.rule is None:
         return Size(kind, f"float{recipe.float_bits}", out * inner, out * inner * recipe.float_bits // 8)

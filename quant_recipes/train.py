@@ -1,6 +1,6 @@
 """Training: the loop, its stages, and checkpoints from which a run that was killed goes on to the same weights.
 
-On one process or, under torchrun, on several with FSDP2; checkpoints are torch.distributed.checkpoint's, in safetensors.
+It runs in one process or, under torchrun, in several with FSDP2; checkpoints are torch.distributed.checkpoint's, in safetensors.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lobit.quiet import quiet_python
 TUNING_BATCH = 64
 """Sequences in a step of the second stage [Bonsai section 2.2]."""
 ROWS, TENSORS, NEW = "rows.json", "tensors", ".new"
-"""In a checkpoint: the steps, the weights and the optimizer's state; the ending of one that is being written."""
+"""Names in a checkpoint: the file of its rows, the folder of weights and optimizer state; the ending of one that is being written."""
 Precision = Literal["bf16", "float32"]
 
 
@@ -50,8 +50,8 @@ class Run:
         steps: updates of the weights.
         batch: sequences in a step, over all processes.
         micro_batch: sequences that one process computes at once; gradients of the others are added up.
-        precision: of products; weights and sums are float32.
-        minutes: between two checkpoints.
+        precision: the type of products; weights and sums are float32.
+        minutes: time between two checkpoints.
         device: `cpu`, or `cuda` with the process's own number.
     """
 
@@ -64,28 +64,28 @@ class Run:
 
     @property
     def processes(self) -> int:
-        """That train together."""
+        """How many processes train together."""
         return distributed.get_world_size() if distributed.is_initialized() else 1
 
     @property
     def rank(self) -> int:
-        """Of this process."""
+        """The number of this process, from 0."""
         return distributed.get_rank() if distributed.is_initialized() else 0
 
     def dealt(self) -> Run:
-        """With a micro batch: where it is 0, all sequences of a process at once."""
+        """The run with its micro batch set: where it is 0, to all sequences of a process."""
         return self if self.micro_batch else replace(self, micro_batch=max(1, self.batch // self.processes))
 
     def wait(self) -> None:
-        """For all processes to come here."""
+        """Waits until all processes are here."""
         if self.processes > 1:
             distributed.barrier()
 
     def check(self) -> None:
-        """Refuses a batch that cannot be dealt out.
+        """Refuses a batch that cannot be divided evenly.
 
         Raises:
-            InputError: with the numbers.
+            InputError: the batch is no multiple of the processes times the micro batch.
         """
         share = self.processes * self.micro_batch
         if self.batch % share:
@@ -97,18 +97,18 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """One step."""
+    """The figures of one step."""
 
     step: int
     tokens: int
-    """Seen so far."""
+    """Tokens seen so far."""
     loss: float
     """Nats a token, before the step."""
     learning_rate: float
     weight_decay: float
     gradient_norm: float
     seconds: float
-    """Of this step."""
+    """The time that this step took."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Stage:
 
 
 def stages(trainee: Trainee, training: Training, corpus: Corpus, run: Run) -> list[Stage]:
-    """All weights; then, where the recipe has a second stage, scales and norms alone [Bonsai section 2.2]."""
+    """The first stage trains all weights; the second, where the recipe has one, only scales and norms [Bonsai section 2.2]."""
     wanted = {name for name, parameter in trainee.model.named_parameters() if parameter.requires_grad}
     found = [Stage(training, corpus, run.steps, run.batch, wanted.__contains__)]
     if training.tuning_samples:
@@ -146,11 +146,11 @@ class Trainer:
     """Trains a model in place.
 
     Args:
-        trainee: whose parameters that want a gradient are trained.
-        training: the recipe's way.
-        corpus: to train on.
-        run: how much.
-        folder: for checkpoints; a finished run leaves none.
+        trainee: the model and its loss; the parameters that want a gradient are trained.
+        training: how to train.
+        corpus: the text to train on.
+        run: how much to train, and where.
+        folder: where checkpoints are written.
 
     Raises:
         InputError: the batch does not fit the processes.
@@ -167,11 +167,11 @@ class Trainer:
 
     @property
     def steps(self) -> int:
-        """Of all stages."""
+        """The number of steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
     def train(self) -> Iterator[Row]:
-        """Goes on from the newest checkpoint; yields each new step.
+        """Trains, from the newest checkpoint on if there is one; yields the figures of each new step.
 
         Raises:
             RecipeError: the loss is no longer finite.
@@ -210,7 +210,7 @@ class Trainer:
         return row
 
     def _gradients(self, sequences: Tensor) -> float:
-        """Adds up the gradients of this process's sequences; the mean loss over all processes."""
+        """Adds up the gradients of this process's sequences; returns the mean loss over all processes."""
         pieces = sequences.split(self.run.micro_batch)
         total = torch.zeros((), device=self.run.device)
         for i, piece in enumerate(pieces):
@@ -226,19 +226,19 @@ class Trainer:
         return total.item()
 
     def _restore(self) -> int:
-        """The steps of the newest checkpoint, which are not done again."""
+        """Reads the rows of the newest checkpoint; returns their number, the steps that are not done again."""
         newest = self._newest()
         if newest is not None:
             self.rows = [Row(**row) for row in json.loads((newest / ROWS).read_text(encoding="utf-8"))]
         return len(self.rows)
 
     def _newest(self) -> Path | None:
-        """The newest checkpoint's folder."""
+        """The newest checkpoint's folder, or None."""
         found = sorted(path for path in self.folder.glob("step-*") if path.suffix != NEW)
         return found[-1] if found else None
 
     def _state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """All tensors that go on changing, by name."""
+        """The model's parameters and the optimizer's state, by name."""
         named: dict[Any, str] = {parameter: name for name, parameter in self.trainee.model.named_parameters()}
         state = {f"model.{name}": parameter.detach() for parameter, name in named.items()}
         for parameter, values in optimizer.state.items():
@@ -246,7 +246,7 @@ class Trainer:
         return state
 
     def _save(self, optimizer: torch.optim.Optimizer) -> None:
-        """Keeps what a later run needs; the checkpoint before it goes when this one is whole."""
+        """Writes a checkpoint, and deletes the one before it when this one is complete."""
         place = self.folder / f"step-{len(self.rows):09}"
         new = place.with_suffix(NEW)
         if self.run.rank == 0:
@@ -274,7 +274,7 @@ class Trainer:
             load(self._state(optimizer), storage_reader=reader, no_dist=self.run.processes == 1)
 
     def _agreed(self, mine: bool) -> bool:
-        """What the first process finds: all must do the same."""
+        """The first process's answer, for all processes, since all must do the same."""
         if self.run.processes == 1:
             return mine
         found = torch.tensor([mine], device=self.run.device)
@@ -282,7 +282,7 @@ class Trainer:
         return bool(found)
 
     def trained(self) -> Transformer:
-        """The trained model on the CPU; of several processes the first has it."""
+        """The trained model on the CPU; of several processes only the first has its weights."""
         model = self.trainee.model
         if self.run.processes == 1:
             return model.cpu()
@@ -294,7 +294,7 @@ class Trainer:
 
 
 def join() -> str:
-    """Meets the other processes that torchrun started, if it did; the device of this one."""
+    """Joins the other processes, if torchrun started several; returns the device of this one."""
     number = int(os.environ.get("LOCAL_RANK", "0"))
     device = f"cuda:{number}" if torch.cuda.is_available() else "cpu"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
@@ -305,7 +305,7 @@ def join() -> str:
 
 
 def native_precision(device: str) -> Precision:
-    """bf16 where the hardware multiplies it."""
+    """bf16 where the hardware multiplies it, else float32."""
     if device != "cpu":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     cpu: Any = torch.cpu
@@ -313,7 +313,7 @@ def native_precision(device: str) -> Precision:
 
 
 def shard(trainee: Trainee) -> None:
-    """Deals the weights of every block out over all processes (FSDP2); the teacher's too."""
+    """Distributes the weights of model and teacher, block by block, over all processes (FSDP2)."""
     mesh = init_device_mesh(next(trainee.parameters()).device.type, (distributed.get_world_size(),))
     for model in (trainee.model, trainee.teacher):
         for block in model.blocks if model else []:
@@ -322,7 +322,7 @@ def shard(trainee: Trainee) -> None:
 
 
 def fill(optimizer: torch.optim.Optimizer) -> None:
-    """Makes the optimizer's state, for a checkpoint to be read into."""
+    """Creates the optimizer's state, by a step with zero gradients, so that a checkpoint can be read into it."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)

@@ -16,14 +16,14 @@ from lobit.quant_recipes.recipe import Recipe
 
 
 class Trainee(nn.Module):
-    """Tokens to a loss.
+    """Computes the training loss of sequences of tokens.
 
     Args:
-        model: that `prepare` made.
-        recipe: of the model.
+        model: one that `prepare` made.
+        recipe: the model's.
         teacher: a frozen float model of the same vocabulary, or None.
         distillation: share of the loss that is KL(teacher || model); the rest is cross entropy.
-        recompute: keeps no activations inside of blocks for the backward pass.
+        recompute: activations inside of blocks are computed again in the backward pass instead of being kept.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Trainee(nn.Module):
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
     def forward(self, sequences: Tensor) -> Tensor:
-        """Mean loss in nats a token of sequences [B, T + 1]."""
+        """The mean loss, in nats a token, of sequences [B, T + 1]."""
         tokens, targets = sequences[:, :-1], sequences[:, 1:].flatten()
         hidden = normed(self.model, tokens, self.recipe)
         x, weight = operands(self.model.head, hidden)
@@ -53,7 +53,7 @@ class Trainee(nn.Module):
 
 
 def new_weights(config: Config, seed: int) -> Transformer:
-    """A model with normal weights that keep the size of what they multiply; those that add to the stream less, by its depth."""
+    """A model of random normal weights that keep the size of what they multiply; attention.o and mlp.down are smaller, by the depth."""
     model, generator = Transformer(config), torch.Generator().manual_seed(seed % 2**63)
     for name, weight in model.named_parameters():
         if weight.ndim == 2:
@@ -64,7 +64,7 @@ def new_weights(config: Config, seed: int) -> Transformer:
 
 
 def normed(model: Transformer, tokens: Tensor, recipe: Recipe | None = None) -> Tensor:
-    """What the head reads, [B, T, D], of whole sequences tokens [B, T]."""
+    """The head's input [B, T, D] for whole sequences of tokens [B, T]."""
     config: Config = model.config
     tables = rotary_tables(config, torch.arange(tokens.shape[1], device=tokens.device))
     return cast(Tensor, model.norm(model.hidden(tokens, tables, attention_for(recipe, FloatAttention(config)))))

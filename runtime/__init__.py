@@ -1,1 +1,1 @@
-"""What runs a bundle and what judges it: manifest, engines, parity, verify, benchmarks, the report."""
+"""The code that runs bundles and judges them: the manifest, engines, parity, verify, benchmarks and the report."""

@@ -1,4 +1,4 @@
-"""`lobit bench`: llama-bench's table, each row from a process of its own."""
+"""`lobit bench`: makes a table like llama-bench's, and measures each row in a process of its own."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from lobit.runtime.manifest import CacheInfo, Manifest
 from lobit.targets import TARGETS
 
 Progress = Callable[[str, int, int], None]
-"""(what, done, of how many)"""
+"""Called with the name of the next row, how many rows are done, and how many there are."""
 READ_BY_ROW = {"embedding", "embedding scales", "tables"}
-"""Kinds of weights of which a token reads only its own row."""
+"""Kinds of weights of which each token reads only one row."""
 VERSIONED = ("torch", *(package for target in TARGETS.values() for package in target.packages))
 WHAT = (
     "ppN: a prompt of N tokens is read at once; tgN: N tokens are read one by one; @dD: with D tokens in the cache before. "
@@ -48,25 +48,25 @@ def bench(
     repetitions: int = 5,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Times every bundle; for each test the bundles take turns, so that a drift of the machine's speed hits all alike.
+    """Times every bundle. The bundles take turns at each test, so that a drift of the machine's speed affects all alike.
 
     Args:
-        bundles: folders.
+        bundles: the bundles' folders.
         prompts: lengths of prompts in tokens, may be empty.
         generates: numbers of generated tokens, may be empty.
         depths: tokens in the cache before the timed ones.
-        threads: of the runtime; None: as each bundle says, or one per core.
+        threads: number of the runtime's threads; None: what each bundle says, or one per core.
         repetitions: timed samples of each row.
         progress: called before each row and at the end.
 
     Returns:
-        `{"kind", "rows", "skipped", "what", "device", "cpu", "memory_bandwidth_gb_s", "memory_bandwidth", "versions"}`; a row as
-        in `row_of`, in the order of the bundles; `skipped` names each row that does not fit its context, and why.
+        `{"kind", "rows", "skipped", "what", "device", "cpu", "memory_bandwidth_gb_s", "memory_bandwidth", "versions"}`. The rows
+        are those of `row_of`, in the order of the bundles; `skipped` names each test that does not fit a bundle's context, and why.
 
     Raises:
         InputError: a number is out of range, nothing is to be timed, or two bundles have the same name.
         BundleError: a bundle is not as export wrote it.
-        LobitError: a row's process failed; the message is the row's own.
+        LobitError: a row's process failed; the message comes from that process.
     """
     works = workloads(prompts, generates, depths)
     if (threads is not None and threads < 1) or repetitions < 1:
@@ -99,7 +99,7 @@ def bench(
 
 
 def workloads(prompts: Sequence[int], generates: Sequence[int], depths: Sequence[int]) -> list[Workload]:
-    """Every prompt and every generation at every depth.
+    """The tests: every length of a prompt and every length of a generated text, at every depth.
 
     Raises:
         InputError: a length below 1, a depth below 0, or no test at all.
@@ -115,7 +115,7 @@ def workloads(prompts: Sequence[int], generates: Sequence[int], depths: Sequence
 
 
 def _check_names(bundles: Sequence[Bundle]) -> None:
-    """Rows are told apart by the bundle's name."""
+    """Refuses bundles of the same name: the name is all that tells their rows apart."""
     names = [bundle.manifest.name for bundle in bundles]
     if not names:
         raise InputError("there is no bundle to time: give the folder of at least one")
@@ -125,7 +125,7 @@ def _check_names(bundles: Sequence[Bundle]) -> None:
 
 
 def _fitting(bundles: Sequence[Bundle], works: Sequence[Workload]) -> tuple[list[tuple[int, Workload]], list[dict[str, str]]]:
-    """The rows to run as (number of the bundle, test), and those that are longer than the context."""
+    """Returns the rows to run as (index of the bundle, test), and the rows that are longer than the bundle's context."""
     rows, skipped = [], []
     for work in works:
         for number, bundle in enumerate(bundles):
@@ -142,7 +142,7 @@ def run_row(request: Request) -> Answer:
     """Measures one row in a fresh process.
 
     Raises:
-        LobitError: the row's own error, or the process ended without an answer.
+        LobitError: the measurement failed, or its process ended without an answer.
     """
     paths = [str(Path(lobit.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
@@ -170,11 +170,11 @@ def row_of(manifest: Manifest, work: Workload, answer: Answer, threads: int, ban
     """A row of the result.
 
     Args:
-        manifest: of the bundle.
+        manifest: the bundle's manifest.
         work: what was timed.
         answer: what was measured.
-        threads: of the runtime.
-        bandwidth: of the memory, in GB/s.
+        threads: number of the runtime's threads.
+        bandwidth: memory bandwidth in GB/s.
     """
     speeds = [work.tokens / nanoseconds * 1e9 for nanoseconds in answer.samples_ns]
     speed = statistics.fmean(speeds)
@@ -204,12 +204,12 @@ def row_of(manifest: Manifest, work: Workload, answer: Answer, threads: int, ban
 
 
 def bytes_per_token(manifest: Manifest, work: Workload) -> float:
-    """What decoding a token must read from memory, in bytes: the mean over the test's tokens.
+    """Bytes that decoding a token must read from memory: the mean over the test's tokens.
 
-    Every weight once, but of an embedding and of tables one row, which is left out; where the bundle has no weights of kind
-    `head`, the embedding is the head and is read whole, without the scales that only its rows need. And the keys and values of
-    every token that the new one sees, itself included, in each layer at most as many as the layer has slots. A runtime that reads
-    more (a whole cache, weights twice) uses more of the bandwidth than this shows.
+    Every weight is read once. Of an embedding and of tables only one row is read, which is not counted; where the bundle has no
+    weights of kind `head`, the embedding is the head and is read whole, without the scales that only its rows need. The keys and
+    values of every token that the new one sees are read too, itself included, in each layer at most as many as it has slots. A
+    runtime that reads more (a whole cache, weights twice) uses more of the bandwidth than this shows.
     """
     tied = all(group.kind != "head" for group in manifest.weights)
     by_row = READ_BY_ROW - {"embedding"} if tied else READ_BY_ROW
@@ -219,13 +219,13 @@ def bytes_per_token(manifest: Manifest, work: Workload) -> float:
 
 
 def _cache_bytes(cache: CacheInfo, tokens: int) -> float:
-    """Keys, values and scales of `tokens` tokens, all layers having the same size of a slot."""
+    """Bytes of the keys, values and scales of `tokens` tokens; a slot has the same size in all layers."""
     slots = sum(cache.slots)
     return cache.bytes * sum(min(tokens, size) for size in cache.slots) / slots if slots else 0.0
 
 
 def _versions() -> Mapping[str, str]:
-    """Of Python, lobit and the runtimes that are installed."""
+    """Versions of Python, lobit and the runtimes that are installed."""
     found = {"python": sys.version.split()[0], "lobit": lobit.__version__}
     for name in VERSIONED:
         try:

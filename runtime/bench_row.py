@@ -1,6 +1,6 @@
-"""One row of a benchmark in a process of its own, so that its peak of memory is its own: `python -m lobit.runtime.bench_row`.
+"""Measures one row of a benchmark, in a process of its own for the sake of its peak memory: `python -m lobit.runtime.bench_row`.
 
-A request comes as JSON on stdin, the answer goes as JSON to stdout; everything that a runtime prints goes to stderr.
+The request is read as JSON from stdin, and the answer is written as JSON to stdout; everything that a runtime prints goes to stderr.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from lobit.runtime.engine import Engine, import_runtime, open_engine
 
 @dataclass(frozen=True)
 class Workload:
-    """What is timed."""
+    """A test: what is timed."""
 
     phase: Literal["pp", "tg"]
     """`pp`: a prompt is read; `tg`: tokens are read one by one, as in generation."""
     tokens: int
-    """That are timed."""
+    """Number of tokens that are timed."""
     depth: int = 0
-    """Tokens in the cache before."""
+    """Number of tokens in the cache before them."""
 
     @property
     def name(self) -> str:
-        """As llama-bench has it: `pp128`, `tg64@d2048`."""
+        """The test's name as llama-bench writes it: `pp128`, `tg64@d2048`."""
         return f"{self.phase}{self.tokens}" + (f"@d{self.depth}" if self.depth else "")
 
 
@@ -54,9 +54,9 @@ class Answer:
     samples_ns: list[int]
     """Each repetition's time for all timed tokens."""
     first_token_ns: list[int] | None
-    """Of prompts: until the first new token is chosen."""
+    """Each repetition's time until the first new token is chosen; None where no prompt is read."""
     load_seconds: float
-    """To open the engine, its Python modules already imported (`import_runtime`) and the files in the system's cache."""
+    """Time to open the engine when its Python modules are imported (`import_runtime`) and the files are in the system's cache."""
     base_rss_bytes: int
     """The process's peak before the engine was opened: Python and the runtime's modules."""
     peak_rss_bytes: int
@@ -87,7 +87,7 @@ def measure(request: Request) -> Answer:
 
 
 def _sample(engine: Engine, work: Workload) -> tuple[int, int]:
-    """Nanoseconds for the test's tokens, and until a token was chosen after the last; filling the cache is not timed."""
+    """Nanoseconds for the test's tokens, and for these and the choice of the next token; filling the cache is not timed."""
     tokens = tokens_to_read(engine.vocab_size, work.depth + work.tokens)
     before, timed = tokens[: work.depth], tokens[work.depth :]
     engine.reset()
@@ -105,12 +105,12 @@ def _sample(engine: Engine, work: Workload) -> tuple[int, int]:
 
 
 def tokens_to_read(vocab_size: int, count: int) -> list[int]:
-    """Always the same pseudo-random tokens: no dense runtime is faster for some than for others."""
+    """Pseudo-random tokens, always the same ones: no dense runtime is faster for some tokens than for others."""
     return [int(token) for token in np.random.default_rng(0).integers(0, vocab_size, size=count)]
 
 
 def answer(text: str) -> dict[str, Any]:
-    """The answer to a request in JSON: an `Answer`, or `{"error"}` with the message of a `LobitError`."""
+    """Measures what a request in JSON asks for. Returns the fields of an `Answer`, or `{"error"}` with the message of a `LobitError`."""
     values = json.loads(text)
     request = Request(**{**values, "work": Workload(**values["work"])})
     try:

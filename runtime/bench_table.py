@@ -12,10 +12,10 @@ LEFT = {"model", "target", "recipe", "test"}
 
 
 def bench_table(result: Mapping[str, Any]) -> Table:
-    """A line for each row; skipped rows and the machine below.
+    """A table with a line for each row, and below it the machine and the rows that were skipped.
 
     Args:
-        result: of `bench`.
+        result: what `bench` returned.
     """
     caption = [f"{result['device']}; memory bandwidth {result['memory_bandwidth_gb_s']:.1f} GB/s"]
     caption += [f"left out: {entry['model']} {entry['test']}: {entry['why']}" for entry in result["skipped"]]
@@ -28,7 +28,7 @@ def bench_table(result: Mapping[str, Any]) -> Table:
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
-    """The texts of a row, in the order of `COLUMNS`; empty where a test has no such figure."""
+    """The cells of a row, in the order of `COLUMNS`; a cell is empty where the test has no such figure."""
     first, read = row["first_token_ms"], row["gigabytes_per_second"]
     return [
         row["model"],

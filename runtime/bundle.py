@@ -1,4 +1,4 @@
-"""Reading a bundle: the manifest, its files, their hashes."""
+"""Reads a bundle: its manifest and its files, with their hashes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Bundle:
     manifest: Manifest
 
     def path(self, role: str) -> Path:
-        """The first file of a role."""
+        """The path of the first file that has a role."""
         return self.folder / self.manifest.file(role).path
 
 
@@ -25,10 +25,11 @@ def open_bundle(folder: Path | str, hashes: bool = True) -> Bundle:
     """Reads a bundle and checks that its files are those that export wrote.
 
     Args:
-        hashes: compare the files' sha256, not only their presence and size.
+        folder: the bundle.
+        hashes: whether the files' sha256 are compared too, not only their presence and size.
 
     Raises:
-        BundleError: no bundle, files missing, links, or changed bytes; all are named.
+        BundleError: the folder is no bundle, or files are missing, are links that leave it or have changed; all of them are named.
     """
     folder = Path(folder)
     path = folder / FILE_NAME

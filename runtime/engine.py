@@ -1,4 +1,4 @@
-"""The verbs that every runtime has. Parity, benchmarks, generation and evaluation know engines and nothing else."""
+"""The methods that every runtime has. Parity, benchmarks, generation and evaluation use a runtime through these alone."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Engine(Protocol):
     """A model that remembers what it has read.
 
     Attributes:
-        context: positions that it can hold.
+        context: number of positions that it can hold.
         vocab_size: length of the logits.
-        position: tokens read since the last reset.
+        position: number of tokens read since the last reset.
     """
 
     context: int
@@ -31,31 +31,31 @@ class Engine(Protocol):
     position: int
 
     def prefill(self, tokens: Sequence[int]) -> Logits:
-        """Reads tokens after those already read; the logits [V] after the last.
+        """Reads tokens after those already read; returns the logits [V] after the last one.
 
         Raises:
-            InputError: no tokens, a token outside the vocabulary, or more than the context holds.
+            InputError: there are no tokens, one is outside the vocabulary, or they do not fit into the context.
         """
 
     def decode(self, token: int) -> Logits:
-        """Reads one token; the logits [V] after it.
+        """Reads one token; returns the logits [V] after it.
 
         Raises:
             InputError: as `prefill`.
         """
 
     def score(self, tokens: Sequence[int]) -> Logits:
-        """Reads tokens as `prefill` does; the logits [T, V] after each.
+        """Reads tokens as `prefill` does; returns the logits [T, V] after each of them.
 
         Raises:
             InputError: as `prefill`.
         """
 
     def rewind(self, position: int) -> bool:
-        """Forgets the tokens from a position on; false, and nothing is forgotten, where a layer no longer has all tokens before it.
+        """Forgets the tokens from a position on. Where a layer no longer has all tokens before it, nothing is forgotten: returns false.
 
         Raises:
-            InputError: fewer tokens were read.
+            InputError: fewer tokens than that were read.
         """
 
     def reset(self) -> None:
@@ -66,7 +66,7 @@ def check_tokens(engine: Engine, tokens: Sequence[int]) -> None:
     """Refuses tokens that an engine cannot read.
 
     Raises:
-        InputError: none, outside the vocabulary, or past the context.
+        InputError: there are no tokens, one is outside the vocabulary, or they do not fit into the context.
     """
     if not tokens:
         raise InputError("there are no tokens to read: give a prompt with at least one")
@@ -81,18 +81,18 @@ def check_tokens(engine: Engine, tokens: Sequence[int]) -> None:
 
 
 ReadChunk = Callable[[list[int], int], Logits]
-"""(tokens, position of the first) -> logits [n, V] after the last, or after each of them; keeps what it read in its cache."""
+"""Called with tokens and the position of the first; gives the logits [n, V] after the last or after each, and caches what it read."""
 
 
 class SteppingEngine:
-    """The verbs over one function that reads a chunk of tokens at a position.
+    """An engine made of one function that reads a chunk of tokens at a position.
 
     Args:
-        step: reads 1 to `chunk` tokens. Positions begin at 0 after a reset; what lies behind a position is overwritten.
-        context: positions that the cache holds.
+        step: reads 1 to `chunk` tokens. Positions begin at 0 after a reset; cache entries from the given position on are overwritten.
+        context: number of positions that the cache holds.
         chunk: the most tokens in one step.
         vocab_size: length of the logits.
-        slots: positions that the shortest cache of a layer holds; None: the context.
+        slots: number of positions that the shortest cache of a layer holds; None: as many as the context.
         all_logits: whether a step gives the logits after each of its tokens.
     """
 
@@ -104,17 +104,17 @@ class SteppingEngine:
         self.position = 0
 
     def prefill(self, tokens: Sequence[int]) -> Logits:
-        """See `Engine.prefill`; long prompts go in chunks."""
+        """See `Engine.prefill`; long prompts are read in chunks."""
         for rows in self._steps(tokens, self.chunk):
             logits: Logits = rows[-1]
         return logits
 
     def score(self, tokens: Sequence[int]) -> Logits:
-        """See `Engine.score`; token by token where the program gives the logits of the last alone."""
+        """See `Engine.score`; reads token by token where the program gives the logits of a chunk's last token alone."""
         return np.concatenate(list(self._steps(tokens, self.chunk if self.all_logits else 1)))
 
     def _steps(self, tokens: Sequence[int], length: int) -> Iterator[Logits]:
-        """What the steps over pieces of a length give."""
+        """Reads tokens in pieces of `length`; yields the logits of each step."""
         check_tokens(self, tokens)
         for start in range(0, len(tokens), length):
             part = list(tokens[start : start + length])
@@ -127,7 +127,7 @@ class SteppingEngine:
         return self.prefill([token])
 
     def rewind(self, position: int) -> bool:
-        """See `Engine.rewind`: once a window is full, each token takes the place of an older one."""
+        """See `Engine.rewind`. Once the shortest cache is full, each new token overwrites an older one, which cannot be brought back."""
         if not 0 <= position <= self.position:
             raise InputError(f"position {position} is not among the {self.position} tokens that were read")
         possible = self.position <= self.slots or position == self.position
@@ -140,7 +140,7 @@ class SteppingEngine:
 
 
 def target_module(bundle: Bundle) -> Any:
-    """The module that runs and reads the bundles of a target.
+    """The module that runs the bundles of a bundle's target and reads their programs.
 
     Raises:
         BundleError: the target is unknown to this version.
@@ -156,7 +156,7 @@ def open_engine(bundle: Bundle, threads: int | None = None) -> Engine:
 
     Args:
         bundle: what to run.
-        threads: of the runtime; None: as the bundle says, or one per core.
+        threads: number of the runtime's threads; None: what the bundle says, or one per core.
 
     Raises:
         BundleError: the target is unknown to this version.
@@ -166,7 +166,7 @@ def open_engine(bundle: Bundle, threads: int | None = None) -> Engine:
 
 
 def import_runtime(bundle: Bundle) -> None:
-    """Imports the Python modules that an engine needs, so that this does not count as loading; `open_engine` refuses unknown targets.
+    """Imports the Python modules of a bundle's engine, so that this does not count as loading. Unknown targets are left to `open_engine`.
 
     Raises:
         MissingPartError: the runtime is not installed.
@@ -176,5 +176,5 @@ def import_runtime(bundle: Bundle) -> None:
 
 
 def default_threads(bundle: Bundle) -> int:
-    """Of the runtime: what the bundle says, or one per core."""
+    """Number of the runtime's threads: what the bundle says, or one per core."""
     return bundle.manifest.threads or usable_cores()

@@ -1,4 +1,4 @@
-"""Target `xnnpack` at run time: ExecuTorch's own runtime in this process, and its program files read back."""
+"""Target `xnnpack` at run time: runs programs with ExecuTorch's own runtime in this process, and reads their files back."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from lobit.runtime.engine import Logits, SteppingEngine
 from lobit.runtime.verify import StoredLayer
 
 FLOAT32 = 6
-"""ExecuTorch's number of the type."""
+"""ExecuTorch's number for the type float32."""
 EMBEDDINGS = {"quantized_decomposed::embedding_4bit": 4, "quantized_decomposed::embedding_byte": 8, "aten::embedding": 32}
-"""Operator of the embedding and the bits of an entry."""
+"""Operators that an embedding may be, and the bits of an entry of each."""
 
 
 def import_runtime() -> Any:
     """ExecuTorch's native runtime with the operators that a program may use.
 
-    Its Python package would load the whole exporter: five seconds and 200 MB that no phone spends.
+    Importing its Python package would load the whole exporter: five seconds and 200 MB that no phone spends.
 
     Raises:
         MissingPartError: executorch is not installed.
@@ -50,17 +50,17 @@ def import_runtime() -> Any:
 
 
 def use_threads(native: Any, threads: int) -> None:
-    """Makes the pool that all programs of the process share anew; ExecuTorch tells of it on stderr, as of nothing else."""
+    """Makes the thread pool anew that all programs of the process share. ExecuTorch reports this on stderr, which is silenced."""
     with quiet_native():
         native._unsafe_reset_threadpool(threads)
 
 
 def open_engine(bundle: Bundle, threads: int) -> SteppingEngine:
-    """Loads the program of a bundle, and packs its weights: XNNPACK would do that in the first call, which would seem slow.
+    """Loads the program of a bundle and makes a first call: XNNPACK packs the weights in it, which would make the user's first call slow.
 
     Args:
-        bundle: for target xnnpack.
-        threads: of the process-wide pool that all ExecuTorch engines share.
+        bundle: a bundle for target xnnpack.
+        threads: size of the process-wide pool that all ExecuTorch engines share.
 
     Raises:
         MissingPartError: executorch is not installed.
@@ -79,7 +79,7 @@ def open_engine(bundle: Bundle, threads: int) -> SteppingEngine:
 
     try:
         module = native._load_for_executorch(str(bundle.path("program")))
-        step([0], 0)  # what it leaves in the cache is overwritten by the first token that is read
+        step([0], 0)  # its cache entry is overwritten by the first token that is read
     except RuntimeError as error:
         raise BundleError(f"ExecuTorch cannot load {bundle.path('program')} ({error}): export it again") from None
     slots = min(manifest.cache.slots)
@@ -87,10 +87,10 @@ def open_engine(bundle: Bundle, threads: int) -> SteppingEngine:
 
 
 class ProgramFile:
-    """A `.pte` file taken apart: its instructions, its constants, its delegates' graphs.
+    """A `.pte` file taken apart into its instructions, its constants and its delegates' graphs.
 
     Args:
-        path: the file. Only ExecuTorch's own schema readers touch it.
+        path: the file, which only ExecuTorch's own schema readers parse.
 
     Raises:
         BundleError: the file is damaged.
@@ -107,7 +107,7 @@ class ProgramFile:
             self.named = file.named_data
             self._shared = b""
             self.graphs = _decode_graphs([bytes(blob.data) for blob in self.program.backend_delegate_data])
-        except Exception as error:  # the schema readers raise many kinds, all of them mean a damaged file
+        except Exception as error:  # the schema readers raise exceptions of many kinds, all of which mean a damaged file
             raise BundleError(f"{path} cannot be taken apart ({type(error).__name__}: {error}): export it again") from None
 
     def operators(self) -> list[str]:
@@ -119,7 +119,7 @@ class ProgramFile:
         return bytes(self.named.buffers[self.named.pte_data[key].buffer_index])
 
     def constant(self, value: int) -> NDArray[Any]:
-        """A constant tensor of the program as bytes [rows, …] of its own type."""
+        """A constant tensor of the program, as an array of its own shape and type."""
         tensor = self.plan.values[value].val
         dtype = {0: np.uint8, 1: np.int8, 5: np.float16, 6: np.float32}[int(tensor.scalar_type)]
         buffer = bytes(self.program.constant_buffer[tensor.data_buffer_idx].storage)
@@ -145,7 +145,7 @@ class ProgramFile:
                 yield from self._vectors(graph, call.args, f"delegate {call.delegate_index}")
 
     def _vectors(self, graph: dict[str, Any], arguments: list[int], where: str) -> Iterator[StoredLayer]:
-        """Of a delegate: biases among its own constants, norms' weights among those of the program that it is called with."""
+        """Norms and biases of a delegate: biases are constants of its own, norms' weights are constants of the program, given as inputs."""
         values = {_tensor(value)["id_out"]: _tensor(value) for value in graph["xvalues"]}
         given = {name: self._given(argument) for name, argument in zip(graph["input_ids"], arguments, strict=False)}
         for number, node in enumerate(graph["xnodes"]):
@@ -161,7 +161,7 @@ class ProgramFile:
                     yield from (StoredLayer(name, weight, None) for weight in weights if weight is not None)
 
     def _given(self, index: int) -> NDArray[np.float32] | None:
-        """A value of the program if it is a constant vector of floats."""
+        """A value of the program where it is a constant vector of floats, else None."""
         value = self.plan.values[index].val
         is_vector = hasattr(value, "data_buffer_idx") and value.data_buffer_idx and len(value.sizes) == 1 and value.sizes[0] > 1
         return self.constant(index) if is_vector and int(value.scalar_type) == FLOAT32 else None
@@ -181,7 +181,7 @@ class ProgramFile:
             if node["xnode_union_type"] != "XNNFullyConnected":
                 continue
             value = values[node["xnode_union"]["filter_id"]]
-            if _tensor(value)["dims"][0] == 1:  # the mean in a norm, written as a product; no layer has one output
+            if _tensor(value)["dims"][0] == 1:  # the mean in a norm is written as a product; no layer has just one output
                 continue
             yield self._product(graph["constant_data"], value, f"{where}, node {number}")
 
@@ -200,7 +200,7 @@ class ProgramFile:
         if tensor["datatype"] in ("xnn_datatype_qbint4", "xnn_datatype_qcint4"):
             packed = np.frombuffer(data, np.uint8).reshape(rows, -1)
             low, high = packed & 15, packed >> 4
-            # The bytes of the embedding: its operator has the halves the other way round, and the program exchanges the inputs.
+            # These bytes are the embedding's too: its operator has the halves the other way round, and the program exchanges the inputs.
             integers = (_halves(high, low) if data == self._shared else _halves(low, high))[:, :columns]
         else:
             integers = np.frombuffer(data, np.int8).reshape(rows, columns)
@@ -208,7 +208,7 @@ class ProgramFile:
 
 
 def _halves(first: NDArray[Any], second: NDArray[Any]) -> NDArray[Any]:
-    """INT4 from its codes of even and of odd elements, each [rows, columns / 2]."""
+    """INT4 values [rows, columns] from the codes of their even and their odd columns, each [rows, columns / 2]."""
     return np.stack([first, second], axis=2).reshape(first.shape[0], -1).astype(np.int8) - np.int8(8)
 
 
@@ -219,7 +219,7 @@ def _tensor(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _decode_graphs(blobs: list[bytes]) -> list[dict[str, Any]]:
-    """XNNPACK's flatbuffers as JSON, by the schema and the compiler that executorch ships."""
+    """XNNPACK's flatbuffers as JSON, decoded with the schema and the compiler that executorch ships."""
     from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
 
     with tempfile.TemporaryDirectory() as name:

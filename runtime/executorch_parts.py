@@ -1,7 +1,8 @@
 """What the parts of an ExecuTorch program hand to each other, read out of runs of the program itself.
 
-In a program every layer writes the same few tensors: the stream, q, k, v, their cache entries, attention's output. A copy of the
-program in which each layer has tensors of its own, which are outputs, runs the same instructions, delegates and kernels.
+In a program every layer writes the same few tensors: the residual stream, q, k, v, their cache entries and attention's output. So
+a copy of the program is made in which each layer has tensors of its own, which are outputs; the copy runs the same instructions,
+delegates and kernels.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from lobit.runtime.executorch import import_runtime, use_threads
 from lobit.runtime.parts import Seen
 
 FLOAT_KEPT, INT8_KEPT = ("k_values", "v_values"), tuple(f"{side}_{part}" for side in "kv" for part in ("integers", "scale", "zero_point"))
-"""Cache entries of a layer, as they are written."""
+"""Names of the cache entries that a layer writes: with a float cache, and with an INT8 cache."""
 ALIGNMENT = 64
 
 
 def room(bundle: Bundle) -> int:
-    """See `parts.Reader`: no cache is read."""
+    """See `parts.Reader`. The caches themselves are not read, so that the context is the only limit."""
     return bundle.manifest.context
 
 
@@ -33,7 +34,7 @@ def read_parts(bundle: Bundle, threads: int, calls: Sequence[Sequence[int]]) -> 
     """See `parts.Reader`.
 
     Raises:
-        BundleError: the program is not one that lobit linked, or does not run.
+        BundleError: the program was not linked by lobit, or does not run.
     """
     native = import_runtime()
     import torch
@@ -57,12 +58,12 @@ def read_parts(bundle: Bundle, threads: int, calls: Sequence[Sequence[int]]) -> 
 
 
 def write_opened(bundle: Bundle, out: Path, longest: int) -> list[str]:
-    """Writes the program with its inner values as outputs; their names.
+    """Writes a copy of the program that has its inner values as outputs; returns the names of all outputs.
 
     Args:
-        bundle: of the program.
-        out: the copy.
-        longest: tokens of a call.
+        bundle: the program's bundle.
+        out: where the copy is written.
+        longest: the most tokens of a call.
     """
     with quiet_python():
         from executorch.exir._serialize import _flatbuffer_program, _program
@@ -87,10 +88,10 @@ def write_opened(bundle: Bundle, out: Path, longest: int) -> list[str]:
 
 
 class _Opened:
-    """Gives every layer of a program values of its own, in place.
+    """Rewrites a program in place, so that every layer has values of its own.
 
-    What lies behind the scratch area is what parts hand to each other (`export/xnnpack/link.py`), numbered as it is first used: the
-    positions' values, the stream, q, k, v, the cache entries, y.
+    Behind the scratch area lie the tensors that parts hand to each other (`export/xnnpack/link.py`), numbered in the order of their
+    first use: the positions' values, the residual stream, q, k, v, the cache entries, and attention's output y.
     """
 
     def __init__(self, plan: Any, longest: int, width: int, layers: int) -> None:
@@ -101,7 +102,7 @@ class _Opened:
         streams = {index for name, index in self.handed.items() if name[0] == "x"}
         self.encoded: list[int] = []
         self.left: list[int] = []
-        """Of each layer the first instructions that keep its entries, and that leave its attention by reading the stream."""
+        """`encoded` has each layer's first instruction with a cache entry, `left` its first one after attention that reads the stream."""
         for _ in range(layers):
             self.encoded.append(self._next(self.left[-1] if self.left else 0, kept))
             self.left.append(self._next(self.encoded[-1], streams))
@@ -111,7 +112,7 @@ class _Opened:
         self._rewrite()
 
     def _handed(self) -> dict[str, int]:
-        """The values by name."""
+        """Finds the values that parts hand to each other; returns their indices by name."""
         plan, tensors = self.plan, {}
         for index, value in enumerate(plan.values):
             if type(value.val).__name__ == "Tensor" and value.val.allocation_info is not None:
@@ -132,7 +133,7 @@ class _Opened:
         return BundleError("the program's parts are not those that lobit links: export it again")
 
     def _next(self, start: int, values: set[int]) -> int:
-        """The first instruction from `start` on that has one of the values."""
+        """Index of the first instruction from `start` on that has one of the values as an argument."""
         for n in range(start, len(self.instructions)):
             if values & set(getattr(self.instructions[n], "args", None) or ()):
                 return n
@@ -149,7 +150,7 @@ class _Opened:
         self.plan.chains[0].outputs = self.plan.outputs
 
     def _argument(self, index: int, n: int, names: dict[int, str]) -> int:
-        """An argument of instruction `n`, or its layer's own in its place."""
+        """Returns what replaces an argument of instruction `n`: the value of its own that the layer has, else the same argument."""
         value: Any = self.plan.values[index].val if index >= 0 else None
         if type(value).__name__ == "TensorList":
             items = [self._argument(item, n, names) for item in value.items]
@@ -164,7 +165,7 @@ class _Opened:
         return self._layers_own(names[index], index, self._layer(names[index], n))
 
     def _layer(self, name: str, n: int) -> int:
-        """Whose value instruction `n` means by a name."""
+        """The layer whose value instruction `n` refers to by a name."""
         begun, left = sum(one <= n for one in self.encoded), sum(one <= n for one in self.left)
         if name[0] == "x":
             return begun - ((begun - int(name[1])) % 2)

@@ -1,4 +1,4 @@
-"""Generation: tokens chosen one by one from an engine's logits, and conversations that stay in its cache."""
+"""Generation: chooses tokens one by one from an engine's logits, and holds conversations that stay in its cache."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Sampling:
     """How a token is chosen from the logits: as transformers' `generate` does it, in this order."""
 
     repetition_penalty: float = 1.0
-    """Logits of tokens that were read or given out before are divided by it, or multiplied where they are negative; 1: none."""
+    """Logits of tokens that were read or given out before are divided by it, or multiplied where they are negative; 1: no penalty."""
     temperature: float = 0.0
     """0: the likeliest token, the lowest id of equal ones; else logits are divided by it."""
     top_k: int = 0
-    """Only so many of the likeliest tokens are drawn from, and any as likely as the last of them; 0: all."""
+    """Only this many of the likeliest tokens are drawn from, and any that is as likely as the last of them; 0: all tokens."""
     top_p: float = 1.0
-    """Only the fewest likeliest of these whose probabilities reach this share are drawn from."""
+    """Of these, only the fewest likeliest tokens whose probabilities together reach this share are drawn from."""
     seed: int = 0
     """The same seed, prompt and engine give the same tokens."""
 
@@ -53,14 +53,14 @@ class Sampler:
         self._random = np.random.default_rng(sampling.seed)
 
     def choose(self, logits: Logits, seen: Collection[int] = ()) -> int:
-        """A token for logits [V].
+        """Chooses a token.
 
         Args:
-            logits: of every token.
+            logits: [V], one for every token of the vocabulary.
             seen: tokens that were read or given out before.
 
         Raises:
-            BundleError: the logits are not numbers.
+            BundleError: the logits are not finite.
         """
         logits = self._penalized(logits, seen)
         best = int(logits.argmax())
@@ -77,7 +77,7 @@ class Sampler:
             share = np.where(share < np.partition(share, -self.sampling.top_k)[-self.sampling.top_k], 0.0, share)
             share, tokens = share / share.sum(), np.flatnonzero(share)
         if top_p < 1:
-            # Tokens below this bound together have less than 1 - top_p, so the nucleus is among the others: few to sort.
+            # Tokens below this bound together have less than 1 - top_p, so the nucleus is among the others: few are left to sort.
             tokens = np.flatnonzero(share >= (1 - top_p) / len(share))
             tokens = tokens[np.argsort(-share[tokens], kind="stable")]
             reached = np.cumsum(share[tokens])
@@ -96,7 +96,7 @@ class Sampler:
 
 @dataclass
 class GenerationStats:
-    """What a generation took so far; the time that its consumer spends between tokens is not in it."""
+    """Counts and times of a generation so far; the time that its consumer spends between tokens is not counted."""
 
     prompt_tokens: int = 0
     """Tokens read by prefill."""
@@ -107,9 +107,9 @@ class GenerationStats:
     """From the start of prefill until the first token was chosen."""
     decode_steps: int = 0
     decode_seconds: float = 0.0
-    """Reading and choosing, all steps."""
+    """Time of all decode steps, each of which reads a token and chooses the next."""
     stopped: bool = False
-    """The model ended it with a stop token; otherwise a limit did, or it is not over."""
+    """Whether the model ended the generation with a stop token; if not, a limit ended it, or it is not over."""
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -123,11 +123,11 @@ class GenerationStats:
 
 
 class Generation(Iterator[int]):
-    """New tokens, computed as they are asked for; `generate` makes it.
+    """An iterator over new tokens, each computed when it is asked for; `generate` makes it.
 
     Attributes:
-        tokens: given out so far.
-        stats: what it took so far.
+        tokens: the tokens given out so far.
+        stats: counts and times so far.
     """
 
     def __init__(
@@ -187,8 +187,8 @@ def generate(
 ) -> Generation:
     """Continues a prompt, after what the engine has already read.
 
-    Ends at a stop token, which is not given out, after `max_new_tokens`, or where the context is full. The last token is not read
-    back into the engine.
+    The generation ends at a stop token, which is not given out, after `max_new_tokens`, or where the context is full. The engine
+    does not read the last token.
 
     Args:
         engine: its cache holds the prompt and the new tokens afterwards.
@@ -208,7 +208,7 @@ def generate(
 
 
 class TextStream(Protocol):
-    """As `lobit.tokenizer.TextStream`."""
+    """The methods of `lobit.tokenizer.TextStream` that generation uses."""
 
     def push(self, token: int) -> str: ...
     def finish(self) -> str: ...
@@ -225,7 +225,7 @@ class ChatTokenizer(Protocol):
 
 
 def text_pieces(tokens: Iterable[int], stream: TextStream) -> Iterator[str]:
-    """The text of tokens as soon as it is final; never an empty piece."""
+    """Yields the text of tokens in pieces, each as soon as it is final and never empty."""
     for token in tokens:
         if piece := stream.push(token):
             yield piece
@@ -236,12 +236,12 @@ def text_pieces(tokens: Iterable[int], stream: TextStream) -> Iterator[str]:
 class Chat:
     """A conversation that stays in the engine's cache: a turn reads only what is new in the rendered conversation.
 
-    Where the tokens that were read are no beginning of the rendered conversation's tokens (a template that rewrites old turns, an
-    answer that the tokenizer would have cut otherwise), the engine is rewound to where they part, or reset where it cannot be.
+    The tokens that were read may differ from the rendered conversation's: a template may rewrite old turns, and the tokenizer may
+    split an answer into other tokens. The engine is then rewound to the first difference, or reset where it cannot be rewound.
 
     Attributes:
         messages: the conversation; an answer that was cut short is in it as far as it came.
-        stats: of the last turn.
+        stats: counts and times of the last turn.
     """
 
     def __init__(self, engine: Engine, tokenizer: ChatTokenizer, system: str | None = None) -> None:
@@ -251,14 +251,14 @@ class Chat:
         self._read: list[int] = []
 
     def reset(self) -> None:
-        """Begins a new conversation, after the same system message."""
+        """Begins a new conversation with the same system message."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
         self._forget()
 
     def say(self, text: str, *, max_new_tokens: int, sampling: Sampling = GREEDY) -> Iterator[str]:
-        """One turn of the user's; the pieces of the answer as they become final.
+        """Takes one turn of the user's, and yields the pieces of the answer as they become final.
 
-        A turn that fails leaves the conversation as it was; of one that is interrupted the answer is in it as far as it came.
+        A turn that fails leaves the conversation as it was. After an interrupted turn it has the answer as far as it came.
 
         Raises:
             InputError: the conversation is longer than the context, or the template refuses it.
@@ -296,8 +296,8 @@ class Chat:
         self._keep(turn, pieces, tokens + generation.tokens)
 
     def _reusable(self, tokens: list[int]) -> int:
-        """How many of `tokens` the engine has read; takes it back to where it has read something else."""
-        read, last = self._read, len(tokens) - 1  # one token at least is read, for its logits
+        """Rewinds the engine to the first token that differs from `tokens`, or resets it; returns how many of `tokens` it has read."""
+        read, last = self._read, len(tokens) - 1  # at least one token must be read anew, for its logits
         same = next((i for i, (old, new) in enumerate(zip(read, tokens[:last], strict=False)) if old != new), min(len(read), last))
         if self.engine.position == len(read) and self.engine.rewind(same):
             return same

@@ -1,4 +1,4 @@
-"""The machine that a measurement runs on: its processor, its memory's speed."""
+"""The machine that a measurement runs on: its processor and the speed of its memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INSTRUCTION_SETS = (
     *("amx_tile", "amx_int8", "amx_bf16"),
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "svei8mm", "sme"),
 )
-"""Those that the kernels of small models use, under Linux's names."""
+"""Instruction sets that the kernels of small models use, under Linux's names."""
 BLOCK = 1 << 30
 PASSES = 5
 SYSTEM = Path("/sys/devices/system/cpu")
@@ -33,9 +33,9 @@ def usable_cores() -> int:
 
 
 def cpu() -> dict[str, Any]:
-    """`{"name", "instruction_sets", "cores", "threads", "load_average"}`: physical cores, logical processors that are usable.
+    """`{"name", "instruction_sets", "cores", "threads", "load_average"}`: `cores` are physical, `threads` usable logical processors.
 
-    `load_average` is the number of busy processors over the last minute (None on Windows): what else ran while this was measured.
+    `load_average` is the number of busy processors over the last minute (None on Windows): it shows what else ran on the machine.
     """
     fields = _cpuinfo()
     flags = set(fields.get("flags", fields.get("Features", "")).split())
@@ -59,7 +59,7 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def _other_name(fields: dict[str, str]) -> str:
-    """The processor's name where /proc/cpuinfo has none: macOS, and Linux on Arm, which tells numbers."""
+    """The processor's name where /proc/cpuinfo has none: on macOS, and on Linux on Arm, where it has numbers instead."""
     if sys.platform == "darwin":
         done = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
         if done.returncode == 0:
@@ -75,17 +75,17 @@ class Bandwidth:
     gb_s: float
     """10⁹ bytes a second; the median of several passes."""
     block_bytes: int
-    """Read in each pass."""
+    """Bytes that are read in each pass."""
     threads: int
     samples: list[float]
 
 
 def memory_bandwidth(threads: int, block_bytes: int | None = None) -> Bandwidth:
-    """Reads a block much larger than the caches, one part of it on each thread.
+    """Measures how fast a block much larger than the caches is read, one part of it by each thread.
 
     Args:
-        threads: that read at the same time.
-        block_bytes: None: 1 GiB, or four times the last-level caches where that is more; at most a quarter of the free memory.
+        threads: number of threads that read at the same time.
+        block_bytes: None: 1 GiB, or four times the last-level caches where that is more, but at most a quarter of the free memory.
     """
     if block_bytes is None:
         wanted = max(BLOCK, -(-4 * last_level_cache_bytes() // BLOCK) * BLOCK)
@@ -97,13 +97,13 @@ def memory_bandwidth(threads: int, block_bytes: int | None = None) -> Bandwidth:
         list(pool.map(lambda part: part.fill(1), parts))  # pages that were never written are all the same page of zeros
         for _ in range(PASSES):
             start = perf_counter()
-            list(pool.map(np.bitwise_or.reduce, parts))  # releases the lock; no arithmetic that could be slower than memory
+            list(pool.map(np.bitwise_or.reduce, parts))  # releases the lock, and its arithmetic is not slower than memory
             samples.append(words.nbytes / (perf_counter() - start) / 1e9)
     return Bandwidth(statistics.median(samples), words.nbytes, threads, samples)
 
 
 def last_level_cache_bytes() -> int:
-    """All last-level caches together; 0 where the system does not tell."""
+    """Size of all last-level caches together; 0 where the system does not say."""
     sizes = {}
     for folder in SYSTEM.glob("cpu[0-9]*/cache/index[3-4]"):
         try:

@@ -1,6 +1,6 @@
 """The JSON Schema of a manifest, from its dataclasses: `python -m lobit.runtime.manifest_schema` prints `manifest.schema.json`.
 
-It says what fields there are and what each means; what must agree with each other is in `manifest.py` alone.
+The schema says which fields there are and what each means; `manifest.py` alone checks that they agree with each other.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SEALED = {
 
 
 def schema() -> dict[str, Any]:
-    """Of the whole file."""
+    """The schema of the whole file."""
     found = _object(Manifest)
     found["properties"]["schema_version"] |= {"pattern": rf"^{MAJOR}\.[0-9]+$"}
     found["properties"][SEAL] = SEALED
@@ -46,14 +46,14 @@ def schema() -> dict[str, Any]:
 
 
 def _object(kind: Any) -> dict[str, Any]:
-    """Of a dataclass. A newer minor version may have more fields, which a reader leaves out."""
+    """The schema of a dataclass. It allows unknown fields: a newer minor version may have more, which a reader ignores."""
     hints, comments = get_type_hints(kind), _comments(kind)
     properties = {field.name: _of(hints[field.name]) | comments.get(field.name, {}) for field in dataclasses.fields(kind)}
     return {"type": "object", "description": inspect.getdoc(kind), "properties": properties, "required": list(properties)}
 
 
 def _of(kind: Any) -> dict[str, Any]:
-    """Of an annotation, as `from_json.build` reads it."""
+    """The schema of an annotation, for the values that `from_json.build` takes."""
     if dataclasses.is_dataclass(kind):
         return _object(kind)
     origin, arguments = get_origin(kind), get_args(kind)
@@ -67,7 +67,7 @@ def _of(kind: Any) -> dict[str, Any]:
 
 
 def _comments(kind: Any) -> dict[str, dict[str, str]]:
-    """The docstring that stands below each field of a dataclass."""
+    """The docstrings below the fields of a dataclass, as `description` by field name."""
     (body,) = (node.body for node in ast.parse(textwrap.dedent(inspect.getsource(kind))).body if isinstance(node, ast.ClassDef))
     found = {}
     for field, below in itertools.pairwise(body):

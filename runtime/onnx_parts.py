@@ -1,4 +1,4 @@
-"""What the parts of an ONNX graph hand to each other, read out of runs of the graph itself: it has them as outputs there."""
+"""What the parts of an ONNX graph hand to each other, read out of runs of the graph with these values as additional outputs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lobit.runtime.onnxruntime import GraphFile, at_first, provider_of, session_
 from lobit.runtime.parts import Seen
 
 FOLDER = "session.model_external_initializers_file_folder_path"
-"""Setting of a session: where the data of a graph are that is not in a file."""
+"""Setting of a session: the folder with the external data of a graph that is given in memory."""
 
 
 def room(bundle: Bundle) -> int:
-    """See `parts.Reader`: a cache that is full moves its entries."""
+    """See `parts.Reader`. A cache that is full moves its entries, so that the shortest one is the limit."""
     return min(bundle.manifest.cache.slots)
 
 
@@ -26,7 +26,7 @@ def read_parts(bundle: Bundle, threads: int, calls: Sequence[Sequence[int]]) -> 
     """See `parts.Reader`.
 
     Raises:
-        BundleError: the graph is not one that lobit wrote, or does not run.
+        BundleError: the graph was not written by lobit, or does not run.
     """
     import onnx
     import torch
@@ -48,7 +48,7 @@ def read_parts(bundle: Bundle, threads: int, calls: Sequence[Sequence[int]]) -> 
         given |= {positions: np.arange(position, end)[None]} if positions else {}
         try:
             found = dict(zip(wanted, session.run(wanted, given), strict=True))
-        except Exception as error:  # a class of its own for each of its codes
+        except Exception as error:  # ONNX Runtime has an exception class for each of its error codes
             raise BundleError(f"ONNX Runtime cannot run the parts of {path} ({error}): export it again") from None
         caches = {name: found[after[name]] for name in caches}
         one = {name: torch.from_numpy(found[value]) for name, value in values.items()} | {"logits": torch.from_numpy(found[LOGITS][:, -1:])}
@@ -61,7 +61,7 @@ def read_parts(bundle: Bundle, threads: int, calls: Sequence[Sequence[int]]) -> 
 
 
 def opened(graph: Any, layers: int) -> dict[str, str]:
-    """The values of a graph that parts hand to each other, by the names of `parts.Seen`."""
+    """Names of the graph's values that parts hand to each other, by the names that `parts.Seen` has for them."""
     found: dict[str, str] = {}
     for layer in range(layers):
         scope = f"layers.{layer}.attention."

@@ -1,7 +1,7 @@
-"""Is what runs there what was trained? Distributions of an artifact against those of the float reference, on real text.
+"""Is what runs there what was trained? Compares an artifact's distributions with those of the float reference, on real text.
 
-The loss is shared out over the stages on the way: float -> fake-quantized -> exported graph -> artifact. All of them see the
-same tokens and are compared at the same positions: after every prefill chunk, and after every decoded token.
+The loss is attributed to the stages on the way: float -> fake-quantized -> exported graph -> artifact. All stages read the same
+tokens and are compared at the same positions: after every prefill chunk, and after every decoded token.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ from lobit.runtime.engine import Engine, Logits
 from lobit.runtime.verdict import judged, warnings
 
 Progress = Callable[[str, int, int], None]
-"""(what, done, of how many)"""
+"""Called with the name of a stage, the work done so far over all stages, and the work in all."""
 PREFILL_LENGTHS = (16, 1, 7, 64, 2, 33, 3, 128, 5, 20)
-"""Tokens per prefill call, in turn: short and long, odd and even; longer than a program's chunk where the chunk is short."""
+"""Tokens of the prefill calls, in turn: short and long, odd and even, some longer than the chunk of a program with a short one."""
 COST = {"float": 1, "fake_quant": 2, "target": 2, "floor": 2, "graph": 2, "artifact": 3}
-"""Time that a token takes in a stage, relative, for the estimate of the time left."""
+"""Time that a token takes in each stage, relative to the float model's, for the estimate of the time left."""
 STEPPED_GRAPH = 60
-"""Of a graph whose operators PyTorch runs one by one."""
+"""The same for a graph whose operators PyTorch runs one by one."""
 SHORTEST_TEXT = 16
-"""Tokens below which the figures say nothing."""
+"""Number of tokens below which the figures say nothing."""
 COMPARED = 4 << 20
-"""Logits of a stage that are compared at once: in double precision, and with what is computed of them, some 100 MB."""
+"""Number of a stage's logits that are compared at once: in double precision, with what is computed from them, some 100 MB."""
 LARGEST_EXPONENT = 700.0
-"""Of a perplexity, which stays a number."""
+"""The largest logarithm of a perplexity that is reported, so that it stays a finite number."""
 
 
 Rows = Callable[[Sequence[int]], Logits]
-"""Logits [n, V] at positions [n] of a sequence that was read; engines that read in calls are asked for theirs in order."""
+"""Gives the logits [n, V] at positions [n] of a sequence; of an engine, which reads on as it is called, they must be asked for in order."""
 
 
 class Scorer(Protocol):
-    """A model that reads a sequence at once."""
+    """A model that reads a whole sequence at once."""
 
     def read(self, tokens: list[int]) -> Rows:
-        """The logits at any position of tokens [T] from position 0."""
+        """Reads tokens [T] from position 0; returns what gives the logits at any of them."""
 
 
 @dataclass(frozen=True)
 class Floor:
-    """What the artifact should compute, twice: their distance is chaos alone."""
+    """Two versions of what the artifact should compute: they differ only by the order of sums and by what grows from that."""
 
     exact: Scorer
-    """The model as it was converted, in the target's arithmetic; may be one of the stages."""
+    """The converted model in the target's arithmetic; may be one of the stages."""
     moved: Scorer
-    """The same, its sums in another order (`reference.moved`)."""
+    """The same model with its sums in another order (`reference.moved`)."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Passage:
 
     tokens: list[int]
     prefill: list[int]
-    """Tokens of each prefill call."""
+    """Number of tokens of each prefill call."""
 
     @property
     def positions(self) -> list[int]:
@@ -75,13 +75,13 @@ class Passage:
 def plan_passages(tokens: Sequence[int], context: int, bos: int | None, lines: Sequence[int] = ()) -> list[Passage]:
     """Cuts a text into sequences of at most the context, each beginning with bos, half prefilled and half decoded.
 
-    It is cut where a line begins, if one begins in the later half of what the context holds: behind bos a model expects a beginning, and
-    is far off in the midst of a sentence.
+    A cut is made where a line begins, if one begins in the later half of what the context holds: after bos a model expects the beginning
+    of a text, and predicts badly in the middle of a sentence.
 
     Args:
-        tokens: of the text.
-        context: tokens of a sequence, at most.
-        bos: begins every sequence; None: nothing does.
+        tokens: the tokens of the text.
+        context: the most tokens of a sequence.
+        bos: the token that begins every sequence; None: there is none.
         lines: indices of the tokens that begin a line, in order.
 
     Raises:
@@ -136,7 +136,7 @@ def log_softmax(logits: Logits) -> NDArray[np.float64]:
 
 @dataclass
 class Comparison:
-    """What is kept of each compared position."""
+    """The figures of each compared position."""
 
     kl: NDArray[np.float64]
     """KL(reference ‖ stage) in nats."""
@@ -145,9 +145,9 @@ class Comparison:
     kl_rounded: NDArray[np.float64]
     """KL(what the artifact should compute ‖ stage) in nats."""
     agrees: NDArray[np.bool_]
-    """Same most probable token as the reference."""
+    """Whether the stage has the same most probable token as the reference."""
     surprise: NDArray[np.float64]
-    """-log p of the text's next token; NaN at the end of a sequence."""
+    """-log p of the text's next token in nats; NaN at the end of a sequence."""
 
 
 def kl_divergence(reference: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -162,7 +162,7 @@ def _perplexity(surprise: NDArray[np.float64]) -> float:
 
 
 def _summary(parts: Sequence[Comparison], keep: Callable[[int], NDArray[np.bool_]] | None = None) -> dict[str, float] | None:
-    """The figures of a stage over the positions that `keep` leaves of each passage."""
+    """The figures of a stage over the positions that `keep` selects in each passage, or over all; None where there are none."""
 
     def joined(name: str) -> NDArray[Any]:
         return np.concatenate([getattr(part, name)[slice(None) if keep is None else keep(i)] for i, part in enumerate(parts)])
@@ -199,22 +199,22 @@ def parity(
 
     Args:
         reference: the float model.
-        stages: `fake_quant` (a scorer), `graph` and `artifact` (engines), in the order of the way; `artifact` must be there.
-        tokens: the text.
-        context: positions that every engine can hold.
-        bos: begins every sequence.
-        window: the longest window of the model; 0 where there is none. Positions from it on are the phase `wrapped`.
+        stages: `fake_quant` (a scorer), `graph` and `artifact` (engines), in this order; `artifact` is required.
+        tokens: the tokens of the text.
+        context: number of positions that every engine can hold.
+        bos: the token that begins every sequence; None: there is none.
+        window: the longest attention window of the model; 0 where there is none. The phase `wrapped` has the positions from it on.
         lines: as in `plan_passages`.
-        floor: what the artifact should compute; None: what the reference does, to the last bits of a sum.
-        tried: advice that the recipe follows already (`verdict.ADVICE`).
-        progress: called with (stage, work done, work in all).
+        floor: what the artifact should compute; None: the same as the reference, up to the order of float32 sums.
+        tried: names of the advice that the recipe follows already (`verdict.ADVICE`).
+        progress: see `Progress`.
 
     Returns:
-        The JSON of `parity` in the design: KL in nats a token, reference first; agreement as a share.
+        The result of `lobit parity`: KL in nats a token, with the reference first; agreement as a share.
 
     Raises:
         InputError: the text is too short.
-        BundleError: the artifact's logits are no numbers.
+        BundleError: a stage's logits are not finite.
     """
     passages = plan_passages(tokens, context, bos, lines)
     run = _Run(reference, stages, floor, _Progress(stages, floor, sum(len(plan.tokens) for plan in passages), progress))
@@ -239,7 +239,7 @@ def parity(
 
 
 class _Progress:
-    """Work that is done, of all, in the time of the float model's tokens."""
+    """Counts the work that is done, and all work; the unit is the time that the float model takes for a token."""
 
     def __init__(self, stages: Mapping[str, Scorer | Engine], floor: Floor | None, tokens: int, told: Progress | None) -> None:
         self.cost = {"float": 1, **{name: COST.get(name, 1) if hasattr(one, "read") else _walked(name) for name, one in stages.items()}}
@@ -249,7 +249,7 @@ class _Progress:
         self.done, self.total, self.told = 0, tokens * sum(self.cost.values()), told
 
     def of(self, name: str) -> Callable[[int], None]:
-        """What counts the tokens of a stage."""
+        """A function that is called with the number of tokens that a stage has read since."""
 
         def step(count: int) -> None:
             self.done += count * self.cost[name]
@@ -264,7 +264,7 @@ def _walked(name: str) -> int:
 
 
 class _Run:
-    """What is kept of every compared position, passage by passage."""
+    """Compares the stages passage by passage, and keeps the figures of every compared position."""
 
     def __init__(self, reference: Scorer, stages: Mapping[str, Scorer | Engine], floor: Floor | None, progress: _Progress) -> None:
         self.reference, self.stages, self.floor, self.progress = reference, stages, floor, progress
@@ -273,7 +273,7 @@ class _Run:
         self.chaos: list[NDArray[np.float64]] = []
 
     def compare(self, plan: Passage) -> None:
-        """Reads one sequence with every stage, and compares some positions after the other."""
+        """Reads one passage with every stage, and compares its positions, some at a time."""
         readers = {"float": self._rows("float", self.reference, plan)}
         readers |= {name: self._rows(name, stage, plan) for name, stage in self.stages.items()}
         exact = "float"
@@ -292,7 +292,7 @@ class _Run:
             start, count = start + count, max(1, COMPARED // scores["float"].shape[1])
 
     def _rows(self, name: str, stage: Scorer | Engine, plan: Passage) -> Rows:
-        """A stage's logits at the passage's positions: read at once where it can, in calls where it is an engine of a device."""
+        """A stage's logits at the passage's positions. A scorer reads the passage here, at once; an engine as its logits are asked for."""
         step = self.progress.of(name)
         if hasattr(stage, "read"):
             rows: Rows = stage.read(plan.tokens)
@@ -336,7 +336,7 @@ def _joined(parts: Sequence[Comparison]) -> Comparison:
 
 
 def _phases(passages: Sequence[Passage], parts: Sequence[Comparison], window: int) -> dict[str, dict[str, float] | None]:
-    """The artifact's figures after prefill calls, after decoded tokens, and after the window has wrapped."""
+    """The artifact's figures after prefill calls, after decoded tokens, and at positions from the end of the window on."""
 
     def prefill(i: int) -> NDArray[np.bool_]:
         return np.arange(len(passages[i].positions)) < len(passages[i].prefill)

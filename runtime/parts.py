@@ -1,9 +1,9 @@
-"""Every part of a program against the reference's, given the same inputs: no chaos, and a fault has the name of its layer.
+"""Compares every part of a program with the reference's part on the same inputs, so that a fault has the name of its layer.
 
-A part's inputs are what the program's own part before it gave, so that flips do not grow from part to part. Inside a part an entry
-may still fall over a rounding boundary: then one token is off, by a step of one entry. A fault is there in every token. So what
-counts is the error that a part has in its better tokens, beside the error that its reference has of itself with its sums in another
-order.
+A part's inputs are what the program's own previous part gave, so that differences do not grow from part to part. Inside a part an
+entry may still fall over a rounding boundary (a flip): then one token is off, by a step of one entry. A fault shows in every token.
+So what counts is the error that a part has in its better tokens, compared with the error that the reference's part has against
+itself when its sums are in another order.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ from lobit.runtime.bundle import Bundle
 from lobit.runtime.reference import moved
 
 Seen = dict[str, Tensor]
-"""What one call handed on, by name and layer, batch first: `x.3` the stream [1, T, D] that layer 3 reads; `q.3`, `k.3`, `v.3` as they are
-attended to, or `q_unturned.3` before its rotary embedding; `y.3` attention's output; `logits` [1, 1, V] of the last token; where a cache
-has entries of its own, `k_integers.3`, `k_scale.3`, `k_zero_point.3` and those of v."""
+"""What the parts handed on in one call, by name and layer, batch first: `x.3` is the residual stream [1, T, D] that layer 3 reads; `q.3`,
+`k.3`, `v.3` are what attention takes, or `q_unturned.3` is q before its rotary embedding; `y.3` is attention's output; `logits` [1, 1, V]
+are the last token's; an INT8 cache adds its entries `k_integers.3`, `k_scale.3`, `k_zero_point.3` and those of v."""
 READERS = {"xnnpack": "lobit.runtime.executorch_parts", "onnx": "lobit.runtime.onnx_parts"}
-"""A target's name and its `Reader`; imported on use."""
+"""Module of each target's `Reader`, by the target's name; imported on use."""
 PROMPT, DECODED = 40, 3
-"""Tokens of the first call, more than the demo's windows hold, and of those after it, one each."""
+"""Number of tokens of the first call, which is more than the demo's windows hold, and number of calls after it, of one token each."""
 BETTER = 0.25
-"""Share of tokens: the error that a quarter of them keep is that of tokens without a flip."""
+"""Share of tokens that are taken as the better ones: the error that a quarter of them do not exceed is that of tokens without a flip."""
 FLOORS = 4.0
-"""Times its own floor that a part may be off: both are counts of a few flips."""
+"""How many times its own floor a part's error may be, as both come from only a few flips."""
 BETTER_ALLOWANCE = 2e-5
-"""Error of the better tokens that is granted besides, for other sums and approximations of exp: 1e-6 at most was measured, on both
-targets, for the demo and a model of 135 million parameters; there the scale of one group of 32 weights, taken from another row, is 1e-4."""
+"""Error of the better tokens that is allowed in addition, for other sums and approximations of exp: 1e-6 at most was measured, on both
+targets, for the demo and a model of 135 million parameters. There the scale of one group of 32 weights, if another row's, makes 1e-4."""
 FLIPPED_FLOORS, FLIPPED_ALLOWANCE = 2.0, 0.1
-"""Share of tokens that are off by more than the better ones may: times its floor, and granted besides, with two standard errors of a share
-among so many tokens. A wrong scale whose effect the next rounding mostly swallows shows here: half of the tokens are off then."""
+"""The share of tokens over the limit of the better ones may be this many times its floor, and this much more, with two standard errors of
+a share of so many tokens. A wrong scale whose effect the next rounding mostly swallows shows here: half of the tokens are off then."""
 ALLOWANCE = 0.02
-"""Root of the mean square of all tokens' errors that is granted besides, for flips where the reference has none: 3e-3 measured."""
+"""Root mean square of all tokens' errors that is allowed in addition, for flips where the reference has none: 3e-3 was measured."""
 FIGURES = ("error", "better", "flipped")
-"""Of each part, with a limit each."""
+"""Figures of each part that have a limit."""
 WORST = 4
-"""Parts that are named."""
+"""Number of parts that a result names as the worst."""
 
 
 class Reader(Protocol):
-    """The names of a target's module."""
+    """The functions of a target's module in `READERS`."""
 
     def room(self, bundle: Bundle) -> int:
-        """The most tokens that can be read and still be told apart in the caches."""
+        """The most tokens that can be read while the entries of each are still found in the caches."""
 
     def read_parts(self, bundle: Bundle, threads: int, calls: Sequence[Sequence[int]]) -> list[Seen]:
-        """What each call's parts handed on; the first call begins at position 0."""
+        """Runs the calls, the first at position 0; returns what the parts handed on in each."""
 
 
 def check_parts(model: Transformer, bundle: Bundle, tokens: Sequence[int], threads: int) -> dict[str, Any]:
@@ -62,9 +62,9 @@ def check_parts(model: Transformer, bundle: Bundle, tokens: Sequence[int], threa
 
     Args:
         model: what the program should compute, in its target's arithmetic.
-        bundle: of the program.
-        tokens: of the text.
-        threads: of the runtime.
+        bundle: the program's bundle.
+        tokens: the tokens of the text.
+        threads: number of the runtime's threads.
 
     Returns:
         See `compare`.
@@ -82,10 +82,10 @@ def compare(model: Transformer, calls: Sequence[Sequence[int]], seen: Sequence[S
     """Compares what a program's parts handed on with what the reference gives for the same inputs.
 
     Returns:
-        `{"tokens", "passed", "nearest", "faults", "worst", "all"}`. In `all` the errors of each part, relative to the norm of a token's
-        output, each with its `…_limit`: `error` the root of its mean square, `better` what a quarter of the tokens keep, `flipped` the
-        share of tokens over the limit of that; of a cache `flips`, integers that differ, of `entries`. `nearest`: the largest share that
-        a figure is of its limit. `faults`: parts over one, the worst first.
+        `{"tokens", "passed", "nearest", "faults", "worst", "all"}`. `all` has the errors of each part, relative to the norm of a token's
+        output, each with its `…_limit`: `error` is their root mean square, `better` what a quarter of the tokens do not exceed, `flipped`
+        the share of tokens over the limit of `better`; of an INT8 cache `flips` counts the integers that differ, of `entries`. `nearest` is
+        the largest ratio of a figure to its limit. `faults` are the parts with a figure over its limit, the worst first.
     """
     rows = _Check(model, calls, seen).rows()
     ordered = sorted(rows, key=_share, reverse=True)
@@ -100,19 +100,19 @@ def compare(model: Transformer, calls: Sequence[Sequence[int]], seen: Sequence[S
 
 
 def _share(row: Mapping[str, Any]) -> float:
-    """How much of its limit a part's error is."""
+    """The largest ratio of a part's figures to their limits."""
     return float(max(row[figure] / row[f"{figure}_limit"] for figure in FIGURES))
 
 
 def _relative(found: Tensor, expected: Tensor, size: Tensor | None = None) -> Tensor:
-    """The error [T] of each token's outputs [1, T, …] beside their norm, or beside that of `size`; as good as infinite where it is none."""
+    """The error [T] of each token's outputs [1, T, …], relative to their norm or that of `size`; `LOST` where it is larger or NaN."""
     difference = (found.reshape(expected.shape) - expected).flatten(2).norm(dim=2)
     norm = (expected if size is None else size).flatten(2).norm(dim=2)
     return torch.nan_to_num(difference / norm.clamp(min=1e-30), nan=LOST, posinf=LOST)[0].clamp(max=LOST)
 
 
 LOST = 1e6
-"""The largest error."""
+"""The largest error that is reported."""
 
 
 def _row(name: str, errors: Tensor, floors: Tensor | None = None, **counts: int) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _row(name: str, errors: Tensor, floors: Tensor | None = None, **counts: int)
 
 
 class _Check:
-    """The reference's parts, run on what the program handed on in all its calls."""
+    """Runs the reference's parts on what the program's parts handed on in all calls."""
 
     def __init__(self, model: Transformer, calls: Sequence[Sequence[int]], seen: Sequence[Seen]) -> None:
         self.model, self.other, self.config = model, moved(model), model.config
@@ -144,7 +144,7 @@ class _Check:
 
     @torch.inference_mode()
     def rows(self) -> list[dict[str, Any]]:
-        """One for each part, in the order of execution."""
+        """The figures of each part, in the order of execution."""
         count, embedded = len(self.config.layers), self.model.embedding(self.tokens) * self.config.embedding_scale
         rows = [_row("embedding", _relative(self.seen["x.0"], embedded))]
         for layer in range(count):
@@ -164,7 +164,7 @@ class _Check:
 
     def _q(self, layer: int) -> Tensor:
         turned = f"q.{layer}" in self.seen
-        # What is a product of q, k and v at once has q first.
+        # Where one product gives q, k and v, q comes first.
         q = self._handed("q" if turned else "q_unturned", layer)[:, :, : self.config.heads]
         if turned:
             return q
@@ -180,7 +180,7 @@ class _Check:
         return _row(f"layers.{layer}.qkv", errors, floors)
 
     def _entries(self, layer: int, side: str) -> Tensor:
-        """Keys or values as the cache gives them back."""
+        """Keys or values as the cache gives them back: dequantized from an INT8 cache."""
         if f"{side}_integers.{layer}" not in self.seen:
             return self._handed(side, layer)
         integers, scale, zero_point = (self.seen[f"{side}_{part}.{layer}"].float() for part in ("integers", "scale", "zero_point"))

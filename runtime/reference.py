@@ -1,4 +1,4 @@
-"""The reference engine: the model in float32 PyTorch, as trained or as a recipe rounds it."""
+"""The reference engine: runs the model in float32 PyTorch, as it was trained or as a recipe rounds it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lobit.runtime.verify import StoredLayer
 
 
 class FloatCache:
-    """Keys and values of every position in float32, per layer [1, context, K, E]; layers with a window mask what they forget."""
+    """Keys and values of every position in float32, [1, context, K, E] for each layer; layers with a window mask older positions."""
 
     def __init__(self, config: Config, context: int) -> None:
         shape = (len(config.layers), 1, context, config.kv_heads, config.head_dim)
@@ -36,12 +36,12 @@ class FloatCache:
 
 
 class ReferenceEngine(SteppingEngine):
-    """A float or converted model behind the three verbs.
+    """A float or converted model as an engine.
 
     Args:
-        model: as `load_model` or `load_checkpoint` gives it.
-        recipe: of a converted model; None: the float model.
-        context: positions to hold; None: the model's own.
+        model: the model that `load_model` or `load_checkpoint` returned.
+        recipe: the recipe that the model was converted with; None: it is a float model.
+        context: number of positions to hold; None: the model's own context.
     """
 
     def __init__(self, model: Transformer, recipe: Recipe | None = None, context: int | None = None) -> None:
@@ -71,10 +71,10 @@ class ReferenceEngine(SteppingEngine):
 
     @torch.inference_mode()
     def read(self, tokens: list[int]) -> Callable[[Sequence[int]], Logits]:
-        """Reads a sequence that begins at position 0, without what was read before, which stays.
+        """Reads a sequence from position 0, apart from the engine's cache, which stays as it is.
 
         Returns:
-            What gives the logits [n, V] at any of its positions, made when they are asked for.
+            A function that computes the logits [n, V] at any positions of the sequence.
         """
         config = self.model.config
         attend = attention_for(self.recipe, CausalAttention(config))
@@ -88,25 +88,25 @@ class ReferenceEngine(SteppingEngine):
 
 
 def twin(model: Transformer) -> Transformer:
-    """A model of its own modules, whose tensors are those of `model`: its layers can be replaced without memory for others."""
+    """A copy of a model that shares all tensors with it: layers of the copy can be replaced without memory for the others."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 MOVED = 1e-6
-"""Of an input: by about as much as this a sum of some hundred float32 products depends on their order (2^-24 for each, at random)."""
+"""Share of an input. A sum of some hundred float32 products depends on their order by about as much (2^-24 for each, at random)."""
 MOVED_FAR = 1e-4
-"""Of an input: far enough that entries fall over boundaries in every text of a small model too, where `MOVED` leaves it to chance whether
-any does (KL of small models from themselves: 1e-5 to 2e-4 by `MOVED`, 3e-4 to 8e-4 by this, 5e-4 to 1e-3 by ten times this). Where
-nothing is rounded it costs 1e-9 to 1e-7 nats."""
+"""Share of an input that is enough for entries to fall over rounding boundaries in every text of a small model too; with `MOVED` it is
+left to chance whether any does (KL of small models from themselves: 1e-5 to 2e-4 with `MOVED`, 3e-4 to 8e-4 with this, 5e-4 to 1e-3 with
+ten times this). Where nothing is rounded it costs 1e-9 to 1e-7 nats."""
 
 
 def moved(model: Transformer, share: float = MOVED) -> Transformer:
-    """A twin that computes in another order, as it were: the input of every product is moved by a share, at random, of itself.
+    """A twin that stands for sums in another order: the input of every product is changed at random by up to a share of itself.
 
-    Two right implementations of one arithmetic differ by no less than `MOVED`. Where inputs are rounded to INT8 such a difference now
-    and then takes an entry over a boundary, by a whole step; what follows differs by more, and the entries that fall over another
-    boundary are more and more, until they are as many whatever began them. So how far apart two right implementations end is the
-    model's own, and only measuring tells it.
+    Two right implementations of one arithmetic differ by no less than `MOVED`. Where inputs are rounded to INT8, such a difference now
+    and then takes an entry over a rounding boundary, by a whole step. What follows differs by more, and more and more entries fall over
+    a boundary, until their number no longer depends on the first difference. So how far apart two right implementations end is a
+    property of the model, and only a measurement tells it.
     """
     changed = twin(model)
     for number, (name, module) in enumerate(changed.named_modules()):
@@ -136,11 +136,11 @@ VECTORS = (
 )
 """Norms and biases of a block in the order of execution."""
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
-"""Products of a block, by the names that a model's modules have."""
+"""Products of a block, by the names of their modules."""
 
 
 def stored_layers(model: Transformer) -> list[StoredLayer]:
-    """The model's embedding and linear layers in the order of execution, for `verify`; a block that runs again is there again."""
+    """The model's embedding and linear layers in the order of execution, for `verify`; a block that runs several times is repeated."""
     layers = []
     for name, module in _executed(model):
         if isinstance(module, (IntegerLinear, IntegerEmbedding)):
@@ -158,6 +158,6 @@ def stored_vectors(model: Transformer) -> list[StoredLayer]:
 
 
 def _executed(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
-    """`layers_of`, each block as often as it runs."""
+    """The layers of `layers_of`, those of a block as often as it runs."""
     for block, members in itertools.groupby(layers_of(model), key=lambda layer: layer[0].split(".")[:2]):
         yield from list(members) * (model.config.repeats if block[0] == "layers" else 1)

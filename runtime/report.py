@@ -1,4 +1,4 @@
-"""`lobit report`: one page that holds everything it shows, made from the JSON that the other verbs write."""
+"""`lobit report`: makes a self-contained page from the JSON that the other verbs write."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def report(paths: list[Path], out: Path, command: str = "") -> Path:
     Args:
         paths: JSON of parity, bench, verify, build and manifests, of any number of bundles.
         out: the HTML file; replaced only when the page is complete.
-        command: that made the report, shown in it.
+        command: the command that made the report, to be shown in it.
 
     Returns:
         `out`.
 
     Raises:
-        InputError: no file, files that are no results (all are named), or a place that cannot be written.
+        InputError: there is no file, files are no results (all are named), or `out` cannot be written.
     """
     paths, out = [Path(path) for path in paths], Path(out)
     if not paths:
@@ -52,7 +52,7 @@ def report(paths: list[Path], out: Path, command: str = "") -> Path:
 
 
 def render(results: Sequence[Result], command: str = "") -> str:
-    """The page's text."""
+    """The HTML of the page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
         number=number,

@@ -1,4 +1,4 @@
-"""The report's drawing: SVG that takes its colours and font from the page, and figures as people read them."""
+"""Draws the report's plots as SVG that takes its colours and font from the page, and writes figures as people read them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from matplotlib.patches import Circle, Rectangle
 from lobit.runtime.report_results import COLOURS
 
 WIDTH = 380
-"""Pixels of every plot: a phone's width, so that text stays readable there."""
+"""Width of every plot in pixels: that of a phone, so that text stays readable there."""
 TOKENS = (*(f"bundle-{i}" for i in range(COLOURS)), "ink", "quiet", "line", "surface", "left", "limit")
 """Custom properties of the page's style sheet that plots are drawn in."""
 STAND_INS = {token: f"#0a0b{i:02x}" for i, token in enumerate(TOKENS)}
-"""Colours that are drawn, then replaced by the custom property."""
+"""Colours that plots are drawn in, each of which is then replaced by its custom property."""
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "lobit", "font.family": "sans-serif", "text.parse_math": False}
 
 
 def number(value: float) -> str:
-    """Three significant digits: `0.0213`, `41.7`, `12,300`, `4.2×10⁻⁷`."""
+    """A number with three significant digits: `0.0213`, `41.7`, `12,300`, `4.2×10⁻⁷`."""
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "∞" if value > 0 else "−∞"
     sign, value = "−" if value < 0 else "", abs(value)
@@ -38,7 +38,7 @@ def number(value: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes, decimal: `71.2 MB` is 71.2 × 10⁶ bytes."""
+    """A number of bytes in decimal units: `71.2 MB` is 71.2 × 10⁶ bytes."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 999.5 or unit == "GB":
             return f"{count:,.0f} bytes" if unit == "bytes" else f"{number(count)} {unit}"
@@ -47,7 +47,7 @@ def size(count: float) -> str:
 
 
 def percent(share: float) -> str:
-    """`96.3 %`; never rounded up to 100 % or down to 0 %."""
+    """A share as `96.3 %`; it is never rounded up to 100 % or down to 0 %."""
     if not math.isfinite(share):
         return number(share)
     if share in (0, 1):
@@ -58,7 +58,7 @@ def percent(share: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """`412 ms`, `12.3 s`, `4 min 12 s`, `1 h 03 min`."""
+    """A duration as `412 ms`, `12.3 s`, `4 min 12 s`, `1 h 03 min`."""
     if not math.isfinite(value) or value < 1:
         return f"{number(value * 1000)} ms"
     if value < 99.95:
@@ -68,7 +68,7 @@ def seconds(value: float) -> str:
 
 
 def clipped(text: str, most: int) -> str:
-    """One line of at most `most` characters, the middle left out; no characters that a plot cannot hold."""
+    """Text as one line of at most `most` characters, without its middle where it is longer, and without unprintable characters."""
     line = "".join(" " if c.isspace() else c for c in text if c.isprintable() or c.isspace())
     return line if len(line) <= most else f"{line[: (most - 1) // 2]}…{line[-(most // 2) :]}"
 
@@ -96,21 +96,21 @@ class Canvas:
         self.axes.plot(xs, ys, dashes, color=STAND_INS[colour], linewidth=width, clip_on=False)
 
     def text(self, x: float, y: float, text: str, colour: str = "ink", side: str = "left", points: float = 11, bold: bool = False) -> None:
-        """Text on the base line y, starting (`left`) or ending (`right`) at x, or around it (`center`)."""
+        """Text on the base line y, which starts (`left`) or ends (`right`) at x, or is centred on it (`center`)."""
         weight = "bold" if bold else "normal"
         self.axes.text(x, y, clipped(text, 80), color=STAND_INS[colour], ha=side, fontsize=points, fontweight=weight)
 
     def svg(self, label: str) -> Markup:
-        """The plot to put into a page; `label` tells what it shows to those who cannot see it."""
+        """The plot as SVG to put into a page; `label` describes it to those who cannot see it."""
         buffer = io.StringIO()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a glyph that is missing here is the browser's to find
+            warnings.simplefilter("ignore")  # a glyph that Matplotlib's font lacks is drawn by the browser
             FigureCanvasSVG(self.figure).print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         return _inline(buffer.getvalue(), label)
 
 
 def _inline(svg: str, label: str) -> Markup:
-    """Matplotlib's file without its header and fonts; changes tags only, never text."""
+    """Matplotlib's SVG without its header and fonts; only tags are changed, never text."""
     box = re.search(r'viewBox="[^"]*"', svg)
     assert box is not None
     body = svg[svg.index(">", svg.index("<svg")) + 1 :]
@@ -120,6 +120,6 @@ def _inline(svg: str, label: str) -> Markup:
 
 
 def _retouched(tag: str) -> str:
-    """A tag without its id, font and empty rotation, in the page's colours."""
+    """A tag without its id, font and empty rotation, and with the page's colours."""
     tag = re.sub(r' id="[^"]*"| transform="rotate\(-0 [^"]*"|font-family:[^;"]*;? ?', "", tag)
     return re.sub(r"#0a0b[0-9a-f]{2}", lambda colour: f"var(--{TOKENS[int(colour[0][-2:], 16)]})", tag)

@@ -29,7 +29,7 @@ class Part:
     colour: str
     opacity: float = 1
     text: str = ""
-    """In the piece, where there is room."""
+    """Text that is drawn in the piece where there is room, or explained by a legend."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,23 @@ class Row:
     chip: str = ""
     """The colour of a square before the label."""
     mark: float | None = None
+    """Where on the bar's scale a limit is marked."""
     dots: Sequence[float] = ()
+    """Where on the bar's scale single measurements are marked."""
 
     @property
     def thickness(self) -> int:
-        """Pixels of the bar: more where it has to hold text."""
+        """Height of the bar in pixels: more where it has to hold text."""
         return 20 if any(part.text for part in self.parts) else 9 if self.parts else 0
 
     @property
     def height(self) -> int:
-        """Pixels, with the space below."""
+        """Height of the row in pixels, with the space below."""
         return 24 + self.thickness
 
     @property
     def longest(self) -> float:
-        """What must fit."""
+        """The largest value that must fit into the plot."""
         return max(sum(_finite(part.length) for part in self.parts), *map(_finite, (self.mark or 0, *self.dots)))
 
 
@@ -71,7 +73,7 @@ def bars(label: str, rows: Sequence[Row], legend: Sequence[Part] = (), longest: 
         label: what the plot shows.
         rows: from top to bottom.
         legend: pieces whose text is explained.
-        longest: of another plot on the same scale.
+        longest: the largest value of another plot that is to have the same scale.
     """
     scale = WIDTH / (max([longest, *(row.longest for row in rows)]) or 1)
     top = 18.0 * math.ceil(len(legend) / 3) + (6 if legend else 0)
@@ -151,7 +153,7 @@ def sizes(bundles: Sequence[Results]) -> Markup:
 
 
 def against_float(bundles: Sequence[Results]) -> Markup:
-    """Program files beside the same parameters in float32 and bfloat16."""
+    """Sizes of program files, compared with those of the same parameters in float32 and bfloat16."""
     rows = [Row(one.name, size(one.file_bytes), [Part(one.file_bytes, one.colour)], one.colour) for one in bundles if one.file_bytes]
     for parameters in sorted({one.manifest.model.parameters for one in bundles if one.manifest}):
         for name, width in (("bfloat16", 2), ("float32", 4)):
@@ -161,7 +163,7 @@ def against_float(bundles: Sequence[Results]) -> Markup:
 
 
 def blame(bundles: Sequence[Results]) -> Markup:
-    """KL that each stage adds: bars that begin where the one before ends."""
+    """KL that each stage adds: each bar begins where the previous one ends."""
     rows: list[Row] = []
     for one in bundles:
         rows += _heading(one, bundles)
@@ -173,7 +175,7 @@ def blame(bundles: Sequence[Results]) -> Markup:
 
 
 def phases(bundles: Sequence[Results]) -> Markup:
-    """Mean KL of prefill, decode and the wrapped cache; the limit where it is near enough to leave the bars readable."""
+    """Mean KL of prefill, decode and the wrapped cache; the limit is drawn where it is near enough to leave the bars readable."""
     rows: list[Row] = []
     largest = max(_finite(phase["kl_mean"]) for one in bundles for _, phase in one.phases)
     for one in bundles:
@@ -206,7 +208,7 @@ def memory(bundles: Sequence[Results]) -> Markup:
 
 
 def delegation(one: Results) -> tuple[Results, Markup | None, Markup | None]:
-    """Operators left behind and operators on the delegate, the most frequent ones, on one scale."""
+    """A bundle, its most frequent operators outside of the delegate, and those on it, both plots on one scale."""
     assert one.manifest is not None
     kinds = one.manifest.delegation.left, one.manifest.delegation.delegated
     most = max((count for counts in kinds for count in counts.values()), default=0)
@@ -222,7 +224,7 @@ def _operators(one: Results, counts: dict[str, int], most: int, colour: str) -> 
 
 
 def speed(bundles: Sequence[Results], phase: str) -> Markup | None:
-    """Tokens a second of `prefill` or `decode`: against depth where there are several, as bars otherwise."""
+    """Tokens a second of `prefill` or `decode`: lines over the depth where there are several depths, else bars."""
     rows = [(one, row) for one in bundles for row in one.speeds if row.phase == phase]
     if not rows:
         return None
@@ -243,7 +245,7 @@ def speed(bundles: Sequence[Results], phase: str) -> Markup | None:
 
 
 def _setting(row: Speed, rows: Sequence[Speed]) -> str:
-    """What sets a row apart from the others of its plot, beside the bundle and the depth."""
+    """Text that tells a row from the others of its plot, besides the bundle and the depth."""
     texts: list[tuple[Any, str]] = [(r.tokens, f"{r.tokens} tokens") for r in rows]
     parts = [f"{row.tokens} tokens"] if len({value for value, _ in texts}) > 1 else []
     parts += [f"{row.threads} threads"] if len({other.threads for other in rows}) > 1 else []

@@ -1,4 +1,4 @@
-"""What the report's page is made of: the JSON that the other verbs write, read, checked, and brought together by bundle."""
+"""The report's data: reads and checks the JSON that the other verbs write, and groups it by bundle."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lobit.errors import InputError, LobitError, listed
 from lobit.runtime.manifest import Manifest
 
 LARGEST_RESULT = 64 << 20
-"""Bytes that are read of one file at most."""
+"""Bytes that a file may have; a larger one is not read."""
 COLOURS = 8
-"""Bundles that have a colour of their own; the ninth has the first one's again."""
+"""Number of bundles that have a colour of their own; the ninth has the first one's again."""
 ACCEPTED = "the JSON of `lobit parity`, `lobit bench`, `lobit verify` and `lobit export`, and a bundle's manifest.json"
 
 _BUNDLE = {"name": str, "target": str, "recipe": object}
@@ -47,7 +47,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "build": {"bundle": str, "command": str, "stages": [{"name": str, "seconds": float, "peak_rss_bytes?": int}]},
 }  # fmt: skip
-"""What each kind of result must have: a type, a list of one shape, or keys; `?`: may be absent or null; `*`: any key."""
+"""The shape of each kind of result: a type, a list of one shape, or keys with shapes. `?`: the key may be absent or null; `*`: any key."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Results:
     build: dict[str, Any] | None = None
     speeds: list[Speed] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
-    """The file of each kind but `bench`."""
+    """Name of the file of each kind of result but `bench`."""
 
     @property
     def verdict(self) -> str:
@@ -101,12 +101,12 @@ class Results:
 
     @property
     def last(self) -> dict[str, Any] | None:
-        """The parity stage nearest to the phone."""
+        """The last stage of parity, which is nearest to the phone."""
         return self.parity["stages"][-1] if self.parity and self.parity["stages"] else None
 
     @property
     def steps(self) -> list[tuple[str, float]]:
-        """Stages and the KL that each adds, in nats a token; empty where a stage's is unknown."""
+        """The stages and the KL that each adds, in nats a token; empty where that of any stage is unknown."""
         steps = [(stage["name"], stage.get("kl_step")) for stage in self.parity["stages"]] if self.parity else []
         known = [(name, max(0.0, step)) for name, step in steps if step is not None and math.isfinite(step)]
         return known if len(known) == len(steps) else []
@@ -123,14 +123,14 @@ class Results:
 
     @property
     def model(self) -> str:
-        """The trained model as parity names it; of a path no more than its end."""
+        """The trained model as parity names it; of a long path only the end."""
         name = str(self.parity["model"]) if self.parity else ""
         parts = re.split(r"[/\\]", name.rstrip("/\\"))
         return name if len(parts) < 3 else "/".join(parts[-2:])
 
     @property
     def limits(self) -> list[tuple[str, float | None, dict[str, Any], bool | None]]:
-        """Each limit: what, measured, limit and reason, whether it holds."""
+        """Each limit: its name, the measured figure, the limit with its reason, and whether it is kept."""
         rows = []
         for name, entry in (self.parity["limits"] if self.parity else {}).items():
             phase, _, figure = name.rpartition(".")
@@ -142,22 +142,22 @@ class Results:
 
     @property
     def file_bytes(self) -> int | None:
-        """Of the program."""
+        """Bytes of the program's files."""
         return (self.manifest.program_bytes if self.manifest else 0) or self._largest("model_bytes")
 
     @property
     def peak_bytes(self) -> int | None:
-        """The most resident memory that a benchmark saw."""
+        """The most resident memory that a benchmark measured."""
         return self._largest("peak_rss_bytes")
 
     @property
     def base_bytes(self) -> int | None:
-        """Of that process, before the model was loaded."""
+        """Resident memory of the process with `peak_bytes`, before the model was loaded."""
         return next((speed.row.get("base_rss_bytes") for speed in self.speeds if speed.row.get("peak_rss_bytes") == self.peak_bytes), None)
 
     @property
     def cache_bytes(self) -> int | None:
-        """Keys, values and their scales."""
+        """Bytes of the key-value cache: keys, values and their scales."""
         return self.manifest.cache.bytes if self.manifest else self._largest("kv_cache_bytes")
 
     def _largest(self, key: str) -> int | None:
@@ -169,7 +169,7 @@ class Results:
 
     @property
     def on_delegate(self) -> tuple[int, int] | None:
-        """Operators on the delegate, and all."""
+        """Number of operators on the delegate, and of all operators."""
         if not self.manifest:
             return None
         delegated = sum(self.manifest.delegation.delegated.values())
@@ -177,10 +177,10 @@ class Results:
 
 
 def read(paths: Sequence[Path]) -> list[Result]:
-    """The results in the files.
+    """Reads the results in files.
 
     Raises:
-        InputError: files that are no results, all of them named.
+        InputError: files are no results; all of them are named.
     """
     results, problems = [], []
     for path in paths:
@@ -214,7 +214,7 @@ def _read(path: Path) -> Result:
 
 
 def _problem(value: Any, shape: Any, where: str) -> str | None:
-    """Where a value does not have the shape that it should have."""
+    """A message about the first place where a value does not have its shape, or None."""
     if isinstance(shape, list):
         parts = [(item, shape[0], f"{where}[{i}]") for i, item in enumerate(value)] if isinstance(value, list) else None
     elif isinstance(shape, dict):
@@ -247,10 +247,10 @@ def name_of(recipe: Any) -> str:
 
 
 def group(results: Sequence[Result]) -> list[Results]:
-    """The results of each bundle together, in the order in which the files name the bundles.
+    """Groups results by bundle, in the order in which the files name the bundles.
 
     Raises:
-        InputError: two files of one kind for one bundle, or files that disagree on its target or recipe.
+        InputError: two files of one kind for one bundle differ, or files disagree on its target or recipe.
     """
     bundles: dict[str, Results] = {}
     for result in results:
@@ -292,7 +292,7 @@ def _place(bundles: dict[str, Results], result: Result) -> None:
 
 
 def _bundle_of(bundles: dict[str, Results], row: dict[str, Any], crowded: set[str]) -> Results:
-    """The bundle of a row of `bench`: by its name, or by target, recipe and model; a new one where none fits."""
+    """Finds the bundle of a row of `bench` by its name, or by target, recipe and model; makes a new one where none fits."""
     name, key = row.get("bundle") or row["model"], (row["target"], name_of(row["recipe"]))
     alike = [one.name for one in bundles.values() if (one.target, one.recipe) == key and _same_model(one, row)]
     if name not in bundles and len(alike) == 1:
@@ -317,7 +317,7 @@ def _speed(row: dict[str, Any], device: str) -> Speed:
 
 
 def text_of(value: Any) -> str:
-    """JSON of any kind in one line for people."""
+    """A JSON value of any kind as one line of text for people."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {text_of(item)}" for key, item in value.items() if item not in (None, "", [], {}))
     return ", ".join(map(text_of, value)) if isinstance(value, list) else "" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""What parity concludes: whether an artifact is as near to what it should compute as its arithmetic lets it be; what to do about loss."""
+"""Parity's conclusions: whether an artifact is as near to what it should compute as its arithmetic allows, and advice about loss."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 FLOORS = 2.0
-"""Times the floor that an artifact may be away: every right implementation is at most about one away (measured: 0.7 to 1.2 on a model of
-135 million parameters), since flips grow until they stay as many. What adds less than the floor once more is left to the check of parts."""
+"""How many times the floor an artifact's KL may be. A right implementation's is at most about the floor (measured: 0.7 to 1.2 times on a
+model of 135 million parameters), since flips grow to a number that then stays. A fault that adds less is left to the check of parts."""
 ERRORS = 4.0
-"""Standard errors of that floor which are granted besides: positions of one sequence share flips, so that the error is larger than told."""
+"""Standard errors of the floor that are allowed in addition: positions of a sequence share flips, so that the true error is larger."""
 FLOAT_ORDER = 1e-6
-"""Nats a token that the order of float32 sums costs where nothing is rounded (1e-12 measured): a recipe of floats has this alone."""
+"""Nats a token that are allowed for the order of float32 sums (1e-12 measured): a recipe of floats has this limit alone."""
 COSTLY_KL, COSTLY_PERPLEXITY = 0.1, 1.1
-"""Mean KL from the float model, and perplexity as a multiple of its, from which on advice is given: a chat shows such a loss."""
+"""Mean KL from the float model, and perplexity over the float model's, above which advice is given: such a loss shows in a chat."""
 ADVICE = {
     "calibration": "round on a text: quantize or export with --calibration FILE",
     "ends": "give embedding and head INT8, as recipe 8da4w-g32-e8 does",
     "training": "train: lobit train MODEL --recipe RECIPE --text FILE",
 }
-"""What helps, the cheapest first."""
+"""What helps against loss, the cheapest first."""
 
 
 def judged(chaos: NDArray[np.float64]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The limit on the KL from what should be computed, and the floor it is from.
+    """Returns the limit on the KL from what should be computed, and the floor that the limit is derived from.
 
     Args:
-        chaos: KL of every position between the model and itself with its sums in another order; zeros where that is not measured.
+        chaos: KL at every position between the model and itself with its sums in another order; zeros where it was not measured.
     """
     mean, error = float(chaos.mean()), float(chaos.std() / math.sqrt(len(chaos)))
     limit = FLOORS * mean + ERRORS * error * math.hypot(1, FLOORS) + FLOAT_ORDER
@@ -42,12 +42,12 @@ def judged(chaos: NDArray[np.float64]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def warnings(artifact: Mapping[str, Any], perplexity: float, tried: Collection[str] = ()) -> list[dict[str, str]]:
-    """What quantization costs more than it need, and what to do: no fault of the artifact, so no gate.
+    """Warnings, with advice, where quantization costs much: this is no fault of the artifact, and fails nothing.
 
     Args:
-        artifact: its row of figures.
-        perplexity: of the float model.
-        tried: what of `ADVICE` the bundle's recipe has already.
+        artifact: the figures of the artifact's stage.
+        perplexity: the float model's perplexity.
+        tried: names in `ADVICE` that the bundle's recipe follows already.
     """
     found = []
     if artifact["kl_mean"] > COSTLY_KL:

@@ -1,4 +1,4 @@
-"""What ONNX Runtime computes of a model, in plain PyTorch: inputs INT8 in blocks where its products round them so, a cache of floats."""
+"""ONNX Runtime's arithmetic in plain PyTorch: inputs are rounded to INT8 in blocks where its products do so, the cache holds floats."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lobit.quant_recipes.recipe import Recipe
 def round_blocks(x: Tensor, block: int) -> Tensor:
     """x [..., n] with every `block` entries rounded to a grid of their own: s = max |x| / 127, no zero point.
 
-    So MatMulNBits rounds its inputs at accuracy level 4 (ONNX Runtime, `QuantizeARow_CompInt8`).
+    MatMulNBits rounds its inputs in this way at accuracy level 4 (ONNX Runtime, `QuantizeARow_CompInt8`).
     """
     blocks = F.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
     scale = blocks.abs().amax(-1, keepdim=True) / 127
@@ -28,7 +28,7 @@ def round_blocks(x: Tensor, block: int) -> Tensor:
 
 
 class BlockInputs(nn.Module):
-    """An integer linear layer whose inputs are INT8 in blocks; floats where there is no block."""
+    """An integer linear layer whose inputs are rounded to INT8 in blocks; they stay floats where `block` is None."""
 
     def __init__(self, linear: IntegerLinear, block: int | None) -> None:
         super().__init__()
@@ -46,6 +46,6 @@ def arithmetic(model: Transformer, spec: Spec) -> Recipe:
 
 
 def _fused(linear: IntegerLinear) -> nn.Module:
-    """As MatMulNBits multiplies: it has no product of INT8 inputs with blocks below `FAST_BLOCK`."""
+    """The layer as MatMulNBits computes it, which has no product of INT8 inputs with blocks below `FAST_BLOCK`."""
     block = form_of(linear.rule.weights, linear.integers.shape[1], rows=False, fused=True).block
     return BlockInputs(linear, block if block and block >= FAST_BLOCK and rounds_inputs(linear.rule) else None)

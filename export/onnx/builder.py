@@ -12,11 +12,11 @@ from torch import Tensor
 from lobit.export.onnx.graph import OnnxGraph
 
 EVERYTHING = np.iinfo(np.int64).max
-"""The end of a slice that has none."""
+"""The end of a slice that reaches to the end of its axis."""
 
 
 class OnnxBuilder:
-    """`builder.Builder` whose values are names."""
+    """A `builder.Builder` that adds standard nodes to a graph; its values are names in the graph."""
 
     def __init__(self, graph: OnnxGraph) -> None:
         self.graph = graph

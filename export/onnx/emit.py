@@ -1,4 +1,4 @@
-"""The model as an ONNX graph: one call reads a chunk of tokens and gives the logits of the last."""
+"""Builds a model's ONNX graph: one call reads a chunk of tokens and gives the logits of the last one, or of all."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def emit(model: Transformer, spec: Spec) -> OnnxGraph:
     """The graph of a converted model.
 
     Args:
-        model: converted; its tensors are stored when the graph is written, and may have no memory until then.
-        spec: `portable` chooses standard operators alone.
+        model: the converted model. Its tensors are stored when the graph is written, and may have no memory until then.
+        spec: what the graph is made for; `portable` chooses standard operators alone.
     """
     graph = OnnxGraph()
     walk(model, (Standard if spec.portable else Fused)(graph, model.config, spec))

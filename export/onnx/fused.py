@@ -1,4 +1,4 @@
-"""A model's operations in the operators of ONNX Runtime itself, which it runs fast."""
+"""A model's operations in ONNX Runtime's own operators, which it runs fast."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from lobit.runtime.onnx_ports import POSITIONS, TOKENS, cache_names
 
 
 def slots_name(window: int | None) -> str:
-    """Of the size of a cache that is written in place."""
+    """Name of the axis of slots of a cache that is written in place, by the layer's window."""
     return "slots" if window is None else f"slots_{window}"
 
 
 class Fused(Standard):
-    """ONNX Runtime's own operators, where they can express the model; keys and values are written where they lie.
+    """Uses ONNX Runtime's own operators where they can express the model; keys and values are written in place.
 
-    Its attention takes heads of a multiple of 8 entries, and turns those that are a multiple of 16.
+    Its attention takes heads whose size is a multiple of 8, and applies rotary embeddings itself where sizes are multiples of 16.
     """
 
     def __init__(self, graph: OnnxGraph, config: Config, spec: Spec) -> None:
@@ -104,7 +104,7 @@ class Fused(Standard):
         return self._joined(name, [module], x)
 
     def _joined(self, name: str, modules: Sequence[nn.Module], x: str) -> str:
-        """One product of modules that are alike, their outputs side by side."""
+        """One product for all modules, which must be `alike`; their outputs lie side by side."""
         graph, integers = self.graph, [module for module in modules if isinstance(module, IntegerLinear)]
         with graph.scope(name):
             bias = self._biases(modules)
@@ -120,12 +120,12 @@ class Fused(Standard):
             return graph.fused("MatMulNBits", x, weight, scale, *(["", "", bias] if bias else []), **sizes, accuracy_level=level)
 
     def _biases(self, modules: Sequence[nn.Module]) -> str:
-        """The biases of joined modules, of which all have one or none has."""
+        """The joined biases of modules that all have one; empty where none has one."""
         biases = [bias for bias in map(bias_of, modules) if bias is not None]
         return parameter(self.graph, "bias", *biases) if biases else ""
 
     def _apart(self, names: Sequence[str], owner: nn.Module, x: str) -> Sequence[str]:
-        """The outputs of an owner's linears that have one input."""
+        """The outputs of the owner's linears of these names, which all read x; they are one product where they are `alike`."""
         modules = [getattr(owner, name) for name in names]
         if not alike(modules):
             return [self.linear(name, module, x) for name, module in zip(names, modules, strict=True)]
@@ -187,7 +187,7 @@ class Fused(Standard):
 
 
 def in_place(spec: Spec, config: Config) -> bool:
-    """Whether keys and values are written where they lie, by ONNX Runtime's attention."""
+    """Whether ONNX Runtime's attention is used, which writes keys and values in place."""
     return not spec.portable and config.head_dim % 8 == 0
 
 

@@ -16,10 +16,10 @@ from lobit.runtime.onnx_ports import LOGITS, TOKENS, cache_names
 
 
 class Standard(Composed[str]):
-    """Nodes of standard ONNX operators alone; keys and values are handed in, and handed out longer.
+    """Uses standard ONNX operators alone; keys and values are inputs of the graph, and are outputs with those of the call added.
 
     Args:
-        graph: to add to.
+        graph: the graph that nodes are added to.
         config: the model.
         spec: what the program is made for.
     """
@@ -48,7 +48,7 @@ class Standard(Composed[str]):
         return tokens
 
     def rows(self, embedding: nn.Module, tokens: str) -> str:
-        """See `Composed.rows`. Integers are kept as INT8: standard operators find rows in no other."""
+        """See `Composed.rows`. Integers are stored as INT8: standard operators look rows up in no others."""
         graph = self.graph
         if not isinstance(embedding, IntegerEmbedding):
             table = float_weight(graph, weight_of(embedding), recipe=self.spec.recipe)
@@ -75,12 +75,12 @@ class Standard(Composed[str]):
             return y if bias is None else self.build.add(y, parameter(self.graph, "bias", bias))
 
     def _float_product(self, module: nn.Module, x: str) -> str:
-        """With the weight as [in, out]."""
+        """A product with a float weight, which is stored as [in, out]."""
         weight = float_weight(self.graph, weight_of(module), recipe=self.spec.recipe, transposed=True)
         return self.build.matmul(x, self._float32(weight))
 
     def _integer_product(self, module: IntegerLinear, x: str) -> str:
-        """In float32, of weights [in, out] that were rounded, and of inputs that are, where the recipe says so."""
+        """A float32 product of integers [in, out] times their scales, and of inputs that are rounded where the recipe says so."""
         graph, grid = self.graph, module.rule.weights
         x = self.round_tokens(x, module.rule) if module.rule.activation_bits else x
         form = form_of(grid, module.integers.shape[1], rows=False, fused=False)

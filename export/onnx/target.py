@@ -1,4 +1,4 @@
-"""Target `onnx`: a graph for ONNX Runtime, in its own fast operators or in standard ones; a folder for onnxruntime-genai too."""
+"""Target `onnx`: a graph for ONNX Runtime, in its own fast operators or in standard ones; onnxruntime-genai can read the folder too."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from lobit.stage_cache import StageCache
 PROVIDER = "CPUExecutionProvider"
 GENAI_FILE = "genai_config.json"
 SLACK = 64
-"""Slots of a layer's cache beyond its window: it is moved up when they are full, not with every token."""
+"""Slots of a layer's cache beyond its window: the entries are moved up when these are full, not with every token."""
 STEP = 256
-"""Tokens that are read at once where a chunk has more: 2 to 8 % faster than 512, whose scores leave the processor's cache."""
+"""The most tokens that one call reads, however large `chunk` is: 2 to 8 % faster than 512, whose scores leave the processor's cache."""
 ROLES = {TOKENS: "tokens", POSITIONS: "positions", LOGITS: "logits"}
-"""Of ports; the others are states."""
+"""Roles of ports by their names; all other ports are states."""
 DTYPES: dict[int, str] = {TensorProto.INT64: "int64", TensorProto.FLOAT: "float32"}
 COSTS = Costs(
     imports_seconds=3.0,
-    imports_bytes=710_000_000,  # PyTorch above all
+    imports_bytes=710_000_000,  # mostly PyTorch
     model_copies=1.1,
     head_copies=5.2,  # the widest layer, while it is quantized
     seconds_per_parameter={"quantize": 11e-9, "lower": 1e-9, "write": 6e-9},
@@ -47,18 +47,18 @@ COSTS = Costs(
 )
 SLOW_GRAPH = False
 WORKSPACE = 40
-"""Bytes for each token and feed-forward element of a chunk."""
+"""Bytes of memory for each token of a chunk and each element of the widest activation."""
 PACKED = 1.1
-"""What a packed weight takes in ONNX Runtime's arena, beside its own size."""
+"""Memory that a packed weight takes in ONNX Runtime's arena, as a multiple of its own size."""
 
 
 def versions() -> dict[str, str]:
-    """Of ONNX, whose schemas a graph is made by."""
+    """Version of ONNX, by whose schemas the graph is made."""
     return {"onnx": metadata.version("onnx")}
 
 
 def graph(model: Transformer, spec: Spec) -> EagerGraph | None:
-    """See `Target.graph`: standard operators have the walk, run by PyTorch; ONNX Runtime's own have none."""
+    """See `Target.graph`: standard operators are run by PyTorch as `EagerGraph`; for ONNX Runtime's own there is no such program."""
     return EagerGraph(model.eval(), spec.all_logits) if spec.portable else None
 
 
@@ -83,13 +83,13 @@ def options(spec: Spec) -> dict[str, str | int | bool]:
 
 
 def slots(spec: Spec, config: Config) -> list[int]:
-    """Positions that each layer's cache keeps."""
+    """Number of positions that each layer's cache keeps."""
     inside = in_place(spec, config)
     return [min(layer.window + SLACK, spec.context) if inside and layer.window else spec.context for layer in config.layers]
 
 
 def cache(spec: Spec, config: Config) -> CacheInfo:
-    """The key-value cache, of floats: ONNX Runtime's attention has INT8 entries with scales that are fixed beforehand alone."""
+    """The key-value cache, which is of floats: ONNX Runtime's attention takes INT8 entries only with scales that are fixed beforehand."""
     kept = slots(spec, config)
     return CacheInfo("float32", kept, 2 * sum(kept) * config.kv_heads * config.head_dim * 4, 0)
 
@@ -97,7 +97,7 @@ def cache(spec: Spec, config: Config) -> CacheInfo:
 def weights(spec: Spec, config: Config) -> list[TensorGroup]:
     """The bytes of each kind of weights in the data file, integers and scales together.
 
-    A format says what the recipe has, and what the graph has where that is another.
+    A format names the recipe's grid, and what the graph has instead where that is different.
     """
     tally = Tally()
     for layer_plan in layer_plans(config, spec.recipe):
@@ -116,7 +116,7 @@ def _form(layer_plan: LayerPlan, rule: Rule, spec: Spec) -> Form:
 
 
 def _format(layer_plan: LayerPlan, spec: Spec) -> str:
-    """A layer's numbers in the recipe and in the graph."""
+    """Names a layer's grid in the recipe, and what the graph has instead where that is different."""
     if layer_plan.rule is None:
         return f"float{spec.recipe.float_bits}"
     form = _form(layer_plan, layer_plan.rule, spec)
@@ -125,7 +125,7 @@ def _format(layer_plan: LayerPlan, spec: Spec) -> str:
 
 
 def _bytes(layer_plan: LayerPlan, spec: Spec) -> int:
-    """Of a layer's weights and scales."""
+    """Bytes of a layer's weights and scales."""
     out, inner = layer_plan.shape
     if layer_plan.rule is None:
         return out * inner * spec.recipe.float_bits // 8
@@ -134,7 +134,7 @@ def _bytes(layer_plan: LayerPlan, spec: Spec) -> int:
 
 
 def _shares(layer_plan: LayerPlan, spec: Spec) -> bool:
-    """Whether a head that is the embedding is the same bytes as the embedding is stored in."""
+    """Whether a head that is the embedding has the same stored bytes as the embedding."""
     if spec.portable or layer_plan.rule is None:
         return not spec.portable
     head, embedding = (form_of(layer_plan.rule.weights, layer_plan.shape[1], rows=rows, fused=True) for rows in (False, True))
@@ -142,10 +142,10 @@ def _shares(layer_plan: LayerPlan, spec: Spec) -> bool:
 
 
 def needs(model: Transformer, spec: Spec) -> Needs:
-    """What the graph will take: the file's bytes exactly; in memory the weights, caches, and what a chunk needs on its way.
+    """What the graph will take: the file's bytes, which are exact, and memory for weights, caches and the activations of a chunk.
 
-    Attention has scores for every slot of the longest cache, unless that is very long; where it is composed some three times, and caches
-    before and after a call.
+    Attention has scores for every slot of the longest cache, unless that has more than `UNTILED_SLOTS`. Where attention is composed, it
+    has them some three times, and the caches twice: before and after a call.
     """
     written, config = emit(model, spec), model.config
     padding = written.data_bytes - sum(region.bytes for region in written.regions.values())
@@ -162,10 +162,10 @@ def needs(model: Transformer, spec: Spec) -> Needs:
 
 
 def _packing_bytes(layer_plan: LayerPlan, spec: Spec) -> int:
-    """What a product takes in memory beyond its bytes in the file.
+    """Memory that a product's weights take beyond their bytes in the file.
 
-    It is packed when the graph is loaded: half floats as float32, integers with INT8 inputs with their scales and sums of blocks. Of
-    the file its scales stay, and the weights of a head that is the embedding.
+    Weights are packed when the graph is loaded: half floats as float32, integers whose inputs are INT8 together with their scales and
+    the sums of their blocks. Of the bytes in the file, only scales and the weights of a head that is the embedding stay in memory.
     """
     out, inner = layer_plan.shape
     stored, packed = _bytes(layer_plan, spec), 4 * out * inner
@@ -177,7 +177,7 @@ def _packing_bytes(layer_plan: LayerPlan, spec: Spec) -> int:
 
 
 def lower(model: Transformer, spec: Spec, kept: StageCache, count: Count) -> Lowered:
-    """The graph; its weights are still those of the model."""
+    """The graph; its weights are still the model's own tensors, which `write` stores."""
     graph = emit(model, spec)
     left = Counter[str]() if spec.portable else _operators(graph.composed)
     taken = _operators(graph.nodes) - left
@@ -199,7 +199,7 @@ def _port(value: onnx.ValueInfoProto, ranges: Mapping[str, int | str]) -> Port:
 
 
 def states(spec: Spec, config: Config) -> list[State]:
-    """Keys and values of every layer [1, K, positions, E]."""
+    """The states: keys and values [1, K, positions, E] of every layer."""
     inside, sizes = in_place(spec, config), slots(spec, config)
     return [
         State(before, after, "float32", [1, config.kv_heads, sizes[layer], config.head_dim], 2, config.layers[layer].window, inside)
@@ -209,7 +209,7 @@ def states(spec: Spec, config: Config) -> list[State]:
 
 
 def write(lowered: Lowered, folder: Path, count: Count) -> list[FileEntry]:
-    """Writes the graph, its weights, and what onnxruntime-genai wants to know."""
+    """Writes the graph, its weights and the configuration for onnxruntime-genai."""
     graph, spec, config = lowered.payload
     graph.write(folder, count)
     (folder / GENAI_FILE).write_text(json.dumps(genai_config(spec, config), indent=2) + "\n", encoding="utf-8")
@@ -218,7 +218,7 @@ def write(lowered: Lowered, folder: Path, count: Count) -> list[FileEntry]:
 
 
 def genai_config(spec: Spec, config: Config) -> dict[str, Any]:
-    """What onnxruntime-genai reads of a folder."""
+    """The contents of `GENAI_FILE`, which onnxruntime-genai reads."""
     shared = in_place(spec, config)
     (keys, keys_after), (values, values_after) = ((name.replace(".0.", ".%d.") for name in pair) for pair in cache_names(0))
     inputs = {"input_ids": TOKENS, "past_key_names": keys, "past_value_names": values} | ({"position_ids": POSITIONS} if shared else {})
@@ -236,7 +236,7 @@ def genai_config(spec: Spec, config: Config) -> dict[str, Any]:
     }
     end = spec.stop[0] if spec.stop else 0
     model = {
-        # Of its model types the one that has nothing beside a decoder.
+        # The one of its model types that has nothing but a decoder.
         "type": "llama",
         "bos_token_id": end if spec.bos is None else spec.bos,
         "eos_token_id": list(spec.stop),

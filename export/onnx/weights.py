@@ -1,4 +1,4 @@
-"""Weights as ONNX graphs keep them: floats, integers of standard types, and the blocks of ONNX Runtime's n-bit operators."""
+"""Weights as ONNX graphs store them: floats, integers of standard types, and the blocks of ONNX Runtime's n-bit operators."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lobit.quant_recipes.packing import FixedWidth, layout_of
 from lobit.quant_recipes.recipe import Recipe, Rule, WeightGrid
 
 CRUMBS = FixedWidth("the crumbs of MatMulNBits", 4, 1, 4, lowest=-2, highest=1)
-"""Two bits whose zero is code 2, as the operator takes it for granted."""
+"""Two-bit integers whose zero is code 2, as the operator assumes."""
 LARGEST_BLOCK, SMALLEST_BLOCK, FAST_BLOCK = 128, 16, 32
-"""Weights that share a scale in MatMulNBits, a power of two; the smallest of a row that has one scale."""
+"""Weights that share a scale in MatMulNBits, powers of two: the most, the fewest, and the fewest where a whole row has one scale."""
 CRUMB_SECONDS = {128: 1.0, 64: 1.17, 32: 2.33}
-"""What a weight of two bits takes in blocks of these, beside blocks of 128 (768 x 4096, 128 tokens, AVX-512 VNNI). Blocks below 32 or over
-128 have no kernel for INT8 inputs."""
+"""Time of a two-bit weight by the size of its block, relative to blocks of 128 (768 x 4096, 128 tokens, AVX-512 VNNI). Blocks below 32 or
+over 128 have no kernel for INT8 inputs."""
 ITEM_BYTES: dict[int, float] = {
     TensorProto.FLOAT: 4,
     TensorProto.FLOAT16: 2,
@@ -32,33 +32,33 @@ ITEM_BYTES: dict[int, float] = {
     TensorProto.UINT8: 1,
     TensorProto.INT4: 0.5,
 }
-"""Of an element."""
+"""Bytes of an element of each type."""
 FLOATS: dict[int, torch.dtype] = {TensorProto.FLOAT: torch.float32, TensorProto.FLOAT16: torch.float16}
 Integers = IntegerLinear | IntegerEmbedding
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a layer's integers [out, in] are kept."""
+    """How a layer's integers [out, in] are stored."""
 
     bits: int
-    """Of a stored integer; the values are the grid's."""
+    """Bits of a stored integer; the values are still those of the recipe's grid."""
     scales: int
-    """Of a row: a scale that several blocks share stands there for each."""
+    """Number of scales in a row; a scale that several blocks share is stored once for each block."""
     columns: int
-    """Stored integers of a row, the last block filled up."""
+    """Number of integers stored for a row, whose last block is filled up."""
     block: int | None
     """Weights that share a scale in MatMulNBits and GatherBlockQuantized; None: standard operators."""
 
 
 def form_of(grid: WeightGrid, inner: int, rows: bool, fused: bool) -> Form:
-    """How the integers of a layer are kept.
+    """How the integers of a layer are stored.
 
     Args:
-        grid: of its weights.
-        inner: weights of a row.
-        rows: of an embedding, whose rows are whole blocks, and which standard operators find in INT8 alone.
-        fused: in ONNX Runtime's operators where they take them.
+        grid: the grid of its weights.
+        inner: number of weights in a row.
+        rows: whether it is an embedding: its rows are whole blocks, and standard operators look them up in INT8 alone.
+        fused: whether ONNX Runtime's own operators are used where they take the integers.
     """
     block = _block(grid, inner)
     if rows:
@@ -70,7 +70,10 @@ def form_of(grid: WeightGrid, inner: int, rows: bool, fused: bool) -> Form:
 
 
 def _block(grid: WeightGrid, inner: int) -> int:
-    """A power of two: the largest that divides a group, or a row. Rows of two bits are filled up where that is faster."""
+    """Weights in a block: the largest power of two up to `LARGEST_BLOCK` that divides a group, or a row where there are no groups.
+
+    A row that has one scale is filled up to blocks of at least `FAST_BLOCK`; a row of two-bit integers to those that are fastest.
+    """
     if grid.group_size is not None:
         return min(LARGEST_BLOCK, grid.group_size & -grid.group_size)
     if stored_bits(grid) == 2:
@@ -79,23 +82,23 @@ def _block(grid: WeightGrid, inner: int) -> int:
 
 
 def stored_bits(grid: WeightGrid) -> Literal[2, 4, 8]:
-    """The bits that hold a grid's integers in MatMulNBits; their values stay."""
+    """Bits in which MatMulNBits stores a grid's integers; their values do not change."""
     return 2 if grid.bits <= 2 else 4 if grid.bits <= 4 else 8
 
 
 def rounds_inputs(rule: Rule) -> bool:
-    """Whether MatMulNBits rounds its inputs to INT8: where the recipe does, and where it is slow otherwise."""
+    """Whether MatMulNBits rounds its inputs to INT8: where the recipe does, and where it would be slow with floats."""
     return bool(rule.activation_bits) or stored_bits(rule.weights) != 4
 
 
 def alike(modules: Sequence[nn.Module]) -> bool:
-    """Whether linears may be one product: all are floats, or integers of one grid with inputs of one kind."""
+    """Whether linears may be joined to one product: all are floats, or all are integers of one grid with inputs of one kind."""
     kinds = {(module.rule.weights, module.rule.activation_bits) if isinstance(module, IntegerLinear) else None for module in modules}
     return len(kinds) == 1
 
 
 def rows_of(module: nn.Module) -> int:
-    """Outputs of a linear."""
+    """Number of outputs of a linear."""
     return len(module.integers if isinstance(module, Integers) else weight_of(module))
 
 
@@ -106,7 +109,10 @@ def _store(graph: OnnxGraph, name: str, dtype: int, shape: Sequence[int], key: S
 def parameter(
     graph: OnnxGraph, name: str, *tensors: Tensor, dtype: int = TensorProto.FLOAT, transposed: bool = False, flat: bool = False
 ) -> str:
-    """Floats [n, …] one after the other, in float32 or half, or as […, n], or as [n] where they are [n, 1]."""
+    """Stores floats [n, …] one after the other, in float32 or half, and returns their name.
+
+    They are stored as […, n] where `transposed`, and as [n] where `flat`, which takes tensors [n, 1].
+    """
     rows = sum(len(tensor) for tensor in tensors)
     shape = (rows,) if flat else (rows, *tensors[0].shape[1:])
 
@@ -118,19 +124,19 @@ def parameter(
 
 
 def float_weight(graph: OnnxGraph, *tensors: Tensor, recipe: Recipe, transposed: bool = False) -> str:
-    """Weights [out, in] one after the other, or as [in, out], in the width that the recipe keeps floats in."""
+    """Stores weights [out, in] one after the other, or as [in, out], as floats of the recipe's width; returns their name."""
     dtype = TensorProto.FLOAT16 if recipe.float_bits == 16 else TensorProto.FLOAT
     return parameter(graph, "weight", *tensors, dtype=dtype, transposed=transposed)
 
 
 def int8_weight(graph: OnnxGraph, integers: Tensor, transposed: bool = False) -> str:
-    """Integers [out, in] of any grid as INT8, or as [in, out]."""
+    """Stores integers [out, in] of any grid as INT8, or as [in, out]; returns their name."""
     given = integers.t() if transposed else integers
     return _store(graph, "weight", TensorProto.INT8, given.shape, (transposed, id(integers)), lambda: given)
 
 
 def int4_weight(graph: OnnxGraph, integers: Tensor, transposed: bool = False) -> str:
-    """Integers [out, in] of 4 bits or fewer as INT4, or as [in, out]: two in a byte, the first in the low half [ONNX, IR.md]."""
+    """Like `int8_weight`, for integers of 4 bits or fewer as INT4: two in a byte, the first in the low half [ONNX, IR.md]."""
     given = integers.t() if transposed else integers
 
     def make() -> Tensor:
@@ -142,16 +148,17 @@ def int4_weight(graph: OnnxGraph, integers: Tensor, transposed: bool = False) ->
 
 
 def blocks_weight(graph: OnnxGraph, modules: Sequence[Integers], form: Form, rows: bool = False) -> tuple[str, str]:
-    """Integers and scales of layers of one grid, one after the other, in blocks.
+    """Stores the integers and scales of layers of one grid in blocks, one layer after the other.
 
     Args:
-        graph: to store them in.
-        modules: of [out, in].
-        form: in blocks.
-        rows: in the shape of GatherBlockQuantized, whose bytes are the same: an embedding that is the head too is stored once.
+        graph: the graph to store them in.
+        modules: layers with integers [out, in].
+        form: how they are stored; it has blocks.
+        rows: whether to use the shape of GatherBlockQuantized. The bytes are the same: an embedding that is the head too is stored once.
 
     Returns:
-        weight uint8 [out, blocks, block · bits / 8], or [out, in · bits / 8] for rows; scales float32 [out, blocks].
+        Names of the weight, uint8 [out, blocks, block · bits / 8], or [out, in · bits / 8] for rows, and of the scales, float32
+        [out, blocks].
     """
     inner, out = modules[0].integers.shape[1], sum(len(module.integers) for module in modules)
     width = form.columns * form.bits // 8
@@ -170,6 +177,6 @@ def blocks_weight(graph: OnnxGraph, modules: Sequence[Integers], form: Form, row
 
 
 def _packed(integers: Tensor, bits: int) -> Tensor:
-    """Codes from 0 on, the first in the lowest bits; zero is the code 2^(bits - 1)."""
+    """The integers as unsigned codes, the first in the lowest bits of a byte; the code of zero is 2^(bits - 1)."""
     layout = CRUMBS if bits == 2 else layout_of(bits)
     return layout.pack(integers) if layout else integers.view(torch.uint8) ^ 128

@@ -1,12 +1,12 @@
-"""How a target keeps keys and values. Here: caches that ExecuTorch's own operators write in place, and that the delegate reads.
+"""Key-value caches that ExecuTorch's own operators write in place and the delegate reads, and the attention over them.
 
 Attention is two batched products and a softmax, which the delegate runs many times as fast as ExecuTorch's attention operators run
 on the host. The number of keys in a product must be fixed or follow from the number of tokens, so that a cache is read up to the
-next of a few bounds, and what lies between is masked.
+next of a few bounds, and the slots behind the last token are masked.
 
 A layer with a window has a ring of exactly that many slots. The tokens of a call may need keys that the call itself overwrites,
-so they are attended with over the ring as it was before, joined with the call's own keys and values; a single token needs none of
-those, and is attended with over the ring as it is afterwards.
+so they attend to the ring as it was before, joined with the call's own keys and values; a single token needs no key that it
+overwrites, and attends to the ring as it is afterwards.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HIDDEN = -1e9
 """Added to the score of a key that a query must not see: finite, since a block of keys may be hidden as a whole."""
 SMALLEST_BOUND = 64
 HALVED_FROM = 1024
-"""Slots; from here on there is a bound half way to the double, too."""
+"""From this number of slots on there is also a bound half way to its double."""
 
 
 def bounds(context: int) -> list[int]:
@@ -49,12 +49,12 @@ class FloatEntries:
 
     @staticmethod
     def encode(x: Tensor) -> tuple[Tensor, ...]:
-        """x [1, T, heads, E] as the cache keeps it; a part's output must not be its input."""
+        """x [1, T, heads, E] as the cache keeps it. It is cloned because a part's output must not be its input."""
         return (x.clone(),)
 
     @staticmethod
     def decode(entries: tuple[Tensor, ...]) -> Tensor:
-        """The inverse: floats [1, S, heads, E]."""
+        """The inverse of `encode`: floats [1, S, heads, E]."""
         return entries[0]
 
 
@@ -79,7 +79,7 @@ class Int8Entries:
 
     @staticmethod
     def decode(entries: tuple[Tensor, ...]) -> Tensor:
-        """See `FloatEntries`. Conversions by a scale of 1 are what the delegate has for a plain change of type."""
+        """See `FloatEntries`. Dequantizing with a scale of 1 is what the delegate has for a plain change of type."""
         convert = torch.ops.quantized_decomposed.dequantize_per_tensor.default
         integers, scale, zero_point = entries
         return (convert(integers, 1.0, 0, -128, 127, torch.int8) - convert(zero_point, 1.0, 0, -128, 127, torch.int8)) * scale  # type: ignore[no-any-return]
@@ -107,7 +107,7 @@ class Write(nn.Module):
         self.ring = ring
 
     def extra_repr(self) -> str:
-        """Where to."""
+        """Whether the caches are rings."""
         return "ring" if self.ring else ""
 
     def forward(self, where: Tensor, *tensors: Tensor) -> tuple[()]:
@@ -121,7 +121,7 @@ class Write(nn.Module):
 
 
 class Join(nn.Module):
-    """A ring's entries [1, R, K, ·] and new ones [1, T, K, ·], one after the other."""
+    """Joins a ring's entries [1, R, K, ·] and new ones [1, T, K, ·], one after the other."""
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         half = len(tensors) // 2
@@ -129,9 +129,9 @@ class Join(nn.Module):
 
 
 class Mask(nn.Module):
-    """0 where a query sees a key, `HIDDEN` or less where not: [queries, keys] from positions as floats [queries, 1] and [keys].
+    """A mask [queries, keys] from float positions [queries, 1] and [keys]: 0 where a query sees a key, else `HIDDEN` or less.
 
-    A key at a negative position is an empty slot.
+    With a window, a key at a negative position is an empty slot, which is hidden.
     """
 
     def __init__(self, window: int | None) -> None:
@@ -169,7 +169,7 @@ class Attend(nn.Module):
             self.register_buffer("keys", torch.arange(slots).float(), persistent=False)
 
     def forward(self, mask: Tensor, q: Tensor, *caches: Tensor) -> Tensor:
-        """`mask`: of `Mask`; where the slots are fixed, the positions [T · H / K, 1] of the queries instead."""
+        """`mask` is that of `Mask`; where `slots` is given, it is the positions [T · H / K, 1] of the queries instead."""
         c, half = self.config, len(caches) // 2
         group = c.heads // c.kv_heads
         mask = mask if self.slots is None else self.mask(mask, self.keys)
@@ -181,7 +181,7 @@ class Attend(nn.Module):
 
 
 class Clear(nn.Module):
-    """Fills caches with zeros: what a slot that was never written holds is multiplied by 0, so it must be a number."""
+    """Fills caches with zeros: slots that were never written are multiplied by 0, so they must hold finite numbers."""
 
     def forward(self, *caches: Tensor) -> tuple[()]:
         for cache in caches:
@@ -190,7 +190,7 @@ class Clear(nn.Module):
 
 
 def position_of(input_pos: Tensor, length: int, slots: int) -> int:
-    """The position [1] as a number from which on the cache is known to hold `length` tokens."""
+    """The position [1] as a number, checked so that `length` tokens from it on fit into the `slots` of a cache."""
     position = cast(int, input_pos.item())
     torch._check(position >= 0)
     torch._check(position < slots)
@@ -219,7 +219,7 @@ class Caches:
         self.names = [f"{side}_{name}" for side in "kv" for name in self.entries.names]
 
     def declare(self, parts: Parts) -> None:
-        """The caches, and what is handed from step to step."""
+        """Declares the caches, and the values that steps hand to each other."""
         c, dtypes = self.config, self.entries.dtypes * 2
         widths = self.entries.widths(c.head_dim) * 2
         for name, dtype, width in zip(self.names, dtypes, widths, strict=True):
@@ -237,7 +237,7 @@ class Caches:
             parts.values[f"mask_joined_{ring}"] = Value((PerToken(group), PerToken(plus=ring)), overlay=f"mask of {ring}")
 
     def begin(self) -> list[Step | Choice]:
-        """The steps before the first layer: at position 0 clean caches, and masks."""
+        """The steps before the first layer: they clear the caches at position 0, and make the masks of rings."""
         multiplied = [name for name, dtype in zip(self.names, self.entries.dtypes * 2, strict=True) if dtype.is_floating_point]
         clean = tuple(
             Step("clear", Clear(), tuple(f"{name}_{layer}[{slots}]" for name in multiplied)) for layer, slots in enumerate(self.slots)
@@ -257,7 +257,7 @@ class Caches:
         return Choice(tuple((None if bound == self.context else f"up_to_{bound}", (step(bound),)) for bound in self.bounds))
 
     def attend(self, layer: int) -> list[Step | Choice]:
-        """The steps from q, k, v to y."""
+        """The steps of a layer's attention, from q, k and v to y."""
         names = tuple(self.names)
         encode = Step("encode", Encode(self.entries), ("k", "v"), names)
         window = self.config.layers[layer].window

@@ -1,4 +1,4 @@
-"""Layers in the operators that XNNPACK's partitioner takes for one of its own, or that keep a graph on the delegate in one piece."""
+"""Layers in operators that XNNPACK's partitioner recognizes as one of its own, or that keep a graph on the delegate in one piece."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lobit.rope import RotateHalf
 
 
 class DelegatedLinear(nn.Module):
-    """An integer linear layer in the operators that XNNPACK's partitioner takes for one product."""
+    """An integer linear layer in operators that XNNPACK's partitioner recognizes as one product."""
 
     integers: Tensor
     scale: Tensor
@@ -36,7 +36,7 @@ class DelegatedLinear(nn.Module):
         self.register_buffer("bias", linear.bias)
 
     def extra_repr(self) -> str:
-        """The grid and the activations' bits."""
+        """The grid and the bits of activations."""
         return f"{self.grid}, {self.activation_bits}"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class SharedHead(nn.Module):
     """A head whose bytes in the file are those of an INT4 embedding.
 
     ExecuTorch's `embedding_4bit` has the even element of a pair in the high half of a byte, XNNPACK's products have it in the
-    low half. So the same bytes are, to XNNPACK, a head with the elements of each pair exchanged: the input's are exchanged too.
+    low half. So XNNPACK reads the same bytes as a head with the elements of each pair exchanged, and the input's are exchanged too.
     """
 
     swap: Tensor
@@ -76,9 +76,9 @@ class SharedHead(nn.Module):
 
 
 class DelegatedNorm(nn.Module):
-    """RMSNorm whose mean of squares is a product with a row of 1 / n, and eps its bias.
+    """RMSNorm whose mean of squares is a product with a row of 1 / n, with eps as the bias.
 
-    XNNPACK takes no mean over the last axis of a 3-dimensional tensor; left behind, each norm would cut the delegate in two.
+    XNNPACK takes no mean over the last axis of a 3-dimensional tensor; outside of the delegate, each norm would cut it in two.
     """
 
     row: Tensor
@@ -98,7 +98,7 @@ class DelegatedNorm(nn.Module):
 class DelegatedTurn(nn.Module):
     """A quarter turn of every rotary pair as a product with a matrix of 0, 1 and -1.
 
-    XNNPACK slices no tensor whose length is not fixed.
+    XNNPACK cannot slice a tensor whose length is not fixed.
     """
 
     matrix: Tensor
@@ -112,7 +112,7 @@ class DelegatedTurn(nn.Module):
 
 
 class PackedEmbedding(nn.Module):
-    """An integer embedding in ExecuTorch's `embedding_4bit` (the even element in the high half) or `embedding_byte`."""
+    """An integer embedding for ExecuTorch's operator `embedding_4bit` (the even element in the high half) or `embedding_byte`."""
 
     packed: Tensor
     scale: Tensor

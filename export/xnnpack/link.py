@@ -1,7 +1,7 @@
-"""Lowered parts joined to one ExecuTorch program: one list of values, of operators, of delegates and of instructions.
+"""Joins lowered parts to one ExecuTorch program, which has one list of values, of operators, of delegates and of instructions.
 
-Inside a part all tensors lie in one scratch area that every part uses anew. What parts hand to each other, and the caches, lie
-behind it, each in a place of its own.
+All tensors inside a part lie in one scratch area, which every part uses anew. The caches, and the values that parts hand to each
+other, lie behind it, each in its place (`Parts.place_of`).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from lobit.export.xnnpack.parts import INPUTS, OUTPUT, Choice, Parts, PerToken, 
 from lobit.export.xnnpack.stamp import digest_of, key_of, serialized
 
 ARENA = 1
-"""The memory that ExecuTorch plans; 0 is its own word for none."""
+"""Id of the memory that ExecuTorch plans; 0 stands for none there."""
 INSTRUCTIONS = {schema.KernelCall, schema.DelegateCall, schema.MoveCall, schema.JumpFalseCall, schema.FreeCall}
 """Kinds of instructions whose values and operators are renumbered."""
 ALIGNMENT = 64
-"""Bytes, of a tensor in memory: a cache line."""
+"""Bytes at whose multiples tensors begin in memory: a cache line."""
 SCALARS = {
     torch.uint8: ScalarType.BYTE,
     torch.int8: ScalarType.CHAR,
@@ -41,14 +41,14 @@ SCALARS = {
 
 @dataclass(frozen=True)
 class Weight:
-    """A constant of a delegate that is made when it is written."""
+    """A delegate's constant, whose bytes are made when they are written."""
 
     module: nn.Module
     name: str
     bytes: int
 
     def data(self) -> Tensor:
-        """Its bytes, as XNNPACK reads them."""
+        """The constant's bytes, as XNNPACK reads them."""
         return serialized(self.module, self.name, self.module.state_dict()[self.name])
 
 
@@ -57,13 +57,13 @@ class Linked:
     """A program whose large data is still outside of it."""
 
     program: schema.Program
-    """Without constants, delegates and named data."""
+    """The program without constants, the delegates' data and named data."""
     constants: dict[str, Tensor]
-    """By their digests; the program's tensors refer to them by their number in this order, counted from 1."""
+    """Constants by their digests; the program's tensors refer to them by their number in this order, counted from 1."""
     delegates: list[bytes]
-    """What the program's delegates refer to."""
+    """Data of the delegates, which the program's delegates refer to by index."""
     weights: dict[str, Weight]
-    """What the delegates refer to by name."""
+    """Constants of the delegates by the names that the delegates have for them."""
 
 
 class Linker:
@@ -71,11 +71,11 @@ class Linker:
 
     Args:
         parts: the program.
-        lowered: each part, by `parts.part_of`.
+        lowered: the lowered parts by what `parts.part_of` gives for their steps.
         chunk: the most tokens in one call.
 
     Raises:
-        TargetError: a part has what is not known here.
+        TargetError: a part has something that this linker does not know.
     """
 
     def __init__(self, parts: Parts, lowered: Mapping[str, LoweredPart], chunk: int) -> None:
@@ -100,11 +100,11 @@ class Linker:
         self._keys: dict[tuple[int, str], str] = {}
 
     def link(self, constant_methods: Sequence[schema.ExecutionPlan] = (), count: Count | None = None) -> Linked:
-        """The whole program.
+        """Links the whole program.
 
         Args:
             constant_methods: further methods of the program.
-            count: told how many steps are linked.
+            count: called with how many steps are linked, and how many there are.
         """
         false = self._add(schema.Bool(False))
         inputs = [self._value(name) for name in INPUTS]
@@ -153,7 +153,7 @@ class Linker:
         return len(self.values) - 1
 
     def _choose(self, choice: Choice, false: int) -> None:
-        """Emits the cases with a jump over each whose flag is false, and from the end of each to the end of all."""
+        """Emits the cases: a jump leads over each whose flag is false, and another from the end of each to the end of all."""
         to_end = []
         for flag, steps in choice.cases:
             skip = None
@@ -192,7 +192,7 @@ class Linker:
             self.instructions.append(schema.Instruction(instr_args=call))
 
     def _index(self, step: Step, index: int, bound: dict[int, int]) -> int:
-        """A value of a part, among the values of the program; `bound` are those that only this step has."""
+        """The program's index of a value of a part; `bound` has the program's indices of values that belong to this step alone."""
         if index in bound:
             return bound[index]
         name = self.parts.part_of(step)
@@ -230,7 +230,7 @@ class Linker:
         return self.operators.index(operator)
 
     def _delegate(self, step: Step, part: LoweredPart, delegate: schema.BackendDelegate) -> int:
-        """The delegate with this step's weights; one for all steps with the same."""
+        """The index of the delegate with this step's weights; steps with the same weights have the same one."""
         names = part.stamp.keys
         blob = bytes(part.program.backend_delegate_data[delegate.processed.index].data)
         for key in names:
@@ -245,7 +245,7 @@ class Linker:
         return self._delegates[known]
 
     def _key(self, module: nn.Module, name: str) -> str:
-        """The name of a tensor's data; notes where to find it."""
+        """XNNPACK's name of a tensor's data; records in `weights` where the data comes from."""
         known = (id(module), name)
         if known not in self._keys:
             data = serialized(module, name, module.state_dict()[name])
@@ -254,7 +254,7 @@ class Linker:
         return self._keys[known]
 
     def _value(self, name: str) -> int:
-        """A value that parts hand to each other."""
+        """The index of a value that parts hand to each other."""
         if name not in self._named:
             self._named[name] = self._add(self._tensor(name, self.parts.values[name]))
         return self._named[name]
@@ -286,10 +286,10 @@ class Linker:
 
 
 def _check(part: LoweredPart, what: str) -> None:
-    """Refuses what a later ExecuTorch may write and this linker would drop or misplace.
+    """Refuses a part with something that a later ExecuTorch may write and this linker would drop or misplace.
 
     Raises:
-        TargetError: every instruction and memory of a part that is not known.
+        TargetError: with every instruction and memory of the part that is not known.
     """
     program = part.program
     plans = program.execution_plan

@@ -1,4 +1,4 @@
-"""One part of a program, lowered by ExecuTorch on its own."""
+"""Lowers one part of a program on its own with ExecuTorch."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from lobit.quiet import quiet_python
 
 @dataclass
 class LoweredPart:
-    """A part in ExecuTorch's schema: its inputs and outputs have no memory yet, its delegates' constants no data."""
+    """A part in ExecuTorch's schema: its inputs and outputs have no memory yet, and its delegates' constants have no data."""
 
     program: Program
     stamp: Stamp
-    """Where it has the tensors of its module."""
+    """Where the program has the tensors of its module."""
     delegated: list[str]
-    """The operators on delegates."""
+    """Names of the operators on delegates."""
     left: list[str]
-    """The operators outside."""
+    """Names of the operators outside of delegates."""
 
     def to_bytes(self) -> bytes:
-        """All of it, to be kept."""
+        """The part as bytes that can be kept in a file."""
         program = bytes(serialize_pte_binary(PTEFile(self.program)))
         buffers = {str(number): name for number, name in self.stamp.buffers.items()}
         rest = {"keys": self.stamp.keys, "buffers": buffers, "delegated": self.delegated, "left": self.left}
@@ -60,7 +60,7 @@ class LoweredPart:
 
 @contextlib.contextmanager
 def without_collection() -> Iterator[None]:
-    """Without the collection of garbage: graphs are millions of objects, and looking through them takes a tenth of the time."""
+    """Turns garbage collection off: graphs are millions of objects, and looking through them takes a tenth of the time."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -71,7 +71,7 @@ def without_collection() -> Iterator[None]:
 
 
 def trace_part(step: Step, parts: Parts, chunk: int) -> ExportedProgram:
-    """A part as a graph for 1 to `chunk` tokens."""
+    """Traces a part as a graph for 1 to `chunk` tokens."""
     length = min(4, chunk)
     dim = Dim("length", min=1, max=max(chunk, 2))
     values = [parts.values[name] for name in step.inputs]
@@ -100,7 +100,7 @@ def _shapes(step: Step, shapes: tuple[dict[int, Any], ...]) -> Any:
 
 
 def _drop_assertions(module: torch.fx.GraphModule) -> None:
-    """Removes the checks of positions: tracing takes a length of two or more for granted, and the engine checks anyway."""
+    """Removes the checks of positions: tracing assumes a length of two or more, and the engine checks positions anyway."""
     for node in list(module.graph.nodes):
         if node.target is torch.ops.aten._assert_scalar.default:
             module.graph.erase_node(node)
@@ -109,11 +109,11 @@ def _drop_assertions(module: torch.fx.GraphModule) -> None:
 
 
 def lower_part(step: Step, graph: ExportedProgram, methods: dict[str, Any]) -> LoweredPart:
-    """A graph as an ExecuTorch program, what XNNPACK takes of it on XNNPACK.
+    """Lowers a graph to an ExecuTorch program, with all that XNNPACK takes of it on XNNPACK.
 
     Args:
-        step: whose part the graph is.
-        graph: of `trace_part`; its weights become random.
+        step: the step whose part the graph is.
+        graph: what `trace_part` gave; its weights are replaced by random ones.
         methods: constant methods of the program.
     """
     randomize(graph)
@@ -140,7 +140,7 @@ def lower_part(step: Step, graph: ExportedProgram, methods: dict[str, Any]) -> L
 
 
 def _drop_unused(program: Program) -> None:
-    """Empties the constants that no instruction names: weights that a delegate has taken."""
+    """Empties the constants that no instruction refers to: weights that a delegate has taken."""
     plan = program.execution_plan[0]
     lists = {i: value.val.items for i, value in enumerate(plan.values) if isinstance(value.val, (TensorList, OptionalTensorList))}
     calls = [call.instr_args for call in plan.chains[0].instructions]
@@ -153,7 +153,7 @@ def _drop_unused(program: Program) -> None:
 
 
 def _infer_one_size(module: torch.fx.GraphModule) -> None:
-    """Writes -1 where a reshape has one size that follows from the others: XNNPACK takes it so, but not as a symbol."""
+    """Writes -1 where a reshape has one size that follows from the others: XNNPACK takes -1 there, but not a symbolic size."""
     for node in module.graph.nodes:
         if node.op == "call_function" and getattr(node.target, "_op", node.target) is torch.ops.aten.view_copy.default:
             sizes = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
@@ -164,7 +164,7 @@ def _infer_one_size(module: torch.fx.GraphModule) -> None:
 
 
 def _partitioner() -> XnnpackPartitioner:
-    """XNNPACK's partitioner, told to run only the one of its seventeen passes that finds something in these graphs.
+    """XNNPACK's partitioner, set to run only the one of its seventeen passes that finds something in these graphs.
 
     The others (batch norms, convolutions, upsampling, …) retrace every partition for nothing.
     """
@@ -174,7 +174,7 @@ def _partitioner() -> XnnpackPartitioner:
 
 
 def _operators(module: torch.fx.GraphModule) -> tuple[list[str], list[str]]:
-    """The operators on delegates and outside."""
+    """Names of the operators on delegates, and of those outside."""
     left: list[str] = []
     delegated: list[str] = []
     for node in module.graph.nodes:
@@ -189,7 +189,7 @@ def _operators(module: torch.fx.GraphModule) -> tuple[list[str], list[str]]:
 
 
 def _operator_name(node: torch.fx.Node) -> list[str]:
-    """The operator's name, or nothing for arithmetic on shapes and the like."""
+    """The operator's name in a list, which is empty for arithmetic on shapes and the like."""
     target: Any = node.target
     if target is torch.ops.higher_order.auto_functionalized_v2:
         target = node.args[0]

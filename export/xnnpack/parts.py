@@ -1,4 +1,4 @@
-"""A program in parts: graphs that are traced and lowered once, however many layers run them, and the values they hand to each other."""
+"""A program in parts: graphs that are traced and lowered once, however many layers run them, and the values that they exchange."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PerToken:
     plus: int = 0
 
     def at(self, length: int) -> int:
-        """The size in a call of so many tokens."""
+        """The size in a call of `length` tokens."""
         return self.times * length + self.plus
 
 
@@ -36,9 +36,9 @@ class Value:
     shape: tuple[Size, ...]
     dtype: torch.dtype = torch.float32
     memory: str | None = None
-    """The cache whose first rows it is; None: a tensor of its own."""
+    """Name of the cache whose first rows the value is; None: it is a tensor of its own."""
     overlay: str | None = None
-    """Values of one overlay are never needed together: they may lie in the same place."""
+    """Name of the value's overlay. Values of one overlay are never needed together, so they may lie in the same place."""
     constant: Tensor | None = field(default=None, compare=False)
 
     def sizes(self, length: int) -> list[int]:
@@ -46,7 +46,7 @@ class Value:
         return [size.at(length) if isinstance(size, PerToken) else size for size in self.shape]
 
     def bytes(self, length: int) -> int:
-        """Of memory, in a call of `length` tokens."""
+        """Bytes of memory in a call of `length` tokens."""
         return math.prod(self.sizes(length)) * self.dtype.itemsize
 
 
@@ -57,7 +57,7 @@ class Step:
     kind: str
     """What it does, in a few words."""
     module: nn.Module
-    """With the weights of this step."""
+    """The module that runs, with the weights of this step."""
     inputs: tuple[str, ...]
     outputs: tuple[str, ...] = ()
     delegated: bool = True
@@ -66,7 +66,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Choice:
-    """Runs the steps of the first case whose flag is true; the flag None always is."""
+    """Runs the steps of the first case whose flag is true; the flag None counts as true."""
 
     cases: tuple[tuple[str | None, tuple[Step, ...]], ...]
 
@@ -81,7 +81,7 @@ class Parts:
     steps: list[Step | Choice] = field(default_factory=list)
 
     def every_step(self) -> Iterator[Step]:
-        """The steps of all cases."""
+        """All steps in order, those of every case included."""
         for step in self.steps:
             if isinstance(step, Step):
                 yield step
@@ -92,7 +92,7 @@ class Parts:
     _parts: dict[Step, str] = field(default_factory=dict)
 
     def part_of(self, step: Step) -> str:
-        """All that a step's graph depends on, but no weights: steps of one part have one graph."""
+        """Names the part of a step by all that its graph depends on, except weights: steps of one part have one graph."""
         if step not in self._parts:
             self._parts[step] = self._describe(step)
         return self._parts[step]
@@ -104,7 +104,7 @@ class Parts:
         return "\n".join([step.kind, *modules, *tensors, *ports])
 
     def place_of(self, name: str) -> str | None:
-        """Where a value lies: its cache, its overlay, or a place of its own; None: it is handed in, or a constant."""
+        """Where a value lies: its cache, its overlay, or a place of its own; None: it is an input or a constant."""
         value = self.values[name]
         return None if name in INPUTS or value.constant is not None else value.memory or value.overlay or name
 
@@ -126,11 +126,11 @@ class Parts:
 
 
 Run = Callable[[Step, Sequence[Tensor]], Sequence[Tensor]]
-"""Runs a step on its inputs; writes into caches in place."""
+"""Runs a step on its inputs and returns its outputs; writes into caches in place."""
 
 
 def run_eagerly(step: Step, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The step's module as it is."""
+    """Runs the step's module as it is."""
     result: Any = step.module(*inputs)
     return result if isinstance(result, tuple) else (result,)
 
@@ -140,7 +140,7 @@ class Interpreter:
 
     Args:
         parts: the program.
-        run: how a step runs.
+        run: the function that runs a step.
     """
 
     def __init__(self, parts: Parts, run: Run = run_eagerly) -> None:
@@ -149,7 +149,7 @@ class Interpreter:
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
-        """logits float32 [1, 1, V] of the last of tokens int64 [1, T] at input_pos int64 [1]."""
+        """Logits float32 [1, 1, V] of the last token, or [1, T, V], of tokens int64 [1, T] from position input_pos int64 [1] on."""
         made = dict(zip(INPUTS, (tokens, input_pos), strict=True))
         for step in self.parts.steps:
             for one in self._chosen(step, made):

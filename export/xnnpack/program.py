@@ -1,4 +1,4 @@
-"""The model as a target runs it, in parts: one call takes a chunk of tokens at a position and gives the last token's logits."""
+"""Builds the model in parts, as a target runs it: one call takes a chunk of tokens at a position and gives the last token's logits."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lobit.rope import Rope, Table, Tables, rotary_table
 
 
 class Positions(nn.Module):
-    """All that follows from the position and the number of tokens alone; the names of its outputs are in `outputs`.
+    """Computes all that depends on the position and the number of tokens alone; `outputs` has the names of the results.
 
     Args:
         config: the model.
-        caches: what needs to know positions.
+        caches: the caches, which need to know positions.
         ropes: the kinds of rotary embedding.
     """
 
@@ -63,14 +63,14 @@ class Positions(nn.Module):
 
 
 def position_in(last: Tensor, slots: Tensor) -> Tensor:
-    """The position that each slot of a ring holds after position `last` [1] was written; negative where none was."""
+    """The position that each slot of a ring holds after position `last` [1] was written; negative where the slot is empty."""
     # ExecuTorch's portable remainder follows C's sign, so its operand is kept from being negative.
     count = slots.shape[0]
     return last - torch.remainder(last + count - slots, count)
 
 
 class Embed(nn.Module):
-    """The stream [1, T, D] of tokens [1, T]; the table is handed in."""
+    """Embeds tokens [1, T] as the residual stream [1, T, D]; the table is an input."""
 
     def __init__(self, embedding: nn.Module, scale: float) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Embed(nn.Module):
 
 
 class Enter(nn.Module):
-    """The stream [1, T, D] -> q [1, T, H, E], k and v [1, T, K, E] of a block."""
+    """Computes q [1, T, H, E], k and v [1, T, K, E] of a block from the residual stream [1, T, D]."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Score(nn.Module):
         self.block, self.norm, self.head, self.cap = block, model.norm, model.head, model.config.logits_softcap
 
     def extra_repr(self) -> str:
-        """Which tokens it scores."""
+        """Whether all tokens get logits."""
         return "all" if self.all_logits else ""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class Score(nn.Module):
 
 
 def build(model: Transformer, caches: Caches, all_logits: bool = False) -> Parts:
-    """The model in parts. It takes the model's layers over.
+    """Builds the model in parts, which use the model's own layers.
 
     A part reaches from one layer's attention to the next, so that all products between two attentions are one graph.
     """
@@ -143,7 +143,7 @@ def build(model: Transformer, caches: Caches, all_logits: bool = False) -> Parts
     blocks = [model.blocks[layer // config.repeats] for layer in range(len(config.layers))]
     numbers = [ropes.index(block.attention.rope) if block.attention.rope else None for block in blocks]
     tables = [() if number is None else (f"cos_{number}", f"sin_{number}") for number in numbers]
-    # A delegate's sines need not be good to the last bit where angles are large.
+    # Not delegated: a delegate's sines need not be exact to the last bit where angles are large.
     parts.steps.append(Step("positions", positions, INPUTS, tuple(positions.outputs), delegated=False))
     parts.steps += caches.begin()
     parts.steps.append(Step("embed", Embed(model.embedding, config.embedding_scale), ("tokens", *table), ("x0",)))
@@ -160,7 +160,7 @@ def build(model: Transformer, caches: Caches, all_logits: bool = False) -> Parts
 
 
 def _declare(parts: Parts, config: Config, positions: Positions, all_logits: bool) -> None:
-    """The values of every program."""
+    """Declares the values that every program has."""
     heads, kv_heads = ((1, PerToken(), count, config.head_dim) for count in (config.heads, config.kv_heads))
     stream = Value((1, PerToken(), config.hidden_size))
     parts.values |= {"tokens": Value((1, PerToken()), torch.int64), "input_pos": Value((1,), torch.int64), **positions.outputs}
@@ -169,7 +169,7 @@ def _declare(parts: Parts, config: Config, positions: Positions, all_logits: boo
 
 
 def _table(parts: Parts, embedding: nn.Module) -> list[str]:
-    """Declares the embedding's constants; their names."""
+    """Declares the embedding's constants and returns their names."""
     names = []
     for name, tensor in embedding.state_dict().items():
         names.append(f"embedding.{name}")

@@ -1,7 +1,7 @@
-"""Writing ExecuTorch's file format without holding its data in memory (executorch/exir/_serialize/_program.py).
+"""Writes ExecuTorch's file format without holding its data in memory (executorch/exir/_serialize/_program.py).
 
 A file is a header, the program as a flatbuffer, and segments: the constants of its tensors, its delegates' graphs, and the named
-data of those. Where named data is what a constant holds already, as a head that is its embedding, its segment is that place.
+data of those. Where named data equals a constant, as for a head that is the embedding, its segment is where the constant lies.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from lobit.export.xnnpack.stamp import SCALE, as_bytes
 
 SEGMENT_ALIGNMENT = 128
 CONSTANT_ALIGNMENT = 16
-"""Bytes; both as executorch's own writer has them."""
+"""Bytes; both are those of ExecuTorch's own writer."""
 
 Source = bytes | Tensor | Weight
 
 
 @dataclass
 class _Layout:
-    """What lies where behind the program."""
+    """Where the data lies that follows the program in the file."""
 
     pieces: list[tuple[int, Source]] = field(default_factory=list)
     segments: list[schema.DataSegment] = field(default_factory=list)
     end: int = 0
 
     def place(self, source: Source, size: int, alignment: int) -> int:
-        """Adds data; its offset."""
+        """Adds data and returns its offset."""
         offset: int = aligned_size(self.end, alignment)
         self.pieces.append((offset, source))
         self.end = offset + size
         return offset
 
     def segment(self, offset: int, size: int) -> int:
-        """Names a place; its number."""
+        """Adds a segment for a range of the data and returns its number."""
         self.segments.append(schema.DataSegment(offset=offset, size=size))
         return len(self.segments) - 1
 
 
 def write_program(linked: Linked, path: Path, count: Count | None = None) -> None:
-    """Writes a linked program; `count` is told how many bytes are written."""
+    """Writes a linked program; `count` is called with how many bytes are written, and how many there are."""
     layout, program = _Layout(), linked.program
     offsets = _constants(linked, layout)
     program.constant_segment = schema.SubsegmentOffsets(segment_index=0, offsets=[0, *offsets])
@@ -73,7 +73,7 @@ def write_program(linked: Linked, path: Path, count: Count | None = None) -> Non
 
 
 def _constants(linked: Linked, layout: _Layout) -> list[int]:
-    """Places the constants in segment 0; their offsets."""
+    """Places the constants in segment 0 and returns their offsets."""
     offsets = [layout.place(tensor, tensor.nbytes, CONSTANT_ALIGNMENT) for tensor in linked.constants.values()]
     layout.segment(0, layout.end)
     return offsets
@@ -85,7 +85,7 @@ def _data(source: Source) -> bytes | memoryview:
 
 
 def _head(program: schema.Program, data_size: int) -> bytes:
-    """Header and flatbuffer, padded to where the segments begin."""
+    """The header and the flatbuffer, padded to where the segments begin."""
     result = _program_to_flatbuffer(program, constant_tensor_alignment=CONSTANT_ALIGNMENT, delegate_alignment=None)
     header_size = aligned_size(_ExtendedHeader.EXPECTED_LENGTH, result.max_alignment)
     size = header_size + len(result.data)

@@ -1,8 +1,8 @@
 """One graph for all layers of a kind: it is lowered once, with random weights, and stamped with those of each layer.
 
-XNNPACK's graphs name their constants by the sha256 of their bytes. So the graph of another layer differs in these names alone,
-which are of one length, and the bytes behind them are what XNNPACK's serializer (backends/xnnpack/operators/node_visitor.py)
-makes of the layer's tensors. The random weights are all different, so that each name in the graph says which tensor it is.
+XNNPACK's graphs name their constants by the sha256 of their bytes. So the graph of another layer differs in these names alone, and
+not in their lengths; the bytes behind them are what XNNPACK's serializer (backends/xnnpack/operators/node_visitor.py) makes of
+the layer's tensors. The random weights are all different, so that each name in the graph says which tensor it is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SCALE = "scale_"
 
 
 def randomize(graph: ExportedProgram) -> None:
-    """Puts random numbers in place of a traced graph's weights: its persistent tensors, save zero points, which stay 0."""
+    """Replaces a traced graph's weights, which are its persistent tensors, by random numbers; zero points stay 0."""
     generator = torch.Generator().manual_seed(0)
     for name, tensor in graph.state_dict.items():
         if tensor.dtype == torch.int8:
@@ -37,9 +37,9 @@ def serialized(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """A tensor of a module as XNNPACK's serializer writes it.
 
     Args:
-        module: that the tensor is in.
-        name: of the tensor in the module.
-        tensor: the module's own, or one of its shape.
+        module: the module that has the tensor.
+        name: the tensor's name in the module.
+        tensor: the module's tensor, or another one of its shape.
     """
     path, _, part = name.rpartition(".")
     owner = module.get_submodule(path)
@@ -66,7 +66,7 @@ def key_of(module: nn.Module, name: str, data: Tensor) -> str:
     Args:
         module: as in `serialized`.
         name: as in `serialized`.
-        data: of `serialized`.
+        data: the tensor as `serialized` gives it.
     """
     path, _, part = name.rpartition(".")
     is_scale = isinstance(module.get_submodule(path), DelegatedLinear) and part == "scale"
@@ -78,22 +78,22 @@ class Stamp:
     """Where a lowered graph has a module's tensors."""
 
     keys: dict[str, str]
-    """XNNPACK's names of constants, and the tensors of the module that they are."""
+    """XNNPACK's names of constants, each with the name of the module's tensor that it is."""
     buffers: dict[int, str]
-    """Constants of ExecuTorch's own, and the tensors of the module that they are; others are the same for all modules."""
+    """Numbers of ExecuTorch's own constants, each with the name of the module's tensor; the others are the same for all modules."""
 
 
 def stamp_of(graph: ExportedProgram, module: nn.Module, keys: set[str], program: Program) -> Stamp:
     """Finds a module's tensors in a randomized and lowered graph.
 
     Args:
-        graph: after `randomize`.
-        module: that was traced.
+        graph: the traced graph after `randomize`.
+        module: the module that was traced.
         keys: XNNPACK's names of the lowered graph's constants.
         program: the lowered graph.
 
     Raises:
-        TargetError: a constant of XNNPACK's is none of the module's tensors.
+        TargetError: one of XNNPACK's constants is none of the module's tensors.
     """
     weights = {name: tensor.detach() for name, tensor in graph.state_dict.items() if tensor.dtype != torch.int64}
     plain = {digest_of(tensor): name for name, tensor in weights.items()}

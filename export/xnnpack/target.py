@@ -37,22 +37,22 @@ from lobit.stage_cache import StageCache
 PROGRAM_FILE = "model.pte"
 OVERHEAD, PER_ARGUMENT, PER_PART = 20_000, 69, 1_800
 PER_LAYER, PER_INTEGER_LAYER, PER_INTEGER_CACHE = 3_000, 2_200, 1_300
-"""Bytes of a file besides weights: its head, values and instructions, small graphs, and a graph for each layer's products."""
+"""Bytes of the file that are not weights: its header, values and instructions, small graphs, and a graph for each layer's products."""
 COSTS = Costs(
     imports_seconds=9.0,
     imports_bytes=830_000_000,  # PyTorch and ExecuTorch
-    model_copies=1.6,  # itself, and what is packed to be kept or written
+    model_copies=1.6,  # the model itself, and what is packed to be kept or written
     head_copies=9,  # random weights, packed ones, and what ExecuTorch's serializer holds of them
     seconds_per_parameter={"quantize": 11e-9, "lower": 12e-9, "write": 6e-9},
     seconds_per_part=0.85,
 )
 SLOW_GRAPH = True
 WORKSPACE = 16
-"""Bytes for each token and feed-forward element of a chunk."""
+"""Bytes of memory for each token of a chunk and each element of the feed-forward."""
 
 
 def versions() -> dict[str, str]:
-    """Of ExecuTorch, whose release a program is tied to."""
+    """Version of ExecuTorch, to whose release a program is tied."""
     return {"executorch": metadata.version("executorch")}
 
 
@@ -95,7 +95,7 @@ def check(spec: Spec, config: Config) -> list[str]:
 
 
 def step(spec: Spec) -> int:
-    """See `Target.step`: all that was asked for."""
+    """See `Target.step`: the whole chunk that was asked for."""
     return spec.chunk
 
 
@@ -107,8 +107,8 @@ def options(spec: Spec) -> dict[str, str | int | bool]:
 def weights(spec: Spec, config: Config) -> list[TensorGroup]:
     """The bytes of each kind of weights in the file: scales of groups are bfloat16 there, of rows float32, of the embedding float16.
 
-    A format says what the recipe has, and what the program has where that is another: integers of few bits are INT4 there, activations
-    have a zero point, floats are float32. An embedding that is the head too is there once, with two sets of scales where it is of integers.
+    A format names the recipe's grid, and what the program has instead where that is different: integers of few bits are INT4, activations
+    have a zero point, floats are float32. An embedding that is the head too is stored once, with two sets of scales where it is integers.
     """
     tally = Tally()
     for layer_plan in layer_plans(config, spec.recipe):
@@ -123,7 +123,7 @@ def weights(spec: Spec, config: Config) -> list[TensorGroup]:
 
 
 def cache(spec: Spec, config: Config) -> CacheInfo:
-    """The key-value cache in bytes: a layer with a window keeps the window, the others the context.
+    """The size of the key-value cache: a layer with a window keeps as many positions as that, the others keep the context.
 
     INT8 entries have a float32 scale and an int8 zero point per token and head, for keys and for values.
     """
@@ -135,7 +135,7 @@ def cache(spec: Spec, config: Config) -> CacheInfo:
 
 
 def program(model: Transformer, spec: Spec) -> Parts:
-    """The model in parts, its layers in the delegate's operators, its caches written in place."""
+    """Builds the model in parts: its layers are in the delegate's operators, its caches are written in place."""
     config, head = model.config, model.head
     if config.tied and isinstance(head, IntegerLinear) and form_of(head.rule.weights, config.hidden_size).grid.bits == 4:
         model.head = SharedHead(head)
@@ -147,11 +147,11 @@ def program(model: Transformer, spec: Spec) -> Parts:
 
 
 def needs(model: Transformer, spec: Spec) -> Needs:
-    """What the program will take.
+    """What lowering and running the program will take.
 
-    In memory there are: the embedding, mapped from the file; all other weights, as XNNPACK packs them anew; caches and what parts
-    hand to each other; and what the largest part needs inside, which is the attention of a whole chunk over the whole context: its
-    scores before and after the softmax, keys and values as floats.
+    In memory there are: the embedding, mapped from the file; all other weights, as XNNPACK packs them anew; caches and the values that
+    parts hand to each other; and what the largest part needs inside, which is the attention of a whole chunk over the whole context:
+    its scores before and after the softmax, keys and values as floats.
     """
     config = model.config
     stored = sum(group.bytes for group in weights(spec, config))
@@ -183,7 +183,7 @@ def graph(model: Transformer, spec: Spec) -> Interpreter:
 
 
 def lower(model: Transformer, spec: Spec, kept: StageCache, count: Count) -> Lowered:
-    """Each part as an ExecuTorch program, its products on XNNPACK.
+    """Lowers each part to an ExecuTorch program, with its products on XNNPACK.
 
     The constant methods are those that ExecuTorch's `TextLLMRunner` reads.
 
@@ -204,7 +204,7 @@ def lower(model: Transformer, spec: Spec, kept: StageCache, count: Count) -> Low
     steps = parts.distinct()
     for name, step in steps.items():
         count(len(lowered), len(steps))
-        # The first part brings the constant methods.
+        # The first part has the constant methods of the whole program.
         lowered[name] = _kept_part(step, parts, spec.chunk, {} if lowered else methods, kept)
     check_operators(
         f"{op.name}.{op.overload}" if op.overload else op.name
@@ -217,7 +217,7 @@ def lower(model: Transformer, spec: Spec, kept: StageCache, count: Count) -> Low
 
 
 def _kept_part(step: Step, parts: Parts, chunk: int, methods: dict[str, Any], kept: StageCache) -> LoweredPart:
-    """A lowered part, from an earlier run or from now on for a later one."""
+    """A lowered part, which is taken from an earlier run, or made now and kept for a later one."""
     name = hashlib.sha256(f"{parts.part_of(step)}\n{chunk}\n{methods}".encode()).hexdigest()[:16] + ".part"
     if not kept.has(name):
         with without_collection(), kept.making(name) as path:
@@ -226,7 +226,7 @@ def _kept_part(step: Step, parts: Parts, chunk: int, methods: dict[str, Any], ke
 
 
 def _delegation(parts: Parts, lowered: Mapping[str, LoweredPart]) -> Delegation:
-    """Operators on the delegate and left behind, over all steps of the program."""
+    """Counts the operators on the delegate and outside of it, over all steps of the program."""
     delegated: Counter[str] = Counter()
     left: Counter[str] = Counter()
     partitions = 0

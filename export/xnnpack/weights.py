@@ -1,4 +1,4 @@
-"""Weights as ExecuTorch programs for XNNPACK keep them: integers of 4 or 8 bits, scales of three widths, floats."""
+"""Weights as ExecuTorch programs for XNNPACK store them: integers of 4 or 8 bits, scales of three widths, floats."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from lobit.quant_recipes.apply import LayerPlan
 from lobit.quant_recipes.recipe import Recipe, WeightGrid
 
 BFLOAT16, FLOAT16, FLOAT32 = 2, 2, 4
-"""Bytes of a scale: of a group, of an embedding, of an output channel or of an earlier quantization."""
+"""Bytes of a scale, in this order: of a group; of an embedding; of an output channel or of an earlier quantization."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a layer's integers [out, in] are kept."""
+    """How a layer's integers [out, in] are stored."""
 
     grid: WeightGrid
-    """INT4 or INT8 of the program, in the recipe's groups; the integers' values stay."""
+    """The program's grid: INT4 or INT8 in the recipe's groups; the integers' values do not change."""
     scales: int
-    """Of a row."""
+    """Number of scales in a row."""
     scale_bytes: int
 
 
 def form_of(grid: WeightGrid, inner: int, rows: bool = False) -> Form:
-    """How the integers of a layer are kept.
+    """How the integers of a layer are stored.
 
-    Rows of odd length are INT8: with them XNNPACK's INT4 products give wrong sums (google/XNNPACK issue 5935; so in ExecuTorch 1.5.1).
+    Rows of odd length are INT8: XNNPACK's INT4 products give wrong sums for them (google/XNNPACK issue 5935; so in ExecuTorch 1.5.1).
 
     Args:
-        grid: of its weights.
-        inner: weights of a row.
-        rows: of an embedding, whose rows are looked up.
+        grid: the grid of its weights.
+        inner: number of weights in a row.
+        rows: whether it is an embedding, whose rows are looked up.
     """
     bits: Literal[4, 8] = 4 if grid.bits <= 4 and inner % 2 == 0 else 8
     if grid.scale_rule == "exact":
@@ -45,14 +45,14 @@ def form_of(grid: WeightGrid, inner: int, rows: bool = False) -> Form:
 
 
 def layer_form(layer_plan: LayerPlan) -> Form | None:
-    """How a layer is kept; None: as float32."""
+    """How a layer is stored; None: as float32."""
     if layer_plan.rule is None:
         return None
     return form_of(layer_plan.rule.weights, layer_plan.shape[1], rows=layer_plan.name == "embedding")
 
 
 def format_of(layer_plan: LayerPlan, recipe: Recipe) -> str:
-    """The recipe's numbers of a layer, and the program's where those are others."""
+    """Names a layer's grid in the recipe, and what the program has instead where that is different."""
     form = layer_form(layer_plan)
     if layer_plan.rule is None or form is None:
         return "half as float32" if recipe.float_bits == 16 else "float32"

@@ -6,14 +6,14 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "model"
 """The shipped model, a Hugging Face folder."""
 TERNARY_FOLDER = Path(__file__).parent / "ternary"
-"""The same model trained on by recipe `bitnet`: a quantized checkpoint."""
+"""The same model after further training under recipe `bitnet`: a quantized checkpoint."""
 
 BEGIN, END = "<|begin|>", "<|end|>"
 """The special tokens around each story, ids 0 and 1."""
 
 
 def held_out_stories(stories: int = 200, seed: int = 0) -> list[str]:
-    """Stories that the training has not drawn: it seeds its generator otherwise, and repeats are as good as impossible."""
+    """Stories that training has not drawn: it seeds its generator otherwise, and repeats are practically impossible."""
     from lobit.demo.story import STORIES
 
     rng = random.Random(f"held out {seed}")

@@ -1,4 +1,4 @@
-"""How far a model is from perfect: its loss on fresh stories beside what the grammar itself gives them."""
+"""Measures how far a model is from perfect: its loss on fresh stories, compared with that of the grammar itself."""
 
 import math
 import random
@@ -29,7 +29,7 @@ def surprises(model: Transformer, tokenizer: Tokenizer, texts: list[str]) -> tup
 
 
 def held_out_figures(model: Transformer, tokenizer: Tokenizer, stories: int = 1000, seed: int = 0) -> dict[str, float]:
-    """The model's loss on stories that it has not seen, and the exact entropy below which no model comes.
+    """The model's loss on stories that it has not seen, and the exact entropy, below which no model's expected loss can be.
 
     The gap is measured on the same stories for both, so that what is surprising in the stories themselves cancels.
 

@@ -72,7 +72,7 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class Field:
-    """What is said of the row that a slot has drawn: one node for each row."""
+    """Says something of the row that a slot has drawn: it has one node for each row."""
 
     slot: str
     nodes: tuple["Node", ...]
@@ -178,7 +178,7 @@ def derivations(node: Node, text: str) -> list[float]:
 
 
 def _parse(node: Node, text: str, start: int, bound: Bound) -> Iterator[tuple[int, Bound, float]]:
-    """Yields each end that the node can reach from `start`, with the slots known by then. Slots are guessed when met."""
+    """Yields each end that the node can reach from `start`, the slots known by then, and the log-probability; unknown slots are guessed."""
     match node:
         case Text():
             if text.startswith(node.text, start):
@@ -202,7 +202,7 @@ def _parse(node: Node, text: str, start: int, bound: Bound) -> Iterator[tuple[in
 
 
 def _parse_parts(parts: tuple[Node, ...], text: str, start: int, bound: Bound) -> Iterator[tuple[int, Bound, float]]:
-    """The ends that a run of nodes can reach."""
+    """Yields the same for nodes that follow one another."""
     if not parts:
         yield start, bound, 0.0
         return
@@ -220,14 +220,14 @@ def _completions(story: Story, known: Bound) -> Iterator[Bound]:
 
 @dataclass(frozen=True)
 class Measure:
-    """A quantity that adds up along a derivation: so much for a piece of text, so much for a draw of a probability."""
+    """A quantity that adds up along a derivation: a term for each piece of text, and one for the probability of each draw."""
 
     of_text: Callable[[str], float]
     of_draw: Callable[[float], float]
 
 
 SURPRISE = Measure(of_text=lambda text: 0.0, of_draw=lambda share: -math.log(share))
-"""What a text tells, in nats; its mean is the entropy."""
+"""The surprise of a text's draws in nats; its mean is the entropy."""
 
 
 def mean(node: Node, measure: Measure, story: Story | None = None, given: Bound | None = None) -> float:
@@ -267,7 +267,7 @@ def _mean_draw(story: Story, slot: Slot, measure: Measure) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Grammar:
-    """A grammar by its root: what is asked of it elsewhere."""
+    """A grammar, given by its root, with what other modules compute of it."""
 
     root: Node
 

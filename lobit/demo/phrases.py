@@ -17,7 +17,7 @@ def _named(women: str, men: str) -> tuple[Row, ...]:
 
 
 def _rows(fields: str, table: str) -> tuple[Row, ...]:
-    """Rows from a table: one a line, its fields set apart by a slash.
+    """Rows from a table: each line is a row, its fields separated by slashes.
 
     Two more fields follow from the name: `a`, with its article, and `start`, as it starts a sentence.
     """

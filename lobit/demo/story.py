@@ -1,6 +1,6 @@
 """The stories: five shapes over one set of rules. `STORIES` is their grammar.
 
-A shape is its slots and the sentences in which it speaks of them. The same rows come back all through a story, often
+A shape has slots, and sentences that speak of them. The same rows come back all through a story, often
 further apart than a short attention window: whose present the kite was, what stuck to the kitten's feet, who was asked.
 """
 
@@ -12,12 +12,12 @@ from lobit.demo.template import story
 
 
 def _another(row: Row, parent: Row) -> bool:
-    """Two slots draw from the same rows, and never the same row."""
+    """Whether the rows differ: two slots draw from the same rows, and never the same row."""
     return row["name"] != parent["name"]
 
 
 def _reached(row: Row, parent: Row) -> bool:
-    """What can be lost in such a place, where it goes, who gets there."""
+    """Whether a thing can be lost in a place of the parent's kind, a spot is such a place, or a beast gets there."""
     return parent["name"] in row["reach"].split()
 
 
@@ -275,7 +275,7 @@ NIGHT = {
 
 
 def _shape(own: Mapping[str, tuple[str, ...]], slots: str) -> Story:
-    """A story shape: opening and scene, its own rules one after the other, the moral."""
+    """A story shape: opening and scene, its own rules one after the other, and the moral."""
     body = " ".join(f"{{{rule}}}" for rule in ("open", "scene", *own, "moral"))
     return story([SLOTS[name] for name in f"hero trait place hour {slots}".split()], COMMON | dict(own), body)
 

@@ -62,13 +62,13 @@ class Plan:
 
     Attributes:
         steps: updates of the weights.
-        seed: of the initial weights and of the stories.
+        seed: seeds the initial weights and the stories.
         step_tokens: tokens in one step.
         row_tokens: tokens in a row of most steps; a whole story fits.
         long_row_tokens: tokens in a row of each `long_every`-th step, for the positions up to the end of the context.
-        learning_rate: at its peak; it falls to a hundredth of that along a cosine.
+        learning_rate: its peak; from there it falls to a hundredth along a cosine.
         warm_up: steps until the peak.
-        weight_decay: of the matrices.
+        weight_decay: applies to the matrices other than the embedding.
         clip: the largest norm of the gradient.
     """
 
@@ -111,10 +111,10 @@ def _row(tokenizer: Tokenizer, rng: random.Random, length: int) -> list[int]:
 def initialise(model: Transformer, seed: int) -> None:
     """Normal weights that keep the size of what they multiply, and attention that begins by copying.
 
-    To the grammar all names are alike, so a model finds out late that it can copy one: after most of what else there is
-    to learn. Hence an embedding that begins large and does not decay, since only chance tells the names apart; values
-    that attention adds to the stream as they were read (mimetic initialisation, Trockman and Kolter 2023,
-    arXiv:2305.09828, with the opposite sign); and deviations for this width (0.02, usual for wide models, is too small).
+    The grammar treats all names alike, so a model learns late that it can copy one: after most of what else there is to
+    learn. Hence the embedding begins large and does not decay, since only chance tells the names apart; attention adds
+    values to the stream as they were read (mimetic initialisation, Trockman and Kolter 2023, arXiv:2305.09828, with the
+    opposite sign); and standard deviations suit this width (0.02, usual for wide models, is too small).
     """
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():

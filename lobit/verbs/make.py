@@ -30,11 +30,11 @@ DEFAULT_CONTEXT = 2048
 DEFAULT_CHUNK = 512
 KVCache = Literal["int8", "float"]
 ScaleRule = Literal["least_squares", "range"]
-"""Those that compute scales from weights (`recipe.WeightGrid`)."""
+"""The scale rules that compute scales from weights (`recipe.WeightGrid`)."""
 Progress = Callable[[str, int, int], None]
-"""(what, done, of how many)"""
+"""Called with the name of what is done, how much of it is done, and how much there is."""
 KEPT = "stages"
-"""In an unfinished bundle: what is finished of it."""
+"""The folder in an unfinished bundle that has its finished stages."""
 
 
 def choose_recipe(
@@ -68,14 +68,14 @@ def quantize(
 
     Args:
         model: a Hugging Face folder, a hub name or `demo`.
-        recipe: None: the folder was quantized before, and its integers are taken in as they are.
+        recipe: how to quantize; None: the folder was quantized before, and its integers are taken in as they are.
         out: a new folder.
-        progress: of the layers.
+        progress: called as the layers advance.
         calibration: a text to round on by GPTQ; each layer's error goes to `calibration.json`.
 
     Raises:
         BundleError: something is at `out`.
-        RecipeError: the recipe does not fit.
+        RecipeError: the recipe does not fit the model.
         ModelError: the model cannot be read.
     """
     from lobit.atomic_folder import Work, new_folder
@@ -151,15 +151,15 @@ def export(
         model: a Hugging Face folder, a hub name, `demo`, or a checkpoint folder.
         target: name of the target.
         out: the bundle's folder; must not exist.
-        recipe: for a float model.
+        recipe: how to quantize a float model.
         calibration: a text to round a float model on by GPTQ.
         context: positions to hold; None: the model's own, at most `DEFAULT_CONTEXT`.
         chunk: the most tokens in one prefill call; None: the context, at most `DEFAULT_CHUNK`.
-        portable: in standard operators alone, where the target has others too.
-        all_logits: of every token of a call, not of the last alone.
-        threads: of the runtime, where it is not told otherwise; 0: one per core.
-        command: for the record.
-        progress: of the whole.
+        portable: whether the program has standard operators alone, where the target has others too.
+        all_logits: whether the program returns the logits of every token of a call, not of the last alone.
+        threads: how many the runtime uses unless it is told otherwise; 0: one per core.
+        command: the command line, for the record.
+        progress: called as the whole export advances.
     """
     from lobit.atomic_folder import Work, check_place, new_folder
     from lobit.checkpoint import load_config, resolve
@@ -228,15 +228,15 @@ def plan(
 
     Args:
         model: a float model or a quantized checkpoint.
-        recipe: for a float model.
+        recipe: how to quantize a float model.
         target: name of the target.
         context: positions to hold; None: as `export` has it.
         chunk: the most tokens in one call; None: as `export` has it.
         portable: as `export` has it.
         all_logits: as `export` has it.
-        detail: speed and energy as the papers model them, and the entropy of the weights, which are read for it.
-        bandwidth: of the memory that decoding reads, in 10^9 bytes a second, for the detail; None: this machine's is measured.
-        progress: of reading the weights.
+        detail: whether to add speed and energy as the papers model them, and the entropy of the weights, which are read for it.
+        bandwidth: that of the memory that decoding reads, in 10^9 bytes a second, for the detail; None: this machine's is measured.
+        progress: called as the weights are read.
     """
     from lobit.checkpoint import load_config, resolve
     from lobit.export import plan as planning
@@ -272,7 +272,7 @@ def _sizes(config: Config, context: int | None, chunk: int | None) -> tuple[int,
 
 
 def _asked(source: Path, recipe: Recipe | None) -> Recipe:
-    """The recipe that is named, or the checkpoint's own."""
+    """The given recipe, or that of a folder which is quantized already."""
     from lobit.checkpoint import Weights, load_config
     from lobit.quant_recipes.import_prequantized import taken_recipe
     from lobit.quant_recipes.quantized import is_checkpoint, load_recipe
@@ -290,7 +290,7 @@ def _asked(source: Path, recipe: Recipe | None) -> Recipe:
 def _kept_checkpoint(
     source: Path, recipe: Recipe | None, calibration: Calibration | None, kept: StageCache, count: Count
 ) -> tuple[Transformer, Recipe]:
-    """The converted model, from an earlier run or from now on for a later one; a checkpoint is not kept twice."""
+    """The converted model, as an earlier run kept it, or made and kept for a later one; what is a checkpoint already is not kept again."""
     from lobit.quant_recipes.quantized import is_checkpoint, save_checkpoint
     from lobit.verbs.calibrate import calibrated
 
@@ -315,7 +315,7 @@ def _tokenizer(source: Path, config: Config) -> Tokenizer | None:
     """The folder's tokenizer, or None where it has none.
 
     Raises:
-        ModelError: it has one of another kind alone, which no runtime here reads.
+        ModelError: the folder has only tokenizers of other kinds, which no runtime here reads.
     """
     from lobit.errors import ModelError
     from lobit.tokenizer import Tokenizer
@@ -328,7 +328,7 @@ def _tokenizer(source: Path, config: Config) -> Tokenizer | None:
 
 
 def converted_like(source: Path, recipe: Recipe) -> tuple[Transformer, Recipe]:
-    """A checkpoint as it is; a float model under `recipe`."""
+    """The converted model of a checkpoint as it is, or of a float model under `recipe`; and its recipe."""
     from lobit.quant_recipes.quantized import is_checkpoint
 
     return converted(source, None if is_checkpoint(source) else recipe)

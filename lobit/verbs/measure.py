@@ -1,4 +1,4 @@
-"""Bench, report, and the demo that uses every verb."""
+"""Bench, report, and the demo, which goes from quantization to a report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def bench(
     repetitions: int = 5,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Prefill and decode speed, time to first token, memory: each row in a process of its own."""
+    """Measures prefill and decode speed, time to first token and memory, each row in a process of its own."""
     from lobit.runtime import bench as benchmark
 
     return benchmark.bench(
@@ -37,7 +37,7 @@ def bench(
 
 
 def report(results: Sequence[Path], out: Path) -> Path:
-    """One HTML page from the JSON of parity, bench, verify, and from manifests."""
+    """Writes one HTML page from the JSON of parity, bench and verify, and from manifests; returns its path."""
     from lobit.runtime import report as page
 
     return page.report(list(results), out, command=" ".join(sys.argv))
@@ -53,7 +53,7 @@ class Demonstration:
     results: str
     """What the names of its results begin with."""
     export: str
-    """What its export says."""
+    """What is announced before its export."""
 
 
 DEMONSTRATIONS = (
@@ -65,7 +65,7 @@ DEMONSTRATIONS = (
 
 
 def demo(out: Path, *, on_step: Callable[[str], None] | None = None, repetitions: int = 3) -> Path:
-    """The shipped models through everything: quantize, export, verify, parity, bench, report. Returns the report.
+    """Takes the shipped models through quantize, export, verify, parity, bench and report; returns the report's path.
 
     Two models, each on two targets: the float one under `8da4w-g32`, and the ternary checkpoint that was trained from it.
 
@@ -99,7 +99,7 @@ def demo(out: Path, *, on_step: Callable[[str], None] | None = None, repetitions
 
 
 def _proved(one: Demonstration, bundle: Path, checkpoint: Path, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
-    """Exports a checkpoint of the demo model; what verify and parity say of it."""
+    """Exports a checkpoint of the demo model, and returns what verify and parity find, by the names of the results."""
     import json
 
     from lobit.demo import FOLDER, held_out_text

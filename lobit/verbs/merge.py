@@ -1,4 +1,4 @@
-"""Merging specialists.
+"""Merges models that were trained from one base.
 
 Imports are inside the functions: what a verb does not need is not loaded.
 """
@@ -39,12 +39,12 @@ def merge(
         models: float models of one architecture and tokenizer, two or more.
         out: the folder; must not exist.
         weights: one for each model, scaled to sum to 1; None: searched on `text`, or equal where there is none.
-        text: held out from training: losses are measured on it.
-        tokens: of the text, at most, spread evenly over it.
-        progress: of the search.
+        text: a text that is held out from training; losses are measured on it.
+        tokens: how many of the text are read, at most, spread evenly over it.
+        progress: called as the search advances.
 
     Returns:
-        What merge.json holds. Losses are in nats per token, None without a text; `loss` is of the model as it was written.
+        What merge.json holds. Losses are in nats per token, None without a text; `loss` is that of the model as it was written.
 
     Raises:
         BundleError: something is at `out`.
@@ -91,7 +91,7 @@ def merge(
 
 
 def _save(model: Transformer, specialists: Specialists, folder: Path) -> None:
-    """Writes the merged model in the folders' kind of floats, with the first folder's config.json and tokenizer."""
+    """Writes the merged model in floats that hold those of every folder, with the first folder's config.json and tokenizer."""
     from lobit.checkpoint import copy_companions, read_json, save_model
 
     source = specialists.weights[0].folder

@@ -1,4 +1,4 @@
-"""Verify and parity: is what runs there what was trained?"""
+"""Verify and parity: does a bundle hold and compute what was trained?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 STAGES = ("fake_quant", "graph", "artifact")
 QUICK_GRAPH = 20_000_000
-"""Parameters up to which a graph whose operators PyTorch runs one by one, at 60 times the time of a token, is compared unasked."""
+"""Most parameters of a graph that is compared by default though PyTorch runs its operators one by one, taking 60 times as long a token."""
 
 
 def verify(bundle: Path, checkpoint: str) -> dict[str, Any]:
@@ -28,9 +28,9 @@ def verify(bundle: Path, checkpoint: str) -> dict[str, Any]:
 
     Args:
         bundle: the bundle's folder.
-        checkpoint: a checkpoint folder, or the float model that the bundle's own recipe is applied to again. A float model cannot
-            tell the integers of layers that were rounded on a calibration text: of those, and of the whole, the sha256 that the
-            export wrote down is compared.
+        checkpoint: a checkpoint folder, or the float model, to which the bundle's own recipe is then applied again. The integers of
+            layers that were rounded on a calibration text do not follow from a float model: for these, as for the whole, the sha256
+            that the export recorded is compared.
     """
     from lobit.checkpoint import resolve
     from lobit.quant_recipes.quantized import fingerprint
@@ -60,11 +60,11 @@ def parity(
     Args:
         bundle: the bundle's folder.
         reference: the float model.
-        text: what to read.
-        tokens: of the text, at most.
+        text: the text to read.
+        tokens: how many of the text are read, at most.
         checkpoint: the quantized checkpoint; None: the bundle's recipe is applied to the reference again.
-        stages: which of `STAGES` to compare, `artifact` always is; None: all that the target has and that take no minutes.
-        threads: of the artifact's runtime.
+        stages: which of `STAGES` to compare, `artifact` always is; None: all except a graph that takes minutes.
+        threads: how many the artifact's runtime uses.
         progress: called with (stage, tokens done, tokens in all).
 
     Raises:
@@ -126,9 +126,9 @@ def parity(
 
 
 def _converted_like(source: Path, recipe: Recipe, bundle: Bundle) -> Transformer:
-    """A checkpoint as it is; a float model under the recipe, with the bundle's own integers where they were rounded on a text.
+    """The model of a checkpoint, or of a float model under the recipe, with the bundle's integers where these were rounded on a text.
 
-    Whether those are the checkpoint's is for the fingerprint of the whole to tell.
+    The fingerprint of the whole model tells whether those are the checkpoint's.
     """
     import torch
 
@@ -144,12 +144,12 @@ def _converted_like(source: Path, recipe: Recipe, bundle: Bundle) -> Transformer
         if rule and rule.rounding == "gptq" and part.scale is not None and scale is not None:
             layer = model.get_submodule(part.name)
             layer.integers = torch.tensor(values)
-            layer.scale = torch.tensor(scale.reshape(*part.scale.shape, -1)[:, :, 0])  # a runtime may hold a scale several times
+            layer.scale = torch.tensor(scale.reshape(*part.scale.shape, -1)[:, :, 0])  # a runtime may store a scale several times
     return model
 
 
 def _tried(recipe: Recipe) -> list[str]:
-    """What of `verdict.ADVICE` a recipe has already."""
+    """The entries of `verdict.ADVICE` that a recipe follows already."""
     from lobit.quant_recipes.recipe import ENDS
 
     ends = [rule.weights.bits for name in ENDS if (rule := recipe.rule_for(name))]
@@ -157,7 +157,7 @@ def _tried(recipe: Recipe) -> list[str]:
 
 
 def _stages(asked: Sequence[str] | None, manifest: Manifest) -> Sequence[str]:
-    """The stages to compare; by default without a graph that PyTorch runs operator by operator, where that takes minutes."""
+    """The stages to compare: by default all, but for a graph that PyTorch runs operator by operator where that takes minutes."""
     from lobit.export.target import find_target
 
     if asked is not None:
@@ -167,7 +167,7 @@ def _stages(asked: Sequence[str] | None, manifest: Manifest) -> Sequence[str]:
 
 
 def _spec(recipe: Recipe, manifest: Manifest) -> Spec:
-    """What a bundle's program was made for."""
+    """The spec that a bundle's program was made for."""
     from lobit.export.target import Spec
 
     portable, all_logits = (bool(manifest.options.get(name)) for name in ("portable", "all_logits"))
@@ -175,7 +175,7 @@ def _spec(recipe: Recipe, manifest: Manifest) -> Spec:
 
 
 def _in_arithmetic(rounded: ReferenceEngine, manifest: Manifest) -> ReferenceEngine:
-    """The converted model, its inputs and its cache rounded as the target rounds them; the one given where that is the recipe's way."""
+    """The converted model, with inputs and cache rounded as the target rounds them; `rounded` itself where the recipe does the same."""
     from lobit.export.target import find_target
     from lobit.runtime.reference import ReferenceEngine, twin
 

@@ -1,4 +1,4 @@
-"""Which layers a recipe harms most.
+"""Finds the layers that a recipe harms most.
 
 Imports are inside the functions: what a verb does not need is not loaded.
 """
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from lobit.quant_recipes.sensitivity import Row
 
 LONGEST_SEQUENCE = 512
-"""Tokens."""
+"""Tokens of a sequence, at most."""
 FEWEST_TOKENS = 16
-"""Fewer say nothing."""
+"""Tokens below which the figures say nothing."""
 MOST_TOKENS = 2048
-"""Of a small model."""
+"""Tokens that a small model reads by default."""
 WORK = 150e9
-"""Weights times tokens: SmolLM2's 135 million and 1024 tokens, whose 211 passes take some minutes on two cores."""
+"""Weights times tokens by default: of SmolLM2 135 million and 1024 tokens, whose 211 passes take some minutes on two cores."""
 BUDGET = "5%"
-"""What few layers may take: of the INT4 checkpoint of SmolLM2 4.2 MB, which is INT8 for 11 of its 135 million weights."""
+"""What finer grids may add: to the INT4 checkpoint of SmolLM2 4.2 MB, which is INT8 for 11 of its 135 million weights."""
 _BUDGET = re.compile(r"(\d{1,12}(?:\.\d{1,6})?) ?(%|[kMG]?B)", re.ASCII)
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -49,22 +49,22 @@ def sensitivity(
     Args:
         model: a float model.
         recipe: what is quantized.
-        text: not one that the model learned by heart.
+        text: a text that the model did not learn by heart.
         budget: by how much the proposal's checkpoint may be larger than the recipe's: `5%` of it, or `4MB` (B, kB, MB, GB; 1 kB is
             1000 B).
-        tokens: of the text, at most, spread over it; None: `default_tokens`.
-        progress: of the layers, then of the two recipes.
+        tokens: how many of the text are read, at most, spread over it; None: `default_tokens`.
+        progress: called as the layers, then the two recipes advance.
 
     Returns:
-        `rows`, the most sensitive first, each with its `layers` (a shared head with its embedding), `grid`, `parameters`, `kl` (of
-        the float model from it, nats a token), the checkpoint's `bytes_saved` against floating point, and finer grids, `wider`: each
-        with the `bytes` that it would add, and the `kl` that is expected to stay. `budget` as it was `asked`, and in `bytes`. `all`
+        `rows`, the most sensitive first, each with its `layers` (a shared head with its embedding), `grid`, `parameters`, `kl`
+        (KL(float || model), nats a token), the checkpoint's `bytes_saved` against floating point, and finer grids, `wider`: each
+        with the `bytes` that it would add, and the `kl` that is expected to remain. `budget` as it was `asked`, and in `bytes`. `all`
         and `proposal` are measured with every layer quantized, and the recipe's key-value cache: `kl`, `top1` (share of tokens with
-        the same most probable successor), `perplexity`, `bytes` and `bits_per_weight` of the checkpoint; `proposal` has the entries
-        `mixed` besides, for `choose_recipe` before any others.
+        the same most probable successor), `perplexity`, `bytes` and `bits_per_weight` of the checkpoint; `proposal` also has the
+        entries `mixed`, to give to `choose_recipe` before any others.
 
     Raises:
-        InputError: the model is a quantized checkpoint, the text is too short, or the budget is none.
+        InputError: the model is a quantized checkpoint, the text is too short, or the budget cannot be read.
         RecipeError: the recipe does not fit the model, or quantizes nothing.
     """
     from lobit.checkpoint import load_config, load_model, resolve
@@ -118,11 +118,11 @@ def budget_bytes(budget: str, size: int) -> int:
     """How many bytes a budget is.
 
     Args:
-        budget: `5%` of `size`, or `4MB`.
-        size: of the recipe's checkpoint, in bytes.
+        budget: a share of `size` such as `5%`, or bytes such as `4MB`.
+        size: bytes of the recipe's checkpoint.
 
     Raises:
-        InputError: it is neither.
+        InputError: the budget is neither.
     """
     match = _BUDGET.fullmatch(budget)
     if match is None:
@@ -131,7 +131,7 @@ def budget_bytes(budget: str, size: int) -> int:
 
 
 def default_tokens(config: Config) -> int:
-    """2048 of a small model, fewer of a large one, and at least one sequence."""
+    """How many tokens are read by default: 2048 by a small model, fewer by a large one, and at least one sequence."""
     from lobit.quant_recipes.apply import skeleton
 
     weights = sum(weight.numel() for weight in skeleton(config).parameters())
@@ -139,7 +139,7 @@ def default_tokens(config: Config) -> int:
 
 
 def _measured(model: Transformer, recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
-    """The figures of a whole recipe."""
+    """The figures of a recipe with all of its layers quantized."""
     from lobit.quant_recipes.sensitivity import measured
     from lobit.quant_recipes.sizes import checkpoint_bytes
 
@@ -149,7 +149,7 @@ def _measured(model: Transformer, recipe: Recipe, corpus: Corpus) -> dict[str, A
 
 
 def _corpus(source: Path, config: Config, text: str, tokens: int) -> Corpus:
-    """Sequences of the text, each from a beginning as the model knows it."""
+    """Sequences of the text, each beginning with bos where the model has one."""
     from lobit.quant_recipes.corpus import Corpus, sequences_of
     from lobit.tokenizer import Tokenizer
 

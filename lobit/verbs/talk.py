@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from lobit.tokenizer import Tokenizer
 
 ANSWER = 512
-"""Tokens: models end their answers themselves, mostly before that."""
+"""Most tokens of an answer by default: models mostly end their answers before that."""
 CONTINUATION = 128
-"""Tokens: a text may go on for ever."""
+"""Most tokens of a continued text by default: it may go on for ever."""
 RESET = "/reset"
 
 
@@ -25,7 +25,7 @@ def bundle_tokenizer(bundle: Bundle) -> Tokenizer:
     """The tokenizer in a bundle.
 
     Raises:
-        BundleError: it has none.
+        BundleError: the bundle has none.
     """
     from lobit.tokenizer import Tokenizer
 
@@ -54,21 +54,21 @@ def run(
     on_text: Callable[[str], None] | None = None,
     echo: bool = False,
 ) -> dict[str, Any]:
-    """Answers a prompt, where the model has a chat template; continues it where there is none.
+    """Answers a prompt where the model has a chat template, and continues it where the model has none.
 
     Args:
         bundle: the bundle's folder.
         prompt: the text.
-        raw: continue it all the same, as it is.
-        system: what the model is told before the conversation.
-        max_new_tokens: at most; None: `ANSWER` or `CONTINUATION`.
+        raw: whether to continue the prompt as it is, also where the model has a chat template.
+        system: the system message before the prompt; None: no message.
+        max_new_tokens: how many to generate, at most; None: `ANSWER` or `CONTINUATION`.
         sampling: how tokens are chosen; None: the most probable one each time.
-        threads: of the runtime.
+        threads: how many the runtime uses; None: as the bundle says.
         on_text: called with each piece of text as it becomes final.
-        echo: what is continued begins with the prompt, once it is known that it can be.
+        echo: whether `on_text` gets a prompt that is continued before the rest, once the prompt is known to fit.
 
     Returns:
-        `{"prompt", "chat", "text", "tokens", "stats"}`; `chat`: the prompt was a turn of a conversation.
+        `{"prompt", "chat", "text", "tokens", "stats"}`; `chat` is true where the prompt was a turn of a conversation.
 
     Raises:
         InputError: the prompt does not fit the context, the template refuses it, or a system message is given where there is no chat.
@@ -103,12 +103,12 @@ def run(
 
 
 def _told(system: str | None) -> list[dict[str, str]]:
-    """The messages that a conversation begins with."""
+    """The messages that a conversation begins with: the system message, if there is one."""
     return [] if system is None else [{"role": "system", "content": system}]
 
 
 def _loaded(bundle: Bundle, threads: int | None) -> tuple[Engine, float]:
-    """The engine, and the seconds that it took to load, its Python modules imported before."""
+    """The engine, and the seconds that it took to load, without the time to import its Python modules."""
     from time import perf_counter
 
     from lobit.runtime.engine import import_runtime, open_engine
@@ -119,7 +119,7 @@ def _loaded(bundle: Bundle, threads: int | None) -> tuple[Engine, float]:
 
 
 def _speed(stats: GenerationStats) -> dict[str, Any]:
-    """Counts, seconds and tokens per second."""
+    """The counts, seconds and tokens per second of a generation."""
     import dataclasses
 
     rates = ("prefill_tokens_per_second", "decode_tokens_per_second")
@@ -139,20 +139,20 @@ def chat(
     on_turn: Callable[[dict[str, Any]], None] | None = None,
     on_problem: Callable[[BaseException], None] | None = None,
 ) -> None:
-    """A conversation: a line is a turn of the user's, or `/reset`, which begins a new one; the answer comes in pieces.
+    """Holds a conversation: a line is a turn of the user, or `/reset`, which begins a new one; the answer comes in pieces.
 
     Args:
         bundle: the bundle's folder; its tokenizer must have a chat template.
         lines: the user's turns.
         on_text: called with each piece of an answer, and with a line break after it.
-        system: what the model is told before every conversation.
-        max_new_tokens: of an answer, at most; None: `ANSWER`.
+        system: the system message of every conversation; None: no message.
+        max_new_tokens: how many an answer has, at most; None: `ANSWER`.
         sampling: how tokens are chosen; None: the most probable one each time.
-        threads: of the runtime.
+        threads: how many the runtime uses; None: as the bundle says.
         on_load: called with the seconds that loading took, before the first line is asked for.
         on_turn: called with the counts and speed of each turn.
         on_problem: called with what ends a turn before its answer is whole, Ctrl-C or a conversation that is too long; the next line
-            is asked for. None: it is raised.
+            is asked for. None: the exception is raised.
 
     Raises:
         InputError: the model has no chat template.
@@ -176,7 +176,7 @@ def chat(
                 for piece in conversation.say(line, max_new_tokens=max_new_tokens or ANSWER, sampling=sampling or GREEDY):
                     on_text(piece)
             except (KeyboardInterrupt, InputError) as error:
-                if on_problem is None or (isinstance(error, KeyboardInterrupt) and error.args):  # SIGTERM's has its number
+                if on_problem is None or (isinstance(error, KeyboardInterrupt) and error.args):  # one from SIGTERM has the signal's number
                     raise
                 on_text("\n")
                 on_problem(error)
