@@ -22,6 +22,9 @@ from lobit.runtime.manifest import CacheInfo, TensorGroup
 if TYPE_CHECKING:
     from lobit.export.plan_detail import Detail
 
+COMPARED, COMPARED_TOKENS, COMPARED_BYTES = 4 << 20, 2048, 64
+"""Logits that parity compares at once, the tokens that it reads by default, and bytes that a compared logit takes in all stages."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -44,6 +47,8 @@ class Plan:
     chunk: int
     host_peak_bytes: int
     """Peak memory of the export, on the machine where it runs."""
+    parity_peak_bytes: int
+    """Peak memory of `lobit parity` on the machine where it runs; 0 where the export is not possible."""
     device_peak_bytes: int
     """Peak memory of the program when the context is full; what an app itself needs comes on top."""
     export_seconds: float
@@ -100,6 +105,7 @@ def plan(config: Config, spec: Spec, target: str) -> Plan:
         context=spec.context,
         chunk=module.step(spec),
         host_peak_bytes=host_peak(config, recipe, module.COSTS),
+        parity_peak_bytes=0 if found else parity_peak(config, recipe, module.COSTS, needs),
         device_peak_bytes=needs.device_peak_bytes,
         export_seconds=module.COSTS.imports_seconds + sum(seconds.values()),
         problems=found,
@@ -115,10 +121,25 @@ def expected_seconds(parameters: int, needs: Needs, costs: Costs) -> dict[str, f
 
 def host_peak(config: Config, recipe: Recipe, costs: Costs) -> int:
     """Peak memory of an export in bytes: the exporter, the quantized model, and the largest working memory, which the head takes."""
-    model = head = 0
-    for layer_plan in layer_plans(config, recipe):
-        size = layer_plan.shape[0] * layer_plan.shape[1] * (1 if layer_plan.rule else 4)
-        model += 0 if layer_plan.shared_with else size
-        head = size
+    model, head = _integer_model(config, recipe)
     return round(costs.imports_bytes + costs.model_copies * model + costs.head_copies * head)
 
+
+def parity_peak(config: Config, recipe: Recipe, costs: Costs, needs: Needs) -> int:
+    """Bytes of memory that `lobit parity` needs, with its default number of tokens.
+
+    These are the float model and the quantized one, the program as it is and opened into its parts, and what is computed of the logits
+    that are compared at once.
+    """
+    model, _ = _integer_model(config, recipe)
+    compared = COMPARED_BYTES * min(COMPARED, COMPARED_TOKENS * config.vocab_size)
+    return costs.imports_bytes + 4 * parameter_count(config) + model + 2 * needs.device_peak_bytes + compared
+
+
+def _integer_model(config: Config, recipe: Recipe) -> tuple[int, int]:
+    """Bytes that the quantized model takes in memory, where integers take a byte, and bytes of its head alone."""
+    model = head = 0
+    for layer_plan in layer_plans(config, recipe):
+        head = layer_plan.shape[0] * layer_plan.shape[1] * (1 if layer_plan.rule else 4)
+        model += 0 if layer_plan.shared_with else head
+    return model, head

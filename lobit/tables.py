@@ -102,6 +102,7 @@ def plan(found: Plan) -> list[RenderableType]:
         ("KV cache", f"{found.cache.dtype}, {megabytes(found.cache.value_bytes)}{scales} for {found.context} tokens"),
         ("memory to run", f"{megabytes(found.device_peak_bytes)} with a full context, prefill in chunks of up to {found.chunk}"),
         ("memory to export", megabytes(found.host_peak_bytes)),
+        *([("memory to prove", f"{megabytes(found.parity_peak_bytes)} for `lobit parity`")] if found.parity_peak_bytes else []),
         ("time to export", f"{found.export_seconds:.0f} s on two cores"),
         *(("impossible", problem) for problem in found.problems),
     ]

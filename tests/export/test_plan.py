@@ -80,6 +80,8 @@ from lobit import verbs
 verbs.export("demo", sys.argv[2], Path(sys.argv[1]), recipe=verbs.choose_recipe("8da4w-g32"), context=192, chunk=64)
 """
 MEMORY_SHARE = 0.20
+PARITY_SHARE = 0.30
+"""A real model of 135 million parameters took 2.31 GB on XNNPACK, where the plan says 2.2."""
 
 
 @pytest.mark.slow
@@ -91,3 +93,23 @@ def test_the_plan_says_what_memory_the_export_takes(target: str, tmp_path: Path,
     found = max(stage["peak_rss_bytes"] for stage in stages)
     plan = verbs.plan("demo", verbs.choose_recipe("8da4w-g32"), target, context=192, chunk=64)
     assert abs(plan.host_peak_bytes - found) < MEMORY_SHARE * found
+
+
+PARITY = """
+import json, sys
+from pathlib import Path
+from lobit import verbs
+from lobit.demo import held_out_text
+from lobit.memory import peak_rss_bytes
+verbs.export("demo", sys.argv[2], Path(sys.argv[1]), recipe=verbs.choose_recipe("8da4w-g32"), context=192, chunk=64)
+verbs.parity(Path(sys.argv[1]), "demo", held_out_text(20), tokens=600, threads=1)
+print(json.dumps(peak_rss_bytes()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_plan_says_what_memory_parity_takes(target: str, tmp_path: Path, another_process: Any) -> None:
+    found = int(another_process(PARITY, tmp_path / "bundle", target).stdout.split()[-1])
+    plan = verbs.plan("demo", verbs.choose_recipe("8da4w-g32"), target, context=192, chunk=64)
+    assert abs(plan.parity_peak_bytes - found) < PARITY_SHARE * found
