@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import errno
+import functools
 import io
 import os
 import re
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lobit.atomic_folder import FULL
 from lobit.errors import LobitError
@@ -27,6 +30,8 @@ NO_MEMORY = re.compile(
     r"alloc.* memory|out of memory|bad_alloc|without exception set|failed to map segment|can't start new thread", re.IGNORECASE
 )
 """How libraries that do not raise MemoryError say that memory has run out."""
+AGAIN = 0.05
+"""Seconds after which an interruption is repeated that Python has dropped."""
 ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 """Signals that end a command as Ctrl-C does."""
 
@@ -40,6 +45,8 @@ def one_message() -> Iterator[None]:
     """
     ending = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
     before = {number: signal.signal(number, _interrupt) for number in ending}
+    unraisable = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_interrupt_again, unraisable)
     _open_streams()
     try:
         yield
@@ -56,8 +63,32 @@ def one_message() -> Iterator[None]:
         _say("\n".join([f"lobit: {message}", *getattr(error, "__notes__", [])]))
         _leave(code, at_once=_is_out_of_memory(error))
     finally:
+        sys.unraisablehook = unraisable
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _interrupt_again(otherwise: Callable[[Any], object], raised: Any) -> None:
+    """Repeats an interruption that came while a finalizer or a weak reference's callback ran: Python drops what is raised in those.
+
+    Args:
+        otherwise: the hook for other exceptions that Python drops.
+        raised: what `sys.unraisablehook` is given.
+    """
+    if not issubclass(raised.exc_type, KeyboardInterrupt):
+        otherwise(raised)
+        return
+    number = raised.exc_value.args[0] if raised.exc_value is not None and raised.exc_value.args else signal.SIGINT
+    timer = threading.Timer(AGAIN, _signal_main_thread, [number])
+    timer.daemon = True
+    timer.start()
+
+
+def _signal_main_thread(number: int) -> None:
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:  # Windows
+        _thread.interrupt_main(signal.Signals(number))
 
 
 def _open_streams() -> None:

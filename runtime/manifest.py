@@ -22,6 +22,8 @@ LONGEST_PATH = 80
 """Characters that the path of a file may have; no target gives its files longer ones."""
 MOST_THREADS = 1024
 """Threads that a manifest may name for a runtime; no processor has more."""
+DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
+"""Element types that a state may have."""
 SEAL = "sha256"
 """Name of the last entry of the file: the digest of all bytes before it."""
 SEALED = re.compile(rb'(.*,\n  "sha256": ")([0-9a-f]{64})"\n\}\n', re.DOTALL)
@@ -331,6 +333,8 @@ def _state_problems(manifest: Manifest) -> Iterator[str]:
     told = {side: {port.name for method in manifest.methods for port in getattr(method, side)} for side in ("inputs", "outputs")}
     for state in manifest.states:
         yield from (f"state {shown(name)} is no port" for name, side in _ends(state) if name not in told[side])
+        if state.dtype not in DTYPES:
+            yield f"state {shown(state.input)} has the type {shown(state.dtype)}, none of {', '.join(DTYPES)}"
         if not state.shape or not all(size >= 1 for size in state.shape):
             yield f"state {shown(state.input)} has the shape {shown(state.shape)}"
         if state.axis is not None and not (state.axis < len(state.shape) and state.shape[state.axis] <= manifest.context):

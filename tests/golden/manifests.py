@@ -112,6 +112,7 @@ CASES: dict[str, tuple[str, str]] = {
     "chunk-over-context": ("contradiction", changed(lambda values: values.update(chunk=129))),
     "cache-of-other-layers": ("contradiction", changed(lambda values: values["cache"].update(slots=[128]))),
     "state-without-port": ("contradiction", changed(lambda values: values["states"][0].update(input="past"), with_states)),
+    "state-of-unknown-type": ("contradiction", changed(lambda values: values["states"][0].update(dtype="object"), with_states)),
     "state-axis-outside": ("contradiction", changed(lambda values: values["states"][0].update(axis=4), with_states)),
     "two-methods-of-a-role": ("contradiction", changed(lambda values: values["methods"].append(values["methods"][0]))),
     "changed-digit": ("seal", sealed(plain()).replace('"threads": 0', '"threads": 1')),

@@ -185,7 +185,7 @@ def test_export_does_what_every_option_says(models: Any, tmp_path: Path, lobit: 
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["context"] == 32
     assert manifest["chunk"] == 8
-    assert manifest["inputs"][0]["shape"] == [1, "1..8"]
+    assert manifest["methods"][0]["inputs"][0]["shape"] == [1, "1..8"]
     assert manifest["cache"]["dtype"] == "float32"
     formats = {group["kind"]: group["format"] for group in manifest["weights"]}
     assert formats["mlp"] == "int4 group 64"

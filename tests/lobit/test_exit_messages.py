@@ -229,6 +229,28 @@ def test_an_interruption_is_one_line_and_leaves_what_was_finished(number: signal
     assert (tmp_path / "finished" / "file").read_text() == "x"
 
 
+DROPPED = """
+import signal, sys, time
+from lobit.exit_messages import one_message
+
+class Finalized:
+    def __del__(self):
+        signal.raise_signal(int(sys.argv[1]))
+
+with one_message():
+    Finalized()
+    for _ in range(600):
+        time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_an_interruption_in_a_finalizer_is_not_lost(number: signal.Signals) -> None:
+    """Python drops what is raised there, and PyTorch's exporter is full of such callbacks."""
+    done = ended([sys.executable, "-c", DROPPED, str(int(number))], preexec_fn=_heed_signals)
+    assert_one_message(done, "interrupted", code=128 + number)
+
+
 def test_a_signal_that_is_ignored_stays_ignored(slow_model: Path, tmp_path: Path) -> None:
     """As `nohup` has it."""
     ignoring = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh"]
