@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lobit import cli
+from tests.commands import write_zeros
 
 MISTAKE = 2
 NATIVE = re.compile(r"^\[\w+\.(cpp|h):\d+\] .*\n", re.MULTILINE)
@@ -63,3 +64,9 @@ def lobit(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
 def sample(shared: Callable[[str], Path]) -> Path:
     """Stories that stories260k has not seen."""
     return shared("text/tinystories_sample.txt")
+
+
+@pytest.fixture(scope="session")
+def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that takes a command some seconds."""
+    return write_zeros(tmp_path_factory.mktemp("zeros"))

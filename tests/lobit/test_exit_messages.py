@@ -1,8 +1,7 @@
-"""Trouble from outside: no space, no rights, no memory, an interruption, two at once. One message, the exit code, nothing half-written."""
+"""Trouble from outside: no space, no rights, no memory. One message, the exit code, nothing half-written."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import json
@@ -11,8 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,59 +18,12 @@ import pytest
 
 from lobit.errors import LobitError
 from lobit.exit_messages import explain
+from tests.commands import ENVIRONMENT, MISTAKE, PATIENCE, REPOSITORY, assert_one_message, ended, lobit_command
 
 resource = pytest.importorskip("resource")  # limits are POSIX's
 
-REPOSITORY = Path(__file__).parents[2]
-MISTAKE, PATIENCE = 2, 120
-"""Seconds until a process that should end has hung."""
 Bundles = Any
 Lobit = Callable[..., Any]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-
-
-def lobit_command(*arguments: Any) -> list[str]:
-    return [sys.executable, "-m", "lobit.cli", *map(str, arguments)]
-
-
-def ended(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd="/", check=False, timeout=PATIENCE, **options)
-
-
-def assert_one_message(done: subprocess.CompletedProcess[str], *parts: str, code: int = MISTAKE) -> None:
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
-    begins = [line for line in done.stderr.splitlines() if line.startswith("lobit: ")]
-    assert len(begins) == 1, done.stderr
-    message = done.stderr[done.stderr.index(begins[0]) :]
-    for part in parts:
-        assert part in message
-
-
-def write_zeros(folder: Path, vocabulary: int = 1 << 16, width: int = 1024) -> Path:
-    """A model of 75 million parameters, all zero: the file takes no space, and quantizing it some seconds."""
-    values = {"model_type": "llama", "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1}
-    values |= {"num_attention_heads": 8, "max_position_embeddings": 128, "tie_word_embeddings": True}
-    layer, square = "model.layers.0.", [width, width]
-    shapes = {"model.embed_tokens.weight": [vocabulary, width], "model.norm.weight": [width]}
-    shapes |= {f"{layer}{norm}_layernorm.weight": [width] for norm in ("input", "post_attention")}
-    shapes |= {f"{layer}self_attn.{part}_proj.weight": square for part in "qkvo"}
-    shapes |= {f"{layer}mlp.{part}_proj.weight": square for part in ("gate", "up", "down")}
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + 2 * shape[0] * (shape[1] if shape[1:] else 1)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    (folder / "config.json").write_text(json.dumps(values))
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_zeros(tmp_path_factory.mktemp("zeros"))
 
 
 # --- space and rights ---------------------------------------------------------------------------------------------------------------
@@ -176,128 +127,6 @@ def test_a_limit_under_which_nothing_starts_is_one_message(slow_model: Path, tmp
     done = ended(command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30)))
     assert_one_message(done, f"{3 << 30} bytes of address space", f"{4 << 30}", "ulimit -v")
     assert not list(tmp_path.iterdir())
-
-
-# --- interruption and company -------------------------------------------------------------------------------------------------------
-
-
-def _heed_signals() -> None:
-    """Whoever started the tests may have had them ignored (nohup, a shell's background)."""
-    for number in (signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
-
-
-@contextlib.contextmanager
-def running(out: Path, *arguments: Any, before: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
-    """A command at work: its unfinished folder is there."""
-    command = [*before, *lobit_command(*arguments, "-o", out)]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-        cwd="/",
-        start_new_session=True,
-        preexec_fn=_heed_signals,
-    )
-    try:
-        deadline = time.monotonic() + PATIENCE
-        while not (out.with_name(out.name + ".partial") / ".writer").is_file():
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-            time.sleep(0.01)
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    out, err = process.communicate(timeout=PATIENCE)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
-def test_an_interruption_is_one_line_and_leaves_what_was_finished(number: signal.Signals, slow_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "finished").mkdir()
-    (tmp_path / "finished" / "file").write_text("x")
-    with running(tmp_path / "out", "quantize", slow_model, "--recipe", "8da4w-g32") as process:
-        os.killpg(process.pid, number)
-        done = finish(process)
-    assert_one_message(done, "interrupted", code=128 + number)
-    assert [path.name for path in tmp_path.iterdir()] == ["finished"]
-    assert (tmp_path / "finished" / "file").read_text() == "x"
-
-
-DROPPED = """
-import signal, sys, time
-from lobit.exit_messages import one_message
-
-class Finalized:
-    def __del__(self):
-        signal.raise_signal(int(sys.argv[1]))
-
-with one_message():
-    Finalized()
-    for _ in range(600):
-        time.sleep(0.1)
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
-def test_an_interruption_in_a_finalizer_is_not_lost(number: signal.Signals) -> None:
-    """Python drops what is raised there, and PyTorch's exporter is full of such callbacks."""
-    done = ended([sys.executable, "-c", DROPPED, str(int(number))], preexec_fn=_heed_signals)
-    assert_one_message(done, "interrupted", code=128 + number)
-
-
-def test_a_signal_that_is_ignored_stays_ignored(slow_model: Path, tmp_path: Path) -> None:
-    """As `nohup` has it."""
-    ignoring = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh"]
-    with running(tmp_path / "out", "quantize", slow_model, "--recipe", "8da4w-g32", before=ignoring) as process:
-        os.killpg(process.pid, signal.SIGHUP)
-        assert finish(process).returncode == 0
-
-
-def test_of_two_in_one_place_the_second_is_refused_and_the_first_finishes(slow_model: Path, tmp_path: Path) -> None:
-    out, work = tmp_path / "out", ("quantize", slow_model, "--recipe", "8da4w-g32")
-    with running(out, *work) as first:
-        first.send_signal(signal.SIGSTOP)
-        second = ended(lobit_command("quantize", "demo", "--recipe", "fp", "-o", out))
-        assert_one_message(second, f"{out}.partial is being written by process {first.pid} on ", "wait until it is done")
-        first.send_signal(signal.SIGCONT)
-        assert finish(first).returncode == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors", "recipe.json"]
-
-
-def test_what_a_killed_process_leaves_is_no_obstacle(slow_model: Path, tmp_path: Path) -> None:
-    out, work = tmp_path / "out", ("quantize", slow_model, "--recipe", "8da4w-g32")
-    with running(out, *work) as process:
-        process.kill()
-        process.wait()
-        assert (tmp_path / "out.partial").is_dir()
-    assert ended(lobit_command(*work, "-o", out)).returncode == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-@pytest.mark.slow
-def test_an_interrupted_export_goes_on_or_begins_anew(tmp_path: Path) -> None:
-    out, work = tmp_path / "out", ("export", "demo", "--recipe", "8da4w-g32", "--target", "xnnpack", "--context", "64")
-    for seconds in (0.0, 2.0, 4.0):
-        (tmp_path / "out.partial" / ".writer").unlink(missing_ok=True)  # of the run before
-        with running(out, *work) as process:
-            time.sleep(seconds)
-            os.killpg(process.pid, signal.SIGINT)
-            done = finish(process)
-        if out.is_dir():
-            break
-        assert_one_message(done, "interrupted", code=130)
-        assert not (tmp_path / "out.partial").exists() or "the same command goes on from there" in done.stderr
-    if not out.is_dir():
-        assert ended(lobit_command(*work, "-o", out)).returncode == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert ended(lobit_command("verify", out, "demo")).returncode == 0
 
 
 # --- where it happened ------------------------------------------------------------------------------------------------------------
