@@ -19,7 +19,6 @@ from lobit.quant_recipes.quantized import fingerprint
 from lobit.quant_recipes.recipe import Recipe
 from lobit.runtime.manifest import FILE_NAME, FileEntry, Generation, Manifest, ModelInfo, Tokens
 from lobit.stage_cache import StageCache
-from lobit.tokenizer_files import declared_generation
 
 BUILD_FILE = "build.json"
 """File with the command, seconds and memory of the export. They are not in the manifest because they differ from run to run."""
@@ -48,12 +47,14 @@ class Request:
     """What is to be exported, besides the model."""
 
     source: Path
-    """The model's folder, which has the tokenizer and the generation settings."""
+    """The model's folder, which has the tokenizer."""
     name: str
     """The bundle's name."""
     target: str
     tokens: Tokens
     """What a client must know about the tokenizer."""
+    generation: Generation
+    """How the model's authors sample tokens."""
     spec: Spec
     """What the program is made for."""
     command: Sequence[str] = ()
@@ -96,7 +97,7 @@ def write_bundle(model: Transformer, recipe: Recipe, request: Request, folder: P
         states=lowered.states,
         cache=module.cache(spec, config),
         tokens=tokens,
-        generation=Generation(**declared_generation(request.source)),
+        generation=request.generation,
         delegation=lowered.delegation,
         weights=module.weights(spec, config),
         files=files,

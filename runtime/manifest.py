@@ -7,10 +7,10 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from lobit.errors import BundleError, listed, reason, shown
 from lobit.from_json import build
@@ -73,6 +73,9 @@ class Method:
     """`step`: the method reads 1 to `chunk` tokens, which follow those already read, and gives the logits of the last one or of all."""
     inputs: list[Port]
     outputs: list[Port]
+
+
+WithRole = TypeVar("WithRole", FileEntry, Method)
 
 
 @dataclass(frozen=True)
@@ -230,10 +233,7 @@ class Manifest:
         Raises:
             BundleError: there is none.
         """
-        entry = next((entry for entry in self.files if entry.role == role), None)
-        if entry is None:
-            raise BundleError(f"bundle {self.name} has no {role}: export it again")
-        return entry
+        return self._of_role(self.files, role, role)
 
     def method(self, role: str) -> Method:
         """The method of a role.
@@ -241,9 +241,12 @@ class Manifest:
         Raises:
             BundleError: there is none.
         """
-        found = next((method for method in self.methods if method.role == role), None)
+        return self._of_role(self.methods, role, f"method for {role}")
+
+    def _of_role(self, entries: Iterable[WithRole], role: str, told: str) -> WithRole:
+        found = next((entry for entry in entries if entry.role == role), None)
         if found is None:
-            raise BundleError(f"bundle {self.name} has no method for {role}: export it again")
+            raise BundleError(f"bundle {self.name} has no {told}: export it again")
         return found
 
     @property

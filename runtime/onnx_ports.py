@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+PROVIDER = "CPUExecutionProvider"
+"""ONNX Runtime's name of what runs a graph."""
 GRAPH_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 TOKENS, POSITIONS, LOGITS = "input_ids", "position_ids", "logits"
 """Names of the ports, as onnxruntime-genai calls them."""

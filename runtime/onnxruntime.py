@@ -18,10 +18,9 @@ from lobit.quiet import quiet_native
 from lobit.runtime.bundle import Bundle
 from lobit.runtime.engine import Logits, ReadChunk, SteppingEngine
 from lobit.runtime.manifest import Method, State
-from lobit.runtime.onnx_ports import FLOAT_INPUTS, TOKENS, UNTILED_SLOTS
+from lobit.runtime.onnx_ports import FLOAT_INPUTS, PROVIDER, TOKENS, UNTILED_SLOTS
 from lobit.runtime.verify import StoredLayer
 
-PROVIDER = "CPUExecutionProvider"
 UNTILED = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 """Environment variable that ONNX Runtime's attention reads when a session is made."""
 
@@ -154,7 +153,7 @@ class Stepper:
     """
 
     def __init__(self, runtime: Any, session: Any, method: Method, states: Sequence[State]) -> None:
-        self.runtime, self.session, self.states = runtime, session, states
+        self.runtime, self.session = runtime, session
         self.names = {port.role: port.name for port in (*method.inputs, *method.outputs)}
         self.outputs = [port.name for port in session.get_outputs()]
         self.logits_port = next(port for port in session.get_outputs() if port.name == self.names["logits"])
@@ -162,6 +161,9 @@ class Stepper:
         self.binding = session.io_binding()
         self.values: dict[str, Any] = {}
         """The states' values, by the names of their inputs."""
+        self.handed = [state for state in states if not state.in_place]
+        self.fixed = [state for state in states if state.in_place and state.axis is None]
+        """States without positions, whose old contents a new text must not see."""
         for state in states:
             if state.in_place:  # its memory is bound once
                 self.values[state.input] = self._value(at_first(state))
@@ -169,11 +171,9 @@ class Stepper:
                 self.binding.bind_ortvalue_output(state.output, self.values[state.input])
 
     def __call__(self, tokens: list[int], position: int) -> Logits:
-        handed = [state for state in self.states if not state.in_place]
-        for state in self.states:
-            if state.in_place and state.axis is None and position == 0:
-                self.values[state.input].update_inplace(at_first(state))
-        for state in handed:
+        for state in self.fixed if position == 0 else ():
+            self.values[state.input].update_inplace(at_first(state))
+        for state in self.handed:
             if position == 0:
                 self.values[state.input] = self._value(at_first(state))
             elif state.axis is not None and self.values[state.input].shape()[state.axis] > position:  # the engine was rewound
@@ -189,9 +189,9 @@ class Stepper:
             self.session.run_with_iobinding(self.binding)
         except Exception as error:  # ONNX Runtime has an exception class for each of its error codes
             raise BundleError(f"ONNX Runtime cannot run the graph ({error}): export it again") from None
-        if handed:
+        if self.handed:
             outputs = dict(zip(self.outputs, self.binding.get_outputs(), strict=True))
-            self.values |= {state.input: outputs[state.output] for state in handed}
+            self.values |= {state.input: outputs[state.output] for state in self.handed}
         return self.logits.numpy()[0].copy()  # type: ignore[no-any-return]
 
     def _bind_logits(self, tokens: int) -> None:

@@ -25,10 +25,9 @@ from lobit.quant_recipes.apply import LayerPlan, layer_plans
 from lobit.quant_recipes.recipe import Rule
 from lobit.quant_recipes.sizes import kind_of
 from lobit.runtime.manifest import CacheInfo, Delegation, FileEntry, Method, Port, State, TensorGroup
-from lobit.runtime.onnx_ports import DATA_FILE, FLOAT_INPUTS, GRAPH_FILE, LOGITS, POSITIONS, TOKENS, UNTILED_SLOTS, cache_names
+from lobit.runtime.onnx_ports import DATA_FILE, FLOAT_INPUTS, GRAPH_FILE, LOGITS, POSITIONS, PROVIDER, TOKENS, UNTILED_SLOTS, cache_names
 from lobit.stage_cache import StageCache
 
-PROVIDER = "CPUExecutionProvider"
 GENAI_FILE = "genai_config.json"
 SLACK = 64
 """Slots of a layer's cache beyond its window: the entries are moved up when these are full, not with every token."""
@@ -79,7 +78,7 @@ def step(spec: Spec) -> int:
 
 def options(spec: Spec) -> dict[str, str | int | bool]:
     """See `Target.options`: `provider` is the execution provider that runs the graph."""
-    return {"provider": PROVIDER, "portable": spec.portable, "all_logits": spec.all_logits}
+    return {"provider": PROVIDER, "portable": spec.portable}
 
 
 def slots(spec: Spec, config: Config) -> list[int]:

@@ -100,8 +100,8 @@ def step(spec: Spec) -> int:
 
 
 def options(spec: Spec) -> dict[str, str | int | bool]:
-    """See `Target.options`."""
-    return {"all_logits": spec.all_logits}
+    """See `Target.options`: there are none."""
+    return {}
 
 
 def weights(spec: Spec, config: Config) -> list[TensorGroup]:

@@ -169,8 +169,9 @@ def export(
     from lobit.export.target import Spec, check_target, find_target
     from lobit.quant_recipes.apply import check
     from lobit.quant_recipes.quantized import check_float, empty_model
-    from lobit.runtime.manifest import MOST_THREADS, Tokens
+    from lobit.runtime.manifest import MOST_THREADS, Generation, Tokens
     from lobit.stage_cache import StageCache, files_of
+    from lobit.tokenizer_files import declared_generation
 
     source = resolve(model)
     config = load_config(source)
@@ -190,7 +191,7 @@ def export(
         tokens = Tokens(tokenizer.bos, tokenizer.stop, tokenizer.chat_template, tokenizer.special)
     spec = Spec(asked, context, chunk, portable, all_logits, tokens.bos, tuple(tokens.stop), threads)
     check_target(target, spec, config)
-    request = bundle.Request(source, out.name, target, tokens, spec, command)
+    request = bundle.Request(source, out.name, target, tokens, Generation(**declared_generation(source)), spec, command)
     settings = {
         "model": str(source),
         "files": files_of(source),

@@ -170,8 +170,7 @@ def _spec(recipe: Recipe, manifest: Manifest) -> Spec:
     """The spec that a bundle's program was made for."""
     from lobit.export.target import Spec
 
-    portable, all_logits = (bool(manifest.options.get(name)) for name in ("portable", "all_logits"))
-    return Spec(recipe, manifest.context, manifest.chunk, portable, all_logits)
+    return Spec(recipe, manifest.context, manifest.chunk, bool(manifest.options.get("portable")), manifest.all_logits)
 
 
 def _in_arithmetic(rounded: ReferenceEngine, manifest: Manifest) -> ReferenceEngine:

@@ -8,8 +8,10 @@ import pytest
 
 from lobit import verbs
 from lobit.errors import InputError
+from lobit.export import plan as planning
 from lobit.export.stages import WHOLE, Stages
 from lobit.quant_recipes.catalog import CATALOG
+from lobit.runtime import parity
 from lobit.runtime.bundle import open_bundle
 from lobit.targets import TARGETS
 
@@ -105,6 +107,10 @@ verbs.export("demo", sys.argv[2], Path(sys.argv[1]), recipe=verbs.choose_recipe(
 verbs.parity(Path(sys.argv[1]), "demo", held_out_text(20), tokens=600, threads=1)
 print(json.dumps(peak_rss_bytes()))
 """
+
+
+def test_the_plan_reckons_with_as_many_logits_as_parity_compares_at_once() -> None:
+    assert planning.COMPARED == parity.COMPARED
 
 
 @pytest.mark.slow
