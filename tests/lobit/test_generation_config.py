@@ -1,4 +1,4 @@
-"""How a model's authors draw tokens: read from generation_config.json, told in the manifest, refused before any work where it is nonsense."""
+"""How a model's authors draw tokens: read from generation_config.json, told in the manifest, and refused where it is nonsense."""
 
 import json
 import shutil
