@@ -248,22 +248,29 @@ class Transformer(nn.Module):
         """The blocks, each once, however often it runs."""
         return cast("list[Block]", list(self.layers))
 
-    def hidden(self, tokens: Tensor, tables: Tables, attend: Attend) -> Tensor:
-        """The residual stream [B, T, D] before the final norm, for tokens [B, T]."""
-        x = self.embedding(tokens) * self.config.embedding_scale
-        for layer in range(len(self.config.layers)):
-            x = self.layers[layer // self.config.repeats](x, layer, tables, attend)
-        return x  # type: ignore[no-any-return]
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The residual stream [B, T, D] that tokens [B, T] begin with."""
+        return self.embedding(tokens) * self.config.embedding_scale  # type: ignore[no-any-return]
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Logits [B, T, V] of the residual stream x [B, T, D]."""
-        return softcap(self.head(self.norm(x)), self.config.logits_softcap)
+    def run(self, x: Tensor, tables: Tables, attend: Attend, layers: range | None = None) -> Tensor:
+        """The residual stream x [B, T, D] after the given layers, by the order of execution; None: after all."""
+        for layer in range(len(self.config.layers)) if layers is None else layers:
+            x = self.layers[layer // self.config.repeats](x, layer, tables, attend)
+        return x
+
+    def score(self, x: Tensor) -> Tensor:
+        """Logits [B, T, V] of the residual stream x [B, T, D] after the last layer."""
+        return self.cap(self.head(self.norm(x)))
+
+    def cap(self, scores: Tensor) -> Tensor:
+        """What the head gives, capped where the family caps its logits."""
+        return softcap(scores, self.config.logits_softcap)
 
     def forward(self, tokens: Tensor, tables: Tables | None = None, attend: Attend | None = None) -> Tensor:
         """Logits [B, T, V] of tokens [B, T]; without tables and attention, the tokens are a whole sequence that begins at position 0."""
         if tables is None:
             tables = rotary_tables(self.config, torch.arange(tokens.shape[1], device=tokens.device))
-        return self.logits(self.hidden(tokens, tables, attend or CausalAttention(self.config)))
+        return self.score(self.run(self.embed(tokens), tables, attend or CausalAttention(self.config)))
 
 
 def replace_layers(model: Transformer, kind: type[Kind], replace: Callable[[Kind], nn.Module]) -> None:

@@ -170,7 +170,7 @@ class _LayerByLayer:
 
     def _side(self, attend: Attend) -> _Side:
         """A side at the first block, its streams embedded with the embedding as it is now."""
-        streams = [self.model.embedding(part) * self.model.config.embedding_scale for part in self.parts]
+        streams = [self.model.embed(part) for part in self.parts]
         return _Side(streams, self.tables, attend, self.model.config.repeats)
 
     def embedding(self) -> None:
@@ -186,7 +186,7 @@ class _LayerByLayer:
     def _to_head(self, attend: Attend) -> Iterator[Tensor]:
         """The inputs of the head in the model as it is now."""
         for part in self.parts:
-            yield self.model.norm(self.model.hidden(part, self.tables, attend))
+            yield self.model.norm(self.model.run(self.model.embed(part), self.tables, attend))
             self._advance()
 
     def block(self, index: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lobit.model import Transformer, softcap
+from lobit.model import Transformer
 from lobit.quant_recipes.apply import Progress
 from lobit.quant_recipes.corpus import Corpus
 from lobit.quant_recipes.recipe import Recipe
@@ -85,4 +85,4 @@ def figures(
 
 def _log_probabilities(model: Transformer, x: Tensor) -> Tensor:
     """Log probabilities [N, V] of the next tokens, float32, from the input x [N, D] of the head."""
-    return softcap(model.head(x), model.config.logits_softcap).float().log_softmax(1)
+    return model.cap(model.head(x)).float().log_softmax(1)

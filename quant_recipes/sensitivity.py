@@ -182,16 +182,13 @@ class _LayerByLayer:
 
     def _scores(self, x: Tensor) -> Tensor:
         """Logits of all next tokens [B·T, V]."""
-        return self.model.logits(self._through(x, 1 + len(self.model.config.layers))).flatten(0, 1)
+        return self.model.score(self._through(x, 1 + len(self.model.config.layers))).flatten(0, 1)
 
     def _through(self, x: Tensor, end: int) -> Tensor:
         """Runs a stream from the current place to another."""
-        config = self.model.config
         if self.place == 0 < end:
-            x = self.model.embedding(x) * config.embedding_scale
-        for layer in range(max(self.place, 1) - 1, end - 1):
-            x = self.model.layers[layer // config.repeats](x, layer, self.tables, self.attend)
-        return x
+            x = self.model.embed(x)
+        return self.model.run(x, self.tables, self.attend, range(max(self.place, 1) - 1, end - 1))
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def normed(model: Transformer, tokens: Tensor, recipe: Recipe | None = None) -> 
     """The head's input [B, T, D] for whole sequences of tokens [B, T]."""
     config: Config = model.config
     tables = rotary_tables(config, torch.arange(tokens.shape[1], device=tokens.device))
-    return cast(Tensor, model.norm(model.hidden(tokens, tables, attention_for(recipe, FloatAttention(config)))))
+    return cast(Tensor, model.norm(model.run(model.embed(tokens), tables, attention_for(recipe, FloatAttention(config)))))
 
 
 def operands(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

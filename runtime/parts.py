@@ -145,7 +145,7 @@ class _Check:
     @torch.inference_mode()
     def rows(self) -> list[dict[str, Any]]:
         """The figures of each part, in the order of execution."""
-        count, embedded = len(self.config.layers), self.model.embedding(self.tokens) * self.config.embedding_scale
+        count, embedded = len(self.config.layers), self.model.embed(self.tokens)
         rows = [_row("embedding", _relative(self.seen["x.0"], embedded))]
         for layer in range(count):
             rows.append(self._projected(layer))
@@ -209,5 +209,5 @@ class _Check:
     def _scored(self, layer: int) -> dict[str, Any]:
         x, y = self.seen[f"x.{layer}"][:, self.ends], self._handed("y", layer)[:, self.ends]
         models = zip((self.model, self.other), self._blocks(layer), strict=True)
-        exact, other = (model.logits(block.leave(x, y)) for model, block in models)
+        exact, other = (model.score(block.leave(x, y)) for model, block in models)
         return _row(f"layers.{layer}.o_mlp and head", _relative(self.seen["logits"], exact), _relative(other, exact))

@@ -59,8 +59,8 @@ class ReferenceEngine(SteppingEngine):
         self.cache.position = position
         tables = rotary_tables(self.model.config, torch.arange(position, position + len(tokens)))
         attend = attention_for(self.recipe, self.cache)
-        x = self.model.hidden(torch.tensor([tokens]), tables, attend)
-        return self.model.logits(x if all_logits else x[:, -1:])[0].numpy()
+        x = self.model.run(self.model.embed(torch.tensor([tokens])), tables, attend)
+        return self.model.score(x if all_logits else x[:, -1:])[0].numpy()
 
     def score(self, tokens: Sequence[int]) -> Logits:
         """See `Engine.score`."""
@@ -78,11 +78,11 @@ class ReferenceEngine(SteppingEngine):
         """
         config = self.model.config
         attend = attention_for(self.recipe, CausalAttention(config))
-        stream = self.model.hidden(torch.tensor([tokens]), rotary_tables(config, torch.arange(len(tokens))), attend)
+        stream = self.model.run(self.model.embed(torch.tensor([tokens])), rotary_tables(config, torch.arange(len(tokens))), attend)
 
         @torch.inference_mode()
         def logits(positions: Sequence[int]) -> Logits:
-            return self.model.logits(stream[:, list(positions)])[0].numpy()
+            return self.model.score(stream[:, list(positions)])[0].numpy()
 
         return logits
 

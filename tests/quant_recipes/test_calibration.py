@@ -174,9 +174,9 @@ def test_every_layer_is_rounded_on_what_the_rounded_model_gives_it(family, small
     after = sums_of_squares(model, sequences) if model.config.repeats == 1 else {name: before[name] for name in names[:3]}
     assert all(close(hessian, after[name]) for name, hessian in zip(names, hessians, strict=True) if name in after)
     with torch.no_grad():
-        stream = model.hidden(sequences, rotary_tables(model.config, torch.arange(48)), CausalAttention(model.config))
+        stream = model.run(model.embed(sequences), rotary_tables(model.config, torch.arange(48)), CausalAttention(model.config))
         exact = load_model(small_models(family)[0])
-        floats = exact.hidden(sequences, rotary_tables(model.config, torch.arange(48)), CausalAttention(model.config))
+        floats = exact.run(exact.embed(sequences), rotary_tables(model.config, torch.arange(48)), CausalAttention(model.config))
     assert close(torch.cat(walks[0].rounded.streams), stream)
     assert close(torch.cat(walks[0].exact.streams), floats)
 
@@ -275,13 +275,13 @@ def test_a_tied_table_is_rounded_on_what_the_head_reads_and_the_streams_begin_wi
     found = calibrate(model, recipe, sequences, progress=lambda *call: calls.append(call))
     with torch.no_grad():
         tables, attend = rotary_tables(model.config, torch.arange(32)), CausalAttention(model.config)
-        x = floats.norm(floats.hidden(sequences, tables, attend)).flatten(0, 1)
+        x = floats.norm(floats.run(floats.embed(sequences), tables, attend)).flatten(0, 1)
     assert model.config.tied and next(iter(found.integers)) == "embedding" and "head" not in found.integers
     assert close(hessians[0], x.T @ x)
     assert torch.equal(weight_of(model.embedding), dequantize(*found.integers["embedding"]))
     assert [call[1] for call in calls] == list(range(1, calls[0][2] + 1))
     with torch.no_grad():
-        stream = model.hidden(sequences, tables, attend)
+        stream = model.run(model.embed(sequences), tables, attend)
     assert model.config.repeats > 1 or close(torch.cat(walks[0].rounded.streams), stream)
 
 
