@@ -65,7 +65,7 @@ def write_bundle(model: Transformer, recipe: Recipe, request: Request, folder: P
     """Lowers a converted model and writes the bundle's files.
 
     Args:
-        model: converted by `recipe`; its layers may be replaced.
+        model: converted by `recipe`.
         recipe: what the model was converted with.
         request: what is to be exported.
         folder: the folder that the files are written to.

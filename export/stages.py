@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lobit.memory import peak_rss_bytes
-from lobit.quant_recipes.apply import Progress
+from lobit.progress_callback import Progress
 
 Count = Callable[[int, int], None]
 """Called with how much of a stage is done, and how much there is."""

@@ -87,7 +87,7 @@ class Costs:
 
 
 class Target(Protocol):
-    """The names that a target's module has."""
+    """The names that a target's module has. Models that are given to it stay as they are."""
 
     COSTS: Costs
     SLOW_GRAPH: bool
@@ -96,15 +96,16 @@ class Target(Protocol):
     def versions(self) -> dict[str, str]:
         """Versions of the packages that models are lowered with."""
 
-    def arithmetic(self, model: Transformer, spec: Spec) -> Recipe | None:
-        """Changes the converted model, in place, so that its products round their inputs as the target's do.
+    def arithmetic(self, model: Transformer, spec: Spec) -> tuple[Transformer, Recipe]:
+        """What the target computes, in plain PyTorch.
 
         Returns:
-            The recipe, with the key-value cache that the target has; None: the target computes as the recipe says, and nothing is changed.
+            A model whose products round their inputs as the target's do, the given one where these are the recipe's own; and the recipe
+            with the key-value cache and the precision that the target has.
         """
 
     def graph(self, model: Transformer, spec: Spec) -> RunGraph | None:
-        """The converted model's program before it is lowered or written, run by PyTorch; the model's layers may be replaced.
+        """The converted model's program before it is lowered or written, run by PyTorch.
 
         Returns:
             The program as a function; None: its operators are the runtime's own, and `arithmetic` gives what they compute.
@@ -129,7 +130,7 @@ class Target(Protocol):
         """What lowering and running a program of the converted model will take; the model may have no memory for its weights."""
 
     def lower(self, model: Transformer, spec: Spec, kept: StageCache, count: Count) -> Lowered:
-        """The converted model in the target's own form; the model's layers may be replaced, and finished parts are put into `kept`."""
+        """The converted model in the target's own form; finished parts are put into `kept`."""
 
     def write(self, lowered: Lowered, folder: Path, count: Count) -> list[FileEntry]:
         """Writes the target's files into the folder."""

@@ -21,6 +21,7 @@ from lobit.errors import MissingPartError, ModelError, listed, reason, shown, sh
 from lobit.families import read_config
 from lobit.layout import from_gguf, gguf_name, layout
 from lobit.model import Config, Transformer
+from lobit.progress_callback import Progress
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
@@ -55,8 +56,6 @@ NORMAL, CONTROL = 1, 3
 NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 """Special tokens of tokenizer_config.json, and GGUF's names of them."""
 
-Progress = Callable[[str, int, int], None]
-"""Called with the name of a stage, how much of it is done, and how much there is."""
 
 
 def write_folder(path: Path, folder: Path, progress: Progress | None = None) -> None:

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, D hidden size, H query heads, K key-value heads, E he
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -280,6 +281,11 @@ def replace_layers(model: Transformer, kind: type[Kind], replace: Callable[[Kind
         if isinstance(module, kind):
             made[module] = made.get(module) or replace(module)
             model.set_submodule(name, made[module])
+
+
+def twin(model: Transformer) -> Transformer:
+    """A copy of a model that shares all tensors with it: layers of the copy can be replaced without memory for the others."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -15,6 +15,7 @@ from torch import nn
 from lobit.checkpoint import Weights
 from lobit.errors import MOST_LISTED, RecipeError, listed, shown_name
 from lobit.model import Config, Transformer, bias_of, weight_of
+from lobit.progress_callback import Progress
 from lobit.quant_recipes.fake_quant import FakeQuantizedEmbedding, FakeQuantizedLinear
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear, quantize_linear
 from lobit.quant_recipes.quantizers import Searched
@@ -25,8 +26,6 @@ from lobit.quant_recipes.rotate import problems as rotation_problems
 MOST_WORKERS = 8
 """Layers that are quantized at the same time; meanwhile each needs some ten bytes of memory per weight."""
 HALF = torch.finfo(torch.float16)
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 Integers = tuple[torch.Tensor, torch.Tensor]
 """The integers [out, in], int8, and scales [out, groups] of a layer."""
 

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from lobit.errors import InputError
 from lobit.model import Attend, Block, CausalAttention, Transformer, rotary_tables, weight_of
-from lobit.quant_recipes.apply import Integers, Progress, arrange
+from lobit.progress_callback import Progress
+from lobit.quant_recipes.apply import Integers, arrange
 from lobit.quant_recipes.fake_quant import FakeQuantizedAttention
 from lobit.quant_recipes.gptq import DAMPING, catch_up, relative_error, round_with_hessian
 from lobit.quant_recipes.grid import dequantize

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lobit.checkpoint import ROWS, Weights
 from lobit.model import Config
+from lobit.progress_callback import Progress
 from lobit.quant_recipes.apply import layers_of
 from lobit.quant_recipes.recipe import Recipe
 from lobit.quant_recipes.rotate import rotated
@@ -20,8 +21,6 @@ from lobit.quant_recipes.sizes import checkpoint_sizes, kind_of
 
 BINS = (16, 256, 4096)
 """Numbers of bins. Each divides the last one, so that one histogram gives all entropies."""
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 
 
 @dataclass(frozen=True)

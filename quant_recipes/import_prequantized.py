@@ -19,7 +19,8 @@ from lobit.checkpoint import Weights
 from lobit.errors import ModelError, listed
 from lobit.model import Config, Transformer, weight_of
 from lobit.prequantized import Kind, Quantized
-from lobit.quant_recipes.apply import Progress, layers_of
+from lobit.progress_callback import Progress
+from lobit.quant_recipes.apply import layers_of
 from lobit.quant_recipes.quantized import empty_model
 from lobit.quant_recipes.recipe import Recipe, Rule, WeightGrid
 

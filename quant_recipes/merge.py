@@ -23,7 +23,8 @@ from lobit.checkpoint import Weights, load_config
 from lobit.errors import InputError, ModelError, listed, shown
 from lobit.model import Config, Transformer, weight_of
 from lobit.prequantized import FLOATS
-from lobit.quant_recipes.apply import Progress, skeleton
+from lobit.progress_callback import Progress
+from lobit.quant_recipes.apply import skeleton
 from lobit.quant_recipes.quantized import is_checkpoint
 from lobit.tokenizer_files import FILE_NAME
 

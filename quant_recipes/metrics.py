@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lobit.model import Transformer
-from lobit.quant_recipes.apply import Progress
+from lobit.progress_callback import Progress
 from lobit.quant_recipes.corpus import Corpus
 from lobit.quant_recipes.recipe import Recipe
 from lobit.quant_recipes.trainee import normed

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from lobit.errors import RecipeError
 from lobit.model import CausalAttention, Transformer, bias_of, rotary_tables, weight_of
-from lobit.quant_recipes.apply import LayerPlan, Progress, check, convert, layer_plans
+from lobit.progress_callback import Progress
+from lobit.quant_recipes.apply import LayerPlan, check, convert, layer_plans
 from lobit.quant_recipes.corpus import Corpus
 from lobit.quant_recipes.grid import dequantize
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear, quantize_linear

@@ -7,7 +7,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import lobit
 from lobit.errors import InputError, LobitError
+from lobit.progress_callback import Progress
 from lobit.runtime.bench_row import Answer, Request, Workload
 from lobit.runtime.bench_table import bench_table as bench_table
 from lobit.runtime.bundle import Bundle, open_bundle
@@ -23,8 +24,6 @@ from lobit.runtime.host import cpu, memory_bandwidth
 from lobit.runtime.manifest import CacheInfo, Manifest
 from lobit.targets import TARGETS
 
-Progress = Callable[[str, int, int], None]
-"""Called with the name of the next row, how many rows are done, and how many there are."""
 READ_BY_ROW = {"embedding", "embedding scales", "tables"}
 """Kinds of weights of which each token reads only one row."""
 VERSIONED = ("torch", *(package for target in TARGETS.values() for package in target.packages))

@@ -19,7 +19,7 @@ from lobit.errors import BundleError, MissingPartError
 from lobit.quiet import quiet_native, quiet_python
 from lobit.runtime.bundle import Bundle
 from lobit.runtime.engine import Logits, SteppingEngine
-from lobit.runtime.verify import StoredLayer
+from lobit.runtime.stored import StoredLayer
 
 FLOAT32 = 6
 """ExecuTorch's number for the type float32."""

@@ -19,7 +19,7 @@ from lobit.runtime.bundle import Bundle
 from lobit.runtime.engine import Logits, ReadChunk, SteppingEngine
 from lobit.runtime.manifest import Method, State
 from lobit.runtime.onnx_ports import FLOAT_INPUTS, PROVIDER, TOKENS, UNTILED_SLOTS
-from lobit.runtime.verify import StoredLayer
+from lobit.runtime.stored import StoredLayer
 
 UNTILED = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 """Environment variable that ONNX Runtime's attention reads when a session is made."""

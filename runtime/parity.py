@@ -17,11 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lobit.errors import BundleError, InputError
+from lobit.progress_callback import Progress
 from lobit.runtime.engine import Engine, Logits
 from lobit.runtime.verdict import judged, warnings
 
-Progress = Callable[[str, int, int], None]
-"""Called with the name of a stage, the work done so far over all stages, and the work in all."""
 PREFILL_LENGTHS = (16, 1, 7, 64, 2, 33, 3, 128, 5, 20)
 """Tokens of the prefill calls, in turn: short and long, odd and even, some longer than the chunk of a program with a short one."""
 COST = {"float": 1, "fake_quant": 2, "target": 2, "floor": 2, "graph": 2, "artifact": 3}

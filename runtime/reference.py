@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -10,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from lobit.model import CausalAttention, Config, Transformer, dot_product_attention, rotary_tables, visible, weight_of
+from lobit.model import CausalAttention, Config, Transformer, dot_product_attention, rotary_tables, twin, visible, weight_of
 from lobit.quant_recipes.apply import layers_of
 from lobit.quant_recipes.fake_quant import attention_for
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
 from lobit.quant_recipes.recipe import Recipe
 from lobit.runtime.engine import Logits, SteppingEngine, check_tokens
-from lobit.runtime.verify import StoredLayer
+from lobit.runtime.stored import StoredLayer
 
 
 class FloatCache:
@@ -85,11 +84,6 @@ class ReferenceEngine(SteppingEngine):
             return self.model.score(stream[:, list(positions)])[0].numpy()
 
         return logits
-
-
-def twin(model: Transformer) -> Transformer:
-    """A copy of a model that shares all tensors with it: layers of the copy can be replaced without memory for the others."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 MOVED = 1e-6

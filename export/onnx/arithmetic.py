@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lobit.export.onnx.weights import FAST_BLOCK, form_of, rounds_inputs
 from lobit.export.target import Spec
-from lobit.model import Transformer, replace_layers
+from lobit.model import Transformer, replace_layers, twin
 from lobit.quant_recipes.integer import IntegerLinear
 from lobit.quant_recipes.recipe import Recipe
 
@@ -38,11 +38,14 @@ class BlockInputs(nn.Module):
         return F.linear(round_blocks(x, self.block) if self.block else x, self.linear.weight, self.linear.bias)
 
 
-def arithmetic(model: Transformer, spec: Spec) -> Recipe:
+def arithmetic(model: Transformer, spec: Spec) -> tuple[Transformer, Recipe]:
     """See `Target.arithmetic`."""
-    if not spec.portable:
-        replace_layers(model, IntegerLinear, _fused)
-    return replace(spec.recipe, kv_bits=None)
+    recipe = replace(spec.recipe, kv_bits=None)
+    if spec.portable:
+        return model, recipe
+    changed = twin(model)
+    replace_layers(changed, IntegerLinear, _fused)
+    return changed, recipe
 
 
 def _fused(linear: IntegerLinear) -> nn.Module:

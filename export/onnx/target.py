@@ -58,7 +58,7 @@ def versions() -> dict[str, str]:
 
 def graph(model: Transformer, spec: Spec) -> EagerGraph | None:
     """See `Target.graph`: standard operators are run by PyTorch as `EagerGraph`; for ONNX Runtime's own there is no such program."""
-    return EagerGraph(model.eval(), spec.all_logits) if spec.portable else None
+    return EagerGraph(model, spec.all_logits) if spec.portable else None
 
 
 def check(spec: Spec, config: Config) -> list[str]:

@@ -25,7 +25,7 @@ from lobit.export.xnnpack.parts import Interpreter, Parts, Step
 from lobit.export.xnnpack.program import build
 from lobit.export.xnnpack.pte import write_program
 from lobit.export.xnnpack.weights import form_of, format_of, layer_form
-from lobit.model import Config, RMSNorm, Transformer, replace_layers
+from lobit.model import Config, RMSNorm, Transformer, replace_layers, twin
 from lobit.quant_recipes.apply import layer_plans
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
 from lobit.quant_recipes.recipe import Recipe
@@ -56,12 +56,15 @@ def versions() -> dict[str, str]:
     return {"executorch": metadata.version("executorch")}
 
 
-def arithmetic(model: Transformer, spec: Spec) -> Recipe | None:
+def arithmetic(model: Transformer, spec: Spec) -> tuple[Transformer, Recipe]:
     """See `Target.arithmetic`: XNNPACK's INT8 inputs have a zero point, also where the recipe has none."""
-    found = [module for module in model.modules() if isinstance(module, IntegerLinear) and module.rule.activation_rule == "absmax"]
-    for module in found:
-        module.rule = replace(module.rule, activation_rule="range")
-    return spec.recipe if found else None
+    if not any(rule.activation_rule == "absmax" for rule in spec.recipe.rules):
+        return model, spec.recipe
+    changed = twin(model)
+    for module in changed.modules():
+        if isinstance(module, IntegerLinear):
+            module.rule = replace(module.rule, activation_rule="range")
+    return changed, spec.recipe
 
 
 def check(spec: Spec, config: Config) -> list[str]:
@@ -136,6 +139,7 @@ def cache(spec: Spec, config: Config) -> CacheInfo:
 
 def program(model: Transformer, spec: Spec) -> Parts:
     """Builds the model in parts: its layers are in the delegate's operators, its caches are written in place."""
+    model = twin(model).eval()
     config, head = model.config, model.head
     if config.tied and isinstance(head, IntegerLinear) and form_of(head.rule.weights, config.hidden_size).grid.bits == 4:
         model.head = SharedHead(head)
@@ -143,7 +147,7 @@ def program(model: Transformer, spec: Spec) -> Parts:
     replace_layers(model, IntegerEmbedding, PackedEmbedding)
     replace_layers(model, RMSNorm, DelegatedNorm)
     replace_layers(model, RotateHalf, lambda turn: DelegatedTurn(turn, config.head_dim))
-    return build(model.eval(), Caches(config, spec.recipe.kv_bits, spec.context, spec.chunk), spec.all_logits)
+    return build(model, Caches(config, spec.recipe.kv_bits, spec.context, spec.chunk), spec.all_logits)
 
 
 def needs(model: Transformer, spec: Spec) -> Needs:

@@ -14,8 +14,8 @@ from lobit.errors import InputError
 
 if TYPE_CHECKING:
     from lobit.model import Transformer
+    from lobit.progress_callback import Progress
     from lobit.quant_recipes.recipe import Recipe
-    from lobit.verbs.make import Progress
 
 SAMPLES, LENGTH = 128, 512
 """Sequences, and tokens in each; Spectra's appendix A.1 has 512 of 2048, which takes sixteen times as long."""

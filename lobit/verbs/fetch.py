@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lobit.errors import LONGEST_REASON, InputError, MissingPartError, ModelError, reason, shown
-from lobit.verbs.make import Progress
+from lobit.progress_callback import Progress
 
 SOURCE_FILE = "source.json"
 """The file in the model's folder that says what was fetched."""

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lobit.errors import InputError
+from lobit.progress_callback import Progress
 
 if TYPE_CHECKING:
     from lobit.export.plan import Plan
@@ -31,8 +32,6 @@ DEFAULT_CHUNK = 512
 KVCache = Literal["int8", "float"]
 ScaleRule = Literal["least_squares", "range"]
 """The scale rules that compute scales from weights (`recipe.WeightGrid`)."""
-Progress = Callable[[str, int, int], None]
-"""Called with the name of what is done, how much of it is done, and how much there is."""
 KEPT = "stages"
 """The folder in an unfinished bundle that has its finished stages."""
 
@@ -109,19 +108,18 @@ def converted(source: Path, recipe: Recipe | None, progress: Progress | None = N
     from lobit.quant_recipes.import_prequantized import is_taken_in, take_in
     from lobit.quant_recipes.quantized import is_checkpoint, load_checkpoint
 
+    recipe = _asked(source, recipe)
     if is_checkpoint(source):
         model, own = load_checkpoint(source)
-        if recipe is not None and recipe != own:
+        if recipe != own:
             raise InputError(f"{source} was quantized with recipe {own.name}: leave --recipe out, or give the float model")
         return model, own
     config = load_config(source)
-    if recipe is None or is_taken_in(recipe):
+    if is_taken_in(recipe):
         taken = take_in(source, config, progress)
-        if taken and recipe in (None, taken[1]):
-            return taken
-        if recipe is not None:
+        if not taken or taken[1] != recipe:
             raise InputError(f"{source} does not hold integers of recipe {recipe.name}: give the folder that they were taken in from")
-    recipe = _asked(source, recipe)
+        return taken
     check(config, recipe)
     weights = Weights(source, config)
     recipe = replace(recipe, untied=recipe.untied or weights.untied)
@@ -206,7 +204,7 @@ def export(
         needs = module.needs(empty_model(config, asked), spec)
         stages = Stages(expected_seconds(bundle.parameter_count(config), needs, module.COSTS), progress)
         with stages.stage("quantize") as count:
-            integer, used = _kept_checkpoint(source, recipe if calibration is None else asked, calibration, kept, count)
+            integer, used = _kept_checkpoint(source, asked, calibration, kept, count)
         manifest = bundle.write_bundle(integer, used, request, folder, kept, stages)
         kept.remove()
     return manifest
@@ -289,7 +287,7 @@ def _asked(source: Path, recipe: Recipe | None) -> Recipe:
 
 
 def _kept_checkpoint(
-    source: Path, recipe: Recipe | None, calibration: Calibration | None, kept: StageCache, count: Count
+    source: Path, recipe: Recipe, calibration: Calibration | None, kept: StageCache, count: Count
 ) -> tuple[Transformer, Recipe]:
     """The converted model, as an earlier run kept it, or made and kept for a later one; what is a checkpoint already is not kept again."""
     from lobit.quant_recipes.quantized import is_checkpoint, save_checkpoint
@@ -301,7 +299,7 @@ def _kept_checkpoint(
     finished = kept.has("checkpoint")
     if finished:
         return converted(finished, None)
-    if calibration is not None and recipe is not None:
+    if calibration is not None:
         model, used = calibrated(source, recipe, calibration, advance)[0], recipe
     else:
         model, used = converted(source, recipe, advance)

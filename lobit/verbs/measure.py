@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lobit.verbs.make import Progress, choose_recipe, export, quantize
+from lobit.progress_callback import Progress
+from lobit.verbs.make import choose_recipe, export, quantize
 from lobit.verbs.prove import parity, verify
 
 

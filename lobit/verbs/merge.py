@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lobit.verbs.make import Progress
+from lobit.progress_callback import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lobit.errors import InputError
-from lobit.verbs.make import Progress, converted_like
+from lobit.progress_callback import Progress
+from lobit.verbs.make import converted_like
 
 if TYPE_CHECKING:
     from lobit.export.target import RunGraph, Spec
@@ -78,7 +79,7 @@ def parity(
     from lobit.runtime.bundle import open_bundle
     from lobit.runtime.engine import default_threads, open_engine
     from lobit.runtime.parts import check_parts
-    from lobit.runtime.reference import MOVED, MOVED_FAR, ReferenceEngine, moved, twin
+    from lobit.runtime.reference import MOVED, MOVED_FAR, ReferenceEngine, moved
     from lobit.verbs.talk import bundle_tokenizer
 
     unknown = sorted(set(stages or ()) - set(STAGES))
@@ -104,7 +105,7 @@ def parity(
     parts = check_parts(exact.model, opened, text_begins, threads or default_threads(opened))
     engines: dict[str, Any] = {"fake_quant": rounded} if "fake_quant" in chosen else {}
     if "graph" in chosen:
-        graph = find_target(manifest.target).graph(twin(model), _spec(recipe, manifest))
+        graph = find_target(manifest.target).graph(model, _spec(recipe, manifest))
         engines["graph"] = exact if graph is None else _graph_engine(graph, manifest)
     engines["artifact"] = open_engine(opened, threads)
     share = MOVED_FAR if recipe.rules else MOVED
@@ -134,7 +135,8 @@ def _converted_like(source: Path, recipe: Recipe, bundle: Bundle) -> Transformer
 
     from lobit.quant_recipes.quantized import is_checkpoint
     from lobit.runtime.reference import stored_layers
-    from lobit.runtime.verify import paired, read_program
+    from lobit.runtime.stored import read_program
+    from lobit.runtime.verify import paired
 
     if is_checkpoint(source) or not recipe.is_calibrated:
         return converted_like(source, recipe)[0]
@@ -176,12 +178,11 @@ def _spec(recipe: Recipe, manifest: Manifest) -> Spec:
 def _in_arithmetic(rounded: ReferenceEngine, manifest: Manifest) -> ReferenceEngine:
     """The converted model, with inputs and cache rounded as the target rounds them; `rounded` itself where the recipe does the same."""
     from lobit.export.target import find_target
-    from lobit.runtime.reference import ReferenceEngine, twin
+    from lobit.runtime.reference import ReferenceEngine
 
     assert rounded.recipe is not None
-    model = twin(rounded.model)
-    recipe = find_target(manifest.target).arithmetic(model, _spec(rounded.recipe, manifest))
-    return rounded if recipe is None else ReferenceEngine(model, recipe, manifest.context)
+    model, recipe = find_target(manifest.target).arithmetic(rounded.model, _spec(rounded.recipe, manifest))
+    return rounded if model is rounded.model and recipe == rounded.recipe else ReferenceEngine(model, recipe, manifest.context)
 
 
 def _graph_engine(graph: RunGraph, manifest: Manifest) -> Engine:

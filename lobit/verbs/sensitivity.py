@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lobit.errors import InputError
-from lobit.verbs.make import Progress
+from lobit.progress_callback import Progress
 
 if TYPE_CHECKING:
     from lobit.model import Config, Transformer

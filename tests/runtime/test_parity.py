@@ -20,11 +20,12 @@ from lobit import verbs
 from lobit.checkpoint import load_model
 from lobit.demo import held_out_text
 from lobit.errors import BundleError, InputError
+from lobit.model import twin
 from lobit.quant_recipes.apply import convert
 from lobit.quant_recipes.catalog import find_recipe
 from lobit.runtime.engine import Logits, SteppingEngine
 from lobit.runtime.parity import SHORTEST_TEXT, Floor, Passage, kl_divergence, log_softmax, parity, plan_passages, read_passage
-from lobit.runtime.reference import MOVED_FAR, ReferenceEngine, moved, twin
+from lobit.runtime.reference import MOVED_FAR, ReferenceEngine, moved
 from lobit.runtime.verdict import COSTLY_KL, FLOAT_ORDER, FLOORS, judged, warnings
 
 Bundles = Any
