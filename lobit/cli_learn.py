@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lobit.cli_options import (
+    Activations,
     Except,
     GroupSize,
     Json,
@@ -69,6 +70,7 @@ def train(
     mixed: Mixed = None,
     scale_rule: ScaleRule = None,
     rotate: Rotate = None,
+    activations: Activations = None,
     as_json: Json = False,
 ) -> None:
     """Quantization-aware training into a checkpoint folder.
@@ -79,7 +81,7 @@ def train(
     from lobit.progress import bar
     from lobit.quant_recipes.train import Run, join, native_precision
 
-    chosen = verbs.choose_recipe(recipe, exclude or (), group_size, kv_cache, mixed or (), scale_rule, rotations(rotate))
+    chosen = verbs.choose_recipe(recipe, exclude or (), group_size, kv_cache, mixed or (), scale_rule, rotations(rotate), activations)
     told = verbs.Texts([read_text(path) for path in texts], read_text(held_out) if held_out else None, length, seed)
     device = join()
     run = Run(steps, batch, micro_batch or 0, precision or native_precision(device), minutes, device)

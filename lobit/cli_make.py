@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from lobit.cli_options import (
+    Activations,
     ActOrder,
     AllLogits,
     BundleThreads,
@@ -80,6 +81,7 @@ def recipes(
     mixed: Mixed = None,
     scale_rule: ScaleRule = None,
     rotate: Rotate = None,
+    activations: Activations = None,
     as_json: Json = False,
 ) -> None:
     """The catalogue; one recipe; what it does to every layer of a model."""
@@ -94,7 +96,7 @@ def recipes(
         found = list(CATALOG.values())
         print_json({"recipes": [recipe.to_json() for recipe in found]}) if as_json else tables.show(tables.recipes(found))
         return
-    recipe = verbs.choose_recipe(name, exclude or (), group_size, kv_cache, mixed or (), scale_rule, rotations(rotate))
+    recipe = verbs.choose_recipe(name, exclude or (), group_size, kv_cache, mixed or (), scale_rule, rotations(rotate), activations)
     if model is None:
         print_json(recipe.to_json()) if as_json else typer.echo(json.dumps(recipe.to_json(), indent=2))
         return
@@ -118,6 +120,7 @@ def plan(
     mixed: Mixed = None,
     scale_rule: ScaleRule = None,
     rotate: Rotate = None,
+    activations: Activations = None,
     portable: Portable = False,
     all_logits: AllLogits = False,
     detail: Annotated[bool, typer.Option("--detail", help="Bound on decode speed, energy, entropy of the weights.")] = False,
@@ -130,7 +133,7 @@ def plan(
 
     if bandwidth is not None and not detail:
         raise InputError(f"--bandwidth {bandwidth:g} is for the bound on decode speed: add --detail")
-    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed, scale_rule, rotate)
+    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed, scale_rule, rotate, activations)
     with bar() as shown:
         found = verbs.plan(
             model,
@@ -170,6 +173,7 @@ def quantize(
     mixed: Mixed = None,
     scale_rule: ScaleRule = None,
     rotate: Rotate = None,
+    activations: Activations = None,
     as_json: Json = False,
 ) -> None:
     """Post-training quantization into a checkpoint folder."""
@@ -177,7 +181,7 @@ def quantize(
     from lobit.progress import bar
     from lobit.verbs.calibrate import CALIBRATION_FILE
 
-    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed, scale_rule, rotate)
+    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed, scale_rule, rotate, activations)
     given = calibration_on(calibration, samples, length, act_order)
     tables.show(tables.layer_plans(verbs.recipes(chosen, model)), error=True)
     with bar() as shown:
@@ -210,6 +214,7 @@ def export(
     mixed: Mixed = None,
     scale_rule: ScaleRule = None,
     rotate: Rotate = None,
+    activations: Activations = None,
     portable: Portable = False,
     all_logits: AllLogits = False,
     threads: BundleThreads = 0,
@@ -219,7 +224,7 @@ def export(
     from lobit import tables, verbs
     from lobit.progress import bar
 
-    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed, scale_rule, rotate)
+    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed, scale_rule, rotate, activations)
     given = calibration_on(calibration, samples, length, act_order)
     if chosen is not None:
         tables.show(tables.layer_plans(verbs.recipes(chosen, model)), error=True)

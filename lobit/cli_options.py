@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -47,7 +47,10 @@ SampleLength = Annotated[int | None, typer.Option("--length", min=1, help="Their
 ActOrder = Annotated[
     bool, typer.Option("--act-order/--in-order", help="GPTQ rounds the weights of large inputs first, or in the order of the inputs.")
 ]
-KVCache = Annotated[Literal["int8", "float"] | None, typer.Option("--kv-cache", help="Instead of the recipe's.")]
+KVCache = Annotated[Literal["int8", "half", "float"] | None, typer.Option("--kv-cache", help="Instead of the recipe's.")]
+Activations = Annotated[
+    Literal["half", "float"] | None, typer.Option("--activations", help="Of what is computed in floating point, instead of the recipe's.")
+]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Where to write; must not exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Threads = Annotated[
@@ -106,20 +109,21 @@ def chosen_recipe(
     recipe: str | None,
     exclude: list[str] | None,
     group_size: int | None,
-    kv_cache: str | None,
+    kv_cache: KVCache,
     mixed: list[str] | None,
-    scale_rule: str | None = None,
-    rotate: str | None = None,
+    scale_rule: ScaleRule = None,
+    rotate: Rotate = None,
+    activations: Activations = None,
 ) -> Recipe | None:
     """The recipe that `--recipe` names, with the changes of the other options; None where none is named."""
     from lobit import verbs
 
-    if recipe is None and (exclude or group_size or kv_cache or mixed or scale_rule or rotate is not None):
-        raise InputError("--except, --group-size, --kv-cache, --mixed, --scale-rule and --rotate change a recipe: name it with --recipe")
+    if recipe is None and (exclude or group_size or kv_cache or activations or mixed or scale_rule or rotate is not None):
+        options = "--except, --group-size, --kv-cache, --activations, --mixed, --scale-rule and --rotate"
+        raise InputError(f"{options} change a recipe: name it with --recipe")
     if recipe is None:
         return None
-    cache, rule = cast("verbs.make.KVCache | None", kv_cache), cast("verbs.make.ScaleRule | None", scale_rule)
-    return verbs.choose_recipe(recipe, exclude or (), group_size, cache, mixed or (), rule, rotations(rotate))
+    return verbs.choose_recipe(recipe, exclude or (), group_size, kv_cache, mixed or (), scale_rule, rotations(rotate), activations)
 
 
 def calibration_on(path: Path | None, samples: int | None, length: int | None, act_order: bool) -> verbs.calibrate.Calibration | None:

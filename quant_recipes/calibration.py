@@ -20,7 +20,7 @@ from lobit.errors import InputError
 from lobit.model import Attend, Block, CausalAttention, Transformer, rotary_tables, weight_of
 from lobit.progress_callback import Progress
 from lobit.quant_recipes.apply import Integers, arrange
-from lobit.quant_recipes.fake_quant import FakeQuantizedAttention
+from lobit.quant_recipes.fake_quant import attention_for
 from lobit.quant_recipes.gptq import DAMPING, catch_up, relative_error, round_with_hessian
 from lobit.quant_recipes.grid import dequantize
 from lobit.quant_recipes.integer import quantize_linear
@@ -182,7 +182,7 @@ class _LayerByLayer:
             weight = weight_of(self.model.embedding)
             hessian = squares(self._to_head(plain)) if self.tied else torch.eye(weight.shape[1])
             self._round_layers(grids, hessian, torch.zeros_like(hessian))
-        self.rounded = self._side(FakeQuantizedAttention(plain) if self.recipe.kv_bits else plain)
+        self.rounded = self._side(attention_for(self.recipe, plain))
 
     def _to_head(self, attend: Attend) -> Iterator[Tensor]:
         """The inputs of the head in the model as it is now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lobit.model import Attend, bias_of, weight_of
-from lobit.quant_recipes.grid import fake_quantize_tokens, quantize_tokens
+from lobit.quant_recipes.grid import fake_quantize_tokens, quantize_tokens, straight_through
+from lobit.quant_recipes.precision import to_half
 from lobit.quant_recipes.quantizers import Quantizer, quantizer_for
 from lobit.quant_recipes.recipe import Recipe, Rule, WeightGrid
 
@@ -125,16 +127,21 @@ def trained(weight: Tensor, rule: Rule) -> tuple[Tensor, Quantizer]:
     return start, quantizer.requires_grad_(weight.requires_grad)
 
 
-class FakeQuantizedAttention:
-    """Attention over an INT8 key-value cache: k and v rounded per token and head."""
+class RoundedCache:
+    """Attention over a key-value cache whose entries are rounded: `round` is applied to k and v [B, T, K, E]."""
 
-    def __init__(self, attend: Attend) -> None:
-        self.attend = attend
+    def __init__(self, attend: Attend, round: Callable[[Tensor], Tensor]) -> None:
+        self.attend, self.round = attend, round
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.attend(layer, q, fake_quantize_tokens(k), fake_quantize_tokens(v))
+        return self.attend(layer, q, self.round(k), self.round(v))
 
 
 def attention_for(recipe: Recipe | None, attend: Attend) -> Attend:
-    """Attention over a key-value cache of the recipe's precision."""
-    return FakeQuantizedAttention(attend) if recipe is not None and recipe.kv_bits else attend
+    """Attention over a key-value cache of the recipe's precision: INT8 per token and head, half floats, or as it is."""
+    match recipe.kv_bits if recipe else None:
+        case 8:
+            return RoundedCache(attend, fake_quantize_tokens)
+        case 16:
+            return RoundedCache(attend, lambda x: straight_through(x, to_half(x)))
+    return attend

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lobit.model import Transformer
 from lobit.progress_callback import Progress
 from lobit.quant_recipes.corpus import Corpus
+from lobit.quant_recipes.precision import computing
 from lobit.quant_recipes.recipe import Recipe
 from lobit.quant_recipes.trainee import normed
 
@@ -56,7 +57,7 @@ def figures(
     Args:
         model: a float, prepared or converted model.
         corpus: the text.
-        recipe: of the model, for its key-value cache.
+        recipe: of the model, for its key-value cache and its precision.
         reference: the float model, or None.
         progress: called with the number of sequences that are done.
     """
@@ -65,12 +66,16 @@ def figures(
     done, few = 0, max(1, AT_ONCE // model.config.vocab_size)
     for sequences in corpus.sequences.long().split(max(1, TOGETHER // corpus.length)):
         tokens, targets = sequences[:, :-1].to(device), sequences[:, 1:].to(device).flatten().split(few)
-        streams = [normed(model, tokens, recipe), *([normed(reference, tokens)] if reference else [])]
+        with computing(recipe):
+            stream = normed(model, tokens, recipe)
+        streams = [stream, *([normed(reference, tokens)] if reference else [])]
         for wanted, x, *other in zip(targets, *(stream.flatten(0, 1).split(few) for stream in streams), strict=True):
-            told = _log_probabilities(model, x)
+            with computing(recipe):
+                scores = model.cap(model.head(x))
+            told = _log_probabilities(scores)
             loss += F.nll_loss(told, wanted, reduction="sum").item()
             if reference is not None:
-                expected = _log_probabilities(reference, *other)
+                expected = _log_probabilities(*(reference.cap(reference.head(y)) for y in other))
                 others_loss += F.nll_loss(expected, wanted, reduction="sum").item()
                 same += (told.argmax(1) == expected.argmax(1)).sum().item()
                 kl += F.kl_div(told, expected, reduction="sum", log_target=True).item()
@@ -83,6 +88,6 @@ def figures(
     return Figures(count, loss / count, kl / count, same / count, others_loss / count)
 
 
-def _log_probabilities(model: Transformer, x: Tensor) -> Tensor:
-    """Log probabilities [N, V] of the next tokens, float32, from the input x [N, D] of the head."""
-    return model.cap(model.head(x)).float().log_softmax(1)
+def _log_probabilities(logits: Tensor) -> Tensor:
+    """Log probabilities [N, V] of the next tokens, float32."""
+    return logits.float().log_softmax(1)

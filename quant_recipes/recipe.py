@@ -17,6 +17,12 @@ ScaleRule = Literal["least_squares", "range", "learned", "absmean", "row_norm", 
 Turn = Literal["stream", "heads"]
 TURNS: tuple[Turn, ...] = ("stream", "heads")
 NAMES = {1: "binary", 2: "ternary"}
+KVCache = Literal["int8", "half", "float"]
+Activations = Literal["half", "float"]
+KV_BITS: dict[KVCache, Literal[8, 16] | None] = {"int8": 8, "half": 16, "float": None}
+COMPUTE_BITS: dict[Activations, Literal[16, 32]] = {"half": 16, "float": 32}
+LATER: dict[str, Any] = {"rotate": [], "compute_bits": 32}
+"""Fields that recipes were given later, and what recipes from before mean by their absence."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +118,11 @@ class Recipe:
     """The first rule that matches a layer decides; a layer without one stays in floating point."""
     exclude: tuple[str, ...] = ()
     """Patterns of layers that stay in floating point whatever the rules say."""
-    kv_bits: Literal[8] | None = None
-    """8: keys and values are cached as INT8, asymmetric, one scale per token and head; None: in floating point."""
+    kv_bits: Literal[8, 16] | None = None
+    """8: keys and values are cached as INT8, asymmetric, one scale per token and head; 16: in half precision; None: as float32."""
+    compute_bits: Literal[16, 32] = 32
+    """Bits of the floats that are computed: 16: what every operation gives is rounded to half precision (`precision.py`). Training
+    computes in the precision that it is told, whatever this says."""
     untied: bool = False
     """The head gets integers of its own where the model shares the embedding with it."""
     float_bits: Literal[16, 32] = 32
@@ -137,12 +146,13 @@ class Recipe:
         self,
         exclude: tuple[str, ...] = (),
         group_size: int | None = None,
-        kv_cache: Literal["int8", "float"] | None = None,
+        kv_cache: KVCache | None = None,
         mixed: Sequence[str] = (),
         scale_rule: Literal["least_squares", "range"] | None = None,
         rotate: Sequence[str] = (),
+        activations: Activations | None = None,
     ) -> Recipe:
-        """The recipe with more exclusions, another group size or key-value cache, mixed precision, another rule for scales, or rotated.
+        """The recipe with more exclusions, another group size, key-value cache, precision or rule for scales, mixed precision, or rotated.
 
         Args:
             exclude: further patterns that stay in floating point.
@@ -153,6 +163,7 @@ class Recipe:
                 recipe's last rule says. GPTQ rounds these layers where that rule has it, unless the pattern matches embedding or head.
             scale_rule: how scales are computed from weights, in every rule that does so.
             rotate: names in `TURNS`, besides what the recipe itself rotates; a rotated stream unties the head.
+            activations: overrides the precision of the floats that are computed.
 
         Raises:
             RecipeError: a group size for a recipe without groups, or below 1; a scale rule for a recipe without computed scales; an
@@ -178,8 +189,10 @@ class Recipe:
             rules = tuple(
                 replace(rule, weights=replace(rule.weights, scale_rule=scale_rule)) if rule.weights.is_computed else rule for rule in rules
             )
-        kv_bits: Literal[8] | None = self.kv_bits if kv_cache is None else 8 if kv_cache == "int8" else None
-        return replace(self, rules=rules, exclude=self.exclude + exclude, kv_bits=kv_bits)._rotated(rotate)
+        kv_bits = self.kv_bits if kv_cache is None else KV_BITS[kv_cache]
+        compute_bits = self.compute_bits if activations is None else COMPUTE_BITS[activations]
+        changed = replace(self, rules=rules, exclude=self.exclude + exclude, kv_bits=kv_bits, compute_bits=compute_bits)
+        return changed._rotated(rotate)
 
     def _rotated(self, rotate: Sequence[str]) -> Recipe:
         """The recipe with more rotations, in the order of `TURNS`."""
@@ -210,9 +223,9 @@ class Recipe:
         return replace(self, rules=tuple(rules))
 
     def to_json(self) -> dict[str, Any]:
-        """The recipe as JSON values, without `rotate` where it is empty, so that recipes from before there was rotation stay the same."""
+        """The recipe as JSON values, without the fields of `LATER` that say nothing, so that recipes from before stay the same."""
         values = cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(self))))
-        return values if self.rotate else {name: value for name, value in values.items() if name != "rotate"}
+        return {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Recipe:
@@ -222,7 +235,7 @@ class Recipe:
             RecipeError: fields are missing, unknown or of the wrong kind.
         """
         try:
-            recipe: Recipe = build(Recipe, {"rotate": [], **values}, "the recipe")
+            recipe: Recipe = build(Recipe, {**LATER, **values}, "the recipe")
             json.dumps(values, ensure_ascii=False).encode()  # refuses half of a surrogate pair, which no manifest could contain
         except ValueError as error:
             raise RecipeError(f"{error}: quantize the model again") from None

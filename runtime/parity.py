@@ -326,7 +326,8 @@ def _surprise(scores: NDArray[np.float64], following: Sequence[int]) -> NDArray[
 
 def _finite(logits: Logits, name: str) -> Logits:
     if not np.isfinite(logits).all():
-        raise BundleError(f"{np.size(logits) - np.isfinite(logits).sum()} logits of stage {name} are no numbers: export the model again")
+        way = "export the model again" if name == "artifact" else "its values are beyond what its floats hold; take --activations float"
+        raise BundleError(f"{np.size(logits) - np.isfinite(logits).sum()} logits of stage {name} are no numbers: {way}")
     return logits
 
 

@@ -1,4 +1,4 @@
-"""The reference engine: runs the model in float32 PyTorch, as it was trained or as a recipe rounds it."""
+"""The reference engine: runs the model in plain PyTorch, as it was trained (float32), or as a recipe rounds it and what it computes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lobit.model import CausalAttention, Config, Transformer, dot_product_attent
 from lobit.quant_recipes.apply import layers_of
 from lobit.quant_recipes.fake_quant import attention_for
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
+from lobit.quant_recipes.precision import computing
 from lobit.quant_recipes.recipe import Recipe
 from lobit.runtime.engine import Logits, SteppingEngine, check_tokens
 from lobit.runtime.stored import StoredLayer
@@ -58,8 +59,9 @@ class ReferenceEngine(SteppingEngine):
         self.cache.position = position
         tables = rotary_tables(self.model.config, torch.arange(position, position + len(tokens)))
         attend = attention_for(self.recipe, self.cache)
-        x = self.model.run(self.model.embed(torch.tensor([tokens])), tables, attend)
-        return self.model.score(x if all_logits else x[:, -1:])[0].numpy()
+        with computing(self.recipe):
+            x = self.model.run(self.model.embed(torch.tensor([tokens])), tables, attend)
+            return self.model.score(x if all_logits else x[:, -1:])[0].numpy()
 
     def score(self, tokens: Sequence[int]) -> Logits:
         """See `Engine.score`."""
@@ -77,11 +79,14 @@ class ReferenceEngine(SteppingEngine):
         """
         config = self.model.config
         attend = attention_for(self.recipe, CausalAttention(config))
-        stream = self.model.run(self.model.embed(torch.tensor([tokens])), rotary_tables(config, torch.arange(len(tokens))), attend)
+        tables = rotary_tables(config, torch.arange(len(tokens)))
+        with computing(self.recipe):
+            stream = self.model.run(self.model.embed(torch.tensor([tokens])), tables, attend)
 
         @torch.inference_mode()
         def logits(positions: Sequence[int]) -> Logits:
-            return self.model.score(stream[:, list(positions)])[0].numpy()
+            with computing(self.recipe):
+                return self.model.score(stream[:, list(positions)])[0].numpy()
 
         return logits
 
@@ -92,6 +97,17 @@ MOVED_FAR = 1e-4
 """Share of an input that is enough for entries to fall over rounding boundaries in every text of a small model too; with `MOVED` it is
 left to chance whether any does (KL of small models from themselves: 1e-5 to 2e-4 with `MOVED`, 3e-4 to 8e-4 with this, 5e-4 to 1e-3 with
 ten times this). Where nothing is rounded it costs 1e-9 to 1e-7 nats."""
+
+
+MOVED_HALF = 2**-11
+"""Share of an input that rounding to half precision changes at most: operations in another order, or in fewer steps, round elsewhere."""
+
+
+def order_share(recipe: Recipe) -> float:
+    """The share of an input by which two right implementations of a recipe's arithmetic may differ, as `moved` takes it."""
+    if recipe.compute_bits == 16:
+        return MOVED_HALF
+    return MOVED_FAR if recipe.rules else MOVED
 
 
 def moved(model: Transformer, share: float = MOVED) -> Transformer:

@@ -1,4 +1,4 @@
-"""ONNX Runtime's arithmetic in plain PyTorch: inputs are rounded to INT8 in blocks where its products do so, the cache holds floats."""
+"""ONNX Runtime's arithmetic in plain PyTorch: inputs are rounded to INT8 in blocks where its products do so, all else is float32."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class BlockInputs(nn.Module):
 
 def arithmetic(model: Transformer, spec: Spec) -> tuple[Transformer, Recipe]:
     """See `Target.arithmetic`."""
-    recipe = replace(spec.recipe, kv_bits=None)
+    recipe = replace(spec.recipe, kv_bits=None, compute_bits=32)
     if spec.portable:
         return model, recipe
     changed = twin(model)

@@ -203,7 +203,7 @@ class Caches:
 
     Args:
         config: the model.
-        kv_bits: 8, or None for floats.
+        kv_bits: 8, or else the cache is of float32.
         context: positions that a layer without a window keeps.
         chunk: the most tokens in one call.
     """
@@ -212,7 +212,7 @@ class Caches:
         import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 (registers torch.ops.llama)
 
         self.config, self.context, self.chunk = config, context, chunk
-        self.entries: Entries = FloatEntries if kv_bits is None else Int8Entries
+        self.entries: Entries = Int8Entries if kv_bits == 8 else FloatEntries
         self.slots = config.cache_slots(context)
         self.rings = sorted({layer.window for layer in config.layers if layer.window and layer.window < context})
         self.bounds = bounds(context) if any(layer.window not in self.rings for layer in config.layers) else []

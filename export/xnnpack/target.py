@@ -57,14 +57,15 @@ def versions() -> dict[str, str]:
 
 
 def arithmetic(model: Transformer, spec: Spec) -> tuple[Transformer, Recipe]:
-    """See `Target.arithmetic`: XNNPACK's INT8 inputs have a zero point, also where the recipe has none."""
-    if not any(rule.activation_rule == "absmax" for rule in spec.recipe.rules):
-        return model, spec.recipe
+    """See `Target.arithmetic`: XNNPACK's INT8 inputs have a zero point, also where the recipe has none, and its floats are float32."""
+    recipe = replace(spec.recipe, kv_bits=8 if spec.recipe.kv_bits == 8 else None, compute_bits=32)
+    if not any(rule.activation_rule == "absmax" for rule in recipe.rules):
+        return model, recipe
     changed = twin(model)
     for module in changed.modules():
         if isinstance(module, IntegerLinear):
             module.rule = replace(module.rule, activation_rule="range")
-    return changed, spec.recipe
+    return changed, recipe
 
 
 def check(spec: Spec, config: Config) -> list[str]:
@@ -169,7 +170,7 @@ def needs(model: Transformer, spec: Spec) -> Needs:
     floats = 4 * slots * config.kv_heads * config.head_dim * 4
     steps, distinct = list(parts.every_step()), parts.distinct()
     arguments = sum(len(step.inputs) + len(step.outputs) for step in steps)
-    layer = PER_LAYER + (PER_INTEGER_LAYER if spec.recipe.rules else 0) + (PER_INTEGER_CACHE if spec.recipe.kv_bits else 0)
+    layer = PER_LAYER + (PER_INTEGER_LAYER if spec.recipe.rules else 0) + (PER_INTEGER_CACHE if spec.recipe.kv_bits == 8 else 0)
     overhead = OVERHEAD + PER_ARGUMENT * arguments + PER_PART * len(distinct) + layer * len(config.layers)
     return Needs(len(distinct), overhead, stored + head + handed + max(scores + floats, WORKSPACE * spec.chunk * config.intermediate_size))
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lobit.export.stages import Count
     from lobit.model import Config, Transformer
     from lobit.quant_recipes.apply import LayerPlan
-    from lobit.quant_recipes.recipe import Recipe
+    from lobit.quant_recipes.recipe import Activations, KVCache, Recipe
     from lobit.runtime.manifest import Manifest
     from lobit.stage_cache import StageCache
     from lobit.tokenizer import Tokenizer
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 DEFAULT_CONTEXT = 2048
 DEFAULT_CHUNK = 512
-KVCache = Literal["int8", "float"]
 ScaleRule = Literal["least_squares", "range"]
 """The scale rules that compute scales from weights (`recipe.WeightGrid`)."""
 KEPT = "stages"
@@ -44,11 +43,12 @@ def choose_recipe(
     mixed: Sequence[str] = (),
     scale_rule: ScaleRule | None = None,
     rotate: Sequence[str] = (),
+    activations: Activations | None = None,
 ) -> Recipe:
     """A recipe of the catalogue with changes."""
     from lobit.quant_recipes.catalog import find_recipe
 
-    return find_recipe(name).with_changes(tuple(exclude), group_size, kv_cache, mixed, scale_rule, rotate)
+    return find_recipe(name).with_changes(tuple(exclude), group_size, kv_cache, mixed, scale_rule, rotate, activations)
 
 
 def recipes(recipe: Recipe | None, model: str) -> list[LayerPlan]:

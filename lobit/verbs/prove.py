@@ -79,7 +79,7 @@ def parity(
     from lobit.runtime.bundle import open_bundle
     from lobit.runtime.engine import default_threads, open_engine
     from lobit.runtime.parts import check_parts
-    from lobit.runtime.reference import MOVED, MOVED_FAR, ReferenceEngine, moved
+    from lobit.runtime.reference import ReferenceEngine, moved, order_share
     from lobit.verbs.talk import bundle_tokenizer
 
     unknown = sorted(set(stages or ()) - set(STAGES))
@@ -99,6 +99,7 @@ def parity(
     chosen = _stages(stages, manifest)
     rounded = ReferenceEngine(model, recipe, manifest.context)
     exact = _in_arithmetic(rounded, manifest)
+    arithmetic = exact.recipe or recipe
     if progress:
         progress("parts", 0, 1)
     text_begins = [*([] if manifest.tokens.bos is None else [manifest.tokens.bos]), *ids]
@@ -108,7 +109,6 @@ def parity(
         graph = find_target(manifest.target).graph(model, _spec(recipe, manifest))
         engines["graph"] = exact if graph is None else _graph_engine(graph, manifest)
     engines["artifact"] = open_engine(opened, threads)
-    share = MOVED_FAR if recipe.rules else MOVED
     result = comparison.parity(
         ReferenceEngine(load_model(source, config), None, manifest.context),
         engines,
@@ -118,7 +118,7 @@ def parity(
         lines=lines,
         window=manifest.model.largest_window if manifest.model.largest_window < manifest.context else 0,
         tried=_tried(recipe),
-        floor=comparison.Floor(exact, ReferenceEngine(moved(exact.model, share), exact.recipe, manifest.context)),
+        floor=comparison.Floor(exact, ReferenceEngine(moved(exact.model, order_share(arithmetic)), arithmetic, manifest.context)),
         progress=progress,
     )
     described = {"name": manifest.name, "target": manifest.target, "recipe": recipe.name}

@@ -62,7 +62,7 @@ ROUNDED_KL = 0.01
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("model", ["llama", "mobilellm_p1"])
 def test_every_recipe_runs_as_it_was_quantized(model: str, name: str, portable: bool, models: Any, tmp_path: Path) -> None:
-    recipe = verbs.choose_recipe(name, kv_cache="float")
+    recipe = verbs.choose_recipe(name, kv_cache="float", activations="float")
     bundle = export(models(model), recipe, tmp_path / "bundle", portable=portable)
     verified = verbs.verify(bundle, str(models(model)))
     assert verified["passed"], verified

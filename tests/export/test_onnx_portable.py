@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("model", ["llama", "qwen3", "mobilellm_p1"])
 def test_a_portable_graph_is_valid_and_the_reference_evaluator_runs_it(model: str, name: str, models: Any, tmp_path: Path) -> None:
     """Several calls on ONNX's own evaluator, in numpy: no runtime's fusions, none of our code."""
-    recipe = verbs.choose_recipe(name, kv_cache="float")
+    recipe = verbs.choose_recipe(name, kv_cache="float", activations="float")
     bundle = export(models(model), recipe, tmp_path / "bundle", portable=True)
     onnx.checker.check_model(str(bundle / GRAPH_FILE), full_check=True)
     graph = onnx.load(bundle / GRAPH_FILE)
@@ -55,7 +55,7 @@ def test_a_portable_graph_is_valid_and_the_reference_evaluator_runs_it(model: st
 @pytest.mark.parametrize("name", ["8da4w-g32", "8da8w", "bitnet"])
 @pytest.mark.parametrize("model", ["llama", "qwen3", "mobilellm_p1"])
 def test_the_limit_on_rounded_inputs_would_notice_inputs_that_are_not(model: str, name: str, models: Any) -> None:
-    recipe = verbs.choose_recipe(name, kv_cache="float")
+    recipe = verbs.choose_recipe(name, kv_cache="float", activations="float")
     floats = replace(recipe, rules=tuple(replace(rule, activation_bits=None) for rule in recipe.rules))
     rounded, unrounded = (short_texts(reference(models(model), one)) for one in (recipe, floats))
     assert off(rounded, unrounded) > UNROUNDED_KL > PORTABLE_KL

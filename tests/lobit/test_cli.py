@@ -87,8 +87,9 @@ def test_recipes_gives_the_catalogue(lobit: Lobit) -> None:
 
 
 def test_recipes_shows_one_recipe_with_its_changes(lobit: Lobit) -> None:
-    answer = lobit("recipes", "8da4w-g32", "--group-size", "64", "--kv-cache", "float", "--except", "head", "--json")
-    changed = find_recipe("8da4w-g32").with_changes(("head",), 64, "float")
+    changes = ["--group-size", "64", "--kv-cache", "half", "--activations", "half", "--except", "head"]
+    answer = lobit("recipes", "8da4w-g32", *changes, "--json")
+    changed = find_recipe("8da4w-g32").with_changes(("head",), 64, "half", activations="half")
     assert answer.json == changed.to_json() != find_recipe("8da4w-g32").to_json()
 
 

@@ -52,8 +52,7 @@ def train(stories: Path, text: Path, lobit: Lobit) -> Lobit:
 
 
 def losses(folder: Path) -> list[float]:
-    with (folder / "training.csv").open(encoding="utf-8", newline="") as file:
-        return [float(line["loss"]) for line in csv.DictReader(file)]
+    return [float(line["loss"]) for line in csv.DictReader((folder / "training.csv").read_text(encoding="utf-8").splitlines())]
 
 
 def same_weights(one: Path, other: Path) -> bool:
@@ -138,6 +137,7 @@ OPTIONS: dict[str, tuple[tuple[Any, ...], Callable[[Any], Any], Any]] = {
     "--seed": ((3,), lambda told: told["settings"]["seed"], 3),
     "--except": (("layers.1.*",), lambda told: told["settings"]["recipe"]["exclude"], ["layers.1.*"]),
     "--kv-cache": (("int8",), lambda told: told["settings"]["recipe"]["kv_bits"], 8),
+    "--activations": (("float",), lambda told: told["settings"]["recipe"].get("compute_bits"), None),
     "--mixed": (("layers.0.mlp.up=int8",), lambda told: told["settings"]["recipe"]["rules"][0]["weights"]["bits"], 8),
 }
 """Of each option that changes what is trained: a value, and what of the result tells that it was heard."""
@@ -185,7 +185,7 @@ def test_every_option_does_what_it_says(option: str, train: Lobit, plain: Path, 
     answer = train(tmp_path / "out", option, *values)
     assert answer.code == DONE, answer.err
     assert found(answer.json) == wanted
-    if option not in ("--micro-batch", "--checkpoint-minutes"):
+    if option not in ("--micro-batch", "--checkpoint-minutes", "--activations"):
         assert not same_weights(tmp_path / "out", plain)
 
 
