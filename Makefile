@@ -4,6 +4,8 @@ VENV ?= .venv
 # Where the demo writes; what pytest is told besides, e.g. ARGS='-m "not slow"'.
 OUT ?= demo-out
 ARGS ?=
+# Test files that run side by side, each on one thread; every one may take some 4 GB.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -12,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 
 help:
 	@echo 'make demo    the shipped model through everything, to $(OUT)/report.html'
-	@echo 'make test    every test; ARGS='\''-m "not slow"'\'' leaves out the slow ones'
+	@echo 'make test    every test; ARGS='\''-m "not slow"'\'' leaves out the slow ones, WORKERS=4 uses four cores'
 	@echo 'make check   lint, types, layout'
 	@echo 'make bench   beside export_llm and llama.cpp, to bench-out/peers.md; ARGS='\''--rounds 1'\'' is a quick look; hours the first time'
 	@echo 'make ablation  what every recipe costs and wins back, to tests/benchmarks/ablation/; about an hour'
@@ -27,7 +29,7 @@ $(OUT)/report.html: | $(INSTALLED)
 	$(BIN)/lobit demo --out $(OUT)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
