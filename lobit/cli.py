@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,8 @@ import lobit.cli_learn
 import lobit.cli_make  # noqa: F401 (imported because it registers its commands)
 from lobit.cli_options import (
     BundleArgument,
+    Cpu,
+    Device,
     Json,
     Threads,
     app,
@@ -31,6 +33,7 @@ from lobit.exit_messages import MISTAKE, one_message
 from lobit.memory import check_address_space
 
 if TYPE_CHECKING:
+    from lobit import targets
     from lobit.runtime.generate import Sampling
 
 
@@ -95,20 +98,23 @@ def run(
     ] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the drawing: the same seed gives the same text.")] = 0,
     threads: Threads = None,
+    device: Device = "host",
+    cpu: Cpu = None,
     as_json: Json = False,
 ) -> None:
     """Text from a bundle, and tokens per second: an answer or a chat where the model has a chat template.
 
     In a chat Ctrl-C stops an answer, /reset begins a new conversation, and the end of the input (Ctrl-D) ends it.
     """
-    from lobit import tables, verbs
+    from lobit import verbs
     from lobit.runtime.generate import Sampling
+    from lobit.targets import parse_device
 
-    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, seed)
+    sampling, where = Sampling(repetition_penalty, temperature, top_k, top_p, seed), parse_device(device, cpu)
     if prompt is None:
         if raw or as_json:
             raise InputError("--raw and --json are for one text: give it with --prompt")
-        _chat(bundle, system, max_new_tokens, sampling, threads)
+        _chat(bundle, system, max_new_tokens, sampling, threads, where)
         return
     result = verbs.run(
         bundle,
@@ -118,6 +124,7 @@ def run(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         threads=threads,
+        device=where,
         on_text=None if as_json else _stream,
         echo=True,
     )
@@ -125,12 +132,14 @@ def run(
         print_json(result)
     else:
         typer.echo()
-        _aside(tables.speed(result["stats"]))
+        _aside(_spoken(result["stats"], where))
 
 
-def _chat(bundle: Path, system: str | None, max_new_tokens: int | None, sampling: Sampling, threads: int | None) -> None:
+def _chat(
+    bundle: Path, system: str | None, max_new_tokens: int | None, sampling: Sampling, threads: int | None, device: targets.Device
+) -> None:
     """Chats with a user at a terminal, or answers the lines of stdin."""
-    from lobit import tables, verbs
+    from lobit import verbs
 
     typed = sys.stdin.isatty()
     hint = ". Ctrl-C stops an answer, /reset begins anew, Ctrl-D ends" if typed else ""
@@ -142,10 +151,18 @@ def _chat(bundle: Path, system: str | None, max_new_tokens: int | None, sampling
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         threads=threads,
+        device=device,
         on_load=lambda seconds: _aside(f"{bundle.name}, loaded in {seconds:.1f} s{hint}"),
-        on_turn=lambda stats: _aside(tables.speed(stats)),
+        on_turn=lambda stats: _aside(_spoken(stats, device)),
         on_problem=(lambda error: _aside(str(error) or "stopped")) if typed else None,
     )
+
+
+def _spoken(stats: dict[str, Any], device: targets.Device) -> str:
+    """What is said of the speed of a generation."""
+    from lobit import tables
+
+    return f"{device}: how long it takes says nothing of a phone" if device.is_emulated else tables.speed(stats)
 
 
 def _typed_lines() -> Iterator[str]:
@@ -185,6 +202,8 @@ def parity(
         str | None, typer.Option("--stages", help="Of fake_quant, graph, artifact; default: all that the target has.")
     ] = None,
     threads: Threads = None,
+    device: Device = "host",
+    cpu: Cpu = None,
     as_json: Json = False,
 ) -> None:
     """Is what runs there what was trained?
@@ -193,6 +212,7 @@ def parity(
     """
     from lobit import tables, verbs
     from lobit.progress import bar
+    from lobit.targets import parse_device
 
     with bar() as shown:
         result = verbs.parity(
@@ -203,6 +223,7 @@ def parity(
             checkpoint=checkpoint,
             stages=stages.split(",") if stages else None,
             threads=threads,
+            device=parse_device(device, cpu),
             progress=shown.count,
         )
     result["text"] = text.name
@@ -252,9 +273,11 @@ def report(
     typer.echo(f"report: {verbs.report(results, out)}")
 
 
-@app.command(epilog="Examples: lobit doctor  |  lobit doctor xnnpack  |  lobit doctor ./SmolLM2-135M")
+@app.command(epilog="Examples: lobit doctor  |  lobit doctor android  |  lobit doctor ./SmolLM2-135M")
 def doctor(
-    what: Annotated[str | None, typer.Argument(metavar="[TARGET|MODEL]", help="A target, fetch, or a model; default: all targets.")] = None,
+    what: Annotated[
+        str | None, typer.Argument(metavar="[TARGET|MODEL]", help="A target, fetch, android, or a model; default: all Python packages.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """What is installed and what is missing; or whether a model is read as transformers reads it."""

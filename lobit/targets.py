@@ -1,6 +1,6 @@
 """The targets by name: where the code of each is, what runs its bundles, and which packages it needs.
 
-A new target needs its modules and an entry here; its extra in pyproject.toml has its name. This module imports the standard library alone.
+A new target needs its modules and an entry here; its extra in pyproject.toml has its name. This module needs the standard library alone.
 """
 
 from __future__ import annotations
@@ -8,8 +8,53 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lobit.errors import InputError
+
 HOST = "host"
 """Name of this machine, as a device that runs bundles."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a bundle runs."""
+
+    kind: str
+    """One of the devices of `TargetEntry.engines`, such as `host`."""
+    detail: str | None = None
+    """Which one of its kind: the processor to emulate, the serial number of a phone; None: the first or only one."""
+
+    @property
+    def is_emulated(self) -> bool:
+        """Whether the time that it takes says nothing."""
+        return self.kind.startswith("emulated-")
+
+    def __str__(self) -> str:
+        return self.kind if self.detail is None else f"{self.kind}:{self.detail}"
+
+
+THIS_MACHINE = Device(HOST)
+
+
+def parse_device(text: str, cpu: str | None = None) -> Device:
+    """The device that a user names, such as `host`, `emulated-arm64` or `adb:SERIAL`.
+
+    Args:
+        text: the kind, and after a colon which one of its kind.
+        cpu: the processor to emulate, which may also stand after the colon.
+
+    Raises:
+        InputError: there is no such device, or a processor is named for one that is not emulated.
+    """
+    kind, _, detail = text.partition(":")
+    device = Device(kind, detail or None)
+    known = list(dict.fromkeys(name for target in TARGETS.values() for name in target.engines))
+    if kind not in known:
+        raise InputError(f"there is no device {text!r}: choose one of {', '.join(known)}")
+    if cpu is None:
+        return device
+    if not device.is_emulated or device.detail is not None:
+        raise InputError(f"--cpu {cpu} is for an emulated device without a processor of its own, not for {device}: leave it out")
+    return Device(kind, cpu)
 
 
 @dataclass(frozen=True)
@@ -21,14 +66,21 @@ class TargetEntry:
     export: str
     """The module that implements `export.target.Target`."""
     engines: Mapping[str, str]
-    """Modules with `open_engine(bundle, threads)`, by the device that they run a bundle on."""
+    """Modules with `open_engine(bundle, threads, device)`, by the kind of device that they run a bundle on."""
     packages: tuple[str, ...]
     """The packages that exporting to it and running its bundles need."""
 
 
 TARGETS: dict[str, TargetEntry] = {
     "xnnpack": TargetEntry(
-        "ExecuTorch on the CPU", "lobit.export.xnnpack.target", {HOST: "lobit.runtime.executorch"}, ("executorch", "torchao")
+        "ExecuTorch on the CPU",
+        "lobit.export.xnnpack.target",
+        {
+            HOST: "lobit.runtime.executorch",
+            "emulated-arm64": "lobit.runtime.executorch_android",
+            "emulated-x86_64": "lobit.runtime.executorch_android",
+        },
+        ("executorch", "torchao"),
     ),
     "onnx": TargetEntry("ONNX Runtime", "lobit.export.onnx.target", {HOST: "lobit.runtime.onnxruntime"}, ("onnx", "onnxruntime")),
 }

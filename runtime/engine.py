@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lobit.errors import BundleError, InputError
 from lobit.runtime.bundle import Bundle
 from lobit.runtime.host import usable_cores
-from lobit.targets import HOST, TARGETS
+from lobit.targets import TARGETS, THIS_MACHINE, Device
 
 Logits = NDArray[np.float32]
 
@@ -139,40 +139,46 @@ class SteppingEngine:
         self.position = 0
 
 
-def target_module(bundle: Bundle) -> Any:
-    """The module that runs the bundles of a bundle's target and reads their programs.
+def target_module(bundle: Bundle, device: Device = THIS_MACHINE) -> Any:
+    """The module that runs the bundles of a bundle's target on a device; that of this machine also reads their programs.
 
     Raises:
         BundleError: the target is unknown to this version.
+        InputError: its bundles do not run on such a device.
     """
     target = bundle.manifest.target
     if target not in TARGETS:
         raise BundleError(f"bundle {bundle.manifest.name} is for target {target!r}, this lobit runs {', '.join(TARGETS)}")
-    return importlib.import_module(TARGETS[target].engines[HOST])
+    engines = TARGETS[target].engines
+    if device.kind not in engines:
+        raise InputError(f"bundles for target {target} do not run on device {device}: choose one of {', '.join(engines)}")
+    return importlib.import_module(engines[device.kind])
 
 
-def open_engine(bundle: Bundle, threads: int | None = None) -> Engine:
+def open_engine(bundle: Bundle, threads: int | None = None, device: Device = THIS_MACHINE) -> Engine:
     """The engine of a bundle's target.
 
     Args:
         bundle: what to run.
         threads: number of the runtime's threads; None: what the bundle says, or one per core.
+        device: where to run it.
 
     Raises:
         BundleError: the target is unknown to this version.
+        InputError: its bundles do not run on such a device.
         MissingPartError: the runtime is not installed.
     """
-    return cast(Engine, target_module(bundle).open_engine(bundle, threads or default_threads(bundle)))
+    return cast(Engine, target_module(bundle, device).open_engine(bundle, threads or default_threads(bundle), device))
 
 
-def import_runtime(bundle: Bundle) -> None:
+def import_runtime(bundle: Bundle, device: Device = THIS_MACHINE) -> None:
     """Imports the Python modules of a bundle's engine, so that this does not count as loading. Unknown targets are left to `open_engine`.
 
     Raises:
         MissingPartError: the runtime is not installed.
     """
     if bundle.manifest.target in TARGETS:
-        getattr(target_module(bundle), "import_runtime", lambda: None)()
+        getattr(target_module(bundle, device), "import_runtime", lambda: None)()
 
 
 def default_threads(bundle: Bundle) -> int:

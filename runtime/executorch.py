@@ -20,6 +20,7 @@ from lobit.quiet import quiet_native, quiet_python
 from lobit.runtime.bundle import Bundle
 from lobit.runtime.engine import Logits, SteppingEngine
 from lobit.runtime.stored import StoredLayer
+from lobit.targets import THIS_MACHINE, Device
 
 FLOAT32 = 6
 """ExecuTorch's number for the type float32."""
@@ -55,12 +56,13 @@ def use_threads(native: Any, threads: int) -> None:
         native._unsafe_reset_threadpool(threads)
 
 
-def open_engine(bundle: Bundle, threads: int) -> SteppingEngine:
+def open_engine(bundle: Bundle, threads: int, device: Device = THIS_MACHINE) -> SteppingEngine:
     """Loads the program of a bundle and makes a first call: XNNPACK packs the weights in it, which would make the user's first call slow.
 
     Args:
         bundle: a bundle for target xnnpack.
         threads: size of the process-wide pool that all ExecuTorch engines share.
+        device: this machine.
 
     Raises:
         MissingPartError: executorch is not installed.

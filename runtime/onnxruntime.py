@@ -20,6 +20,7 @@ from lobit.runtime.engine import Logits, ReadChunk, SteppingEngine
 from lobit.runtime.manifest import Method, State
 from lobit.runtime.onnx_ports import FLOAT_INPUTS, PROVIDER, TOKENS, UNTILED_SLOTS
 from lobit.runtime.stored import StoredLayer
+from lobit.targets import THIS_MACHINE, Device
 
 UNTILED = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 """Environment variable that ONNX Runtime's attention reads when a session is made."""
@@ -45,12 +46,13 @@ def import_runtime() -> Any:
     return onnxruntime
 
 
-def open_engine(bundle: Bundle, threads: int) -> SteppingEngine:
+def open_engine(bundle: Bundle, threads: int, device: Device = THIS_MACHINE) -> SteppingEngine:
     """Loads the graph of a bundle.
 
     Args:
         bundle: a bundle for target onnx.
         threads: number of this engine's threads.
+        device: this machine.
 
     Raises:
         MissingPartError: onnxruntime, or the bundle's execution provider, is not installed.

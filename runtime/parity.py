@@ -198,7 +198,7 @@ def parity(
 
     Args:
         reference: the float model.
-        stages: `fake_quant` (a scorer), `graph` and `artifact` (engines), in this order; `artifact` is required.
+        stages: `fake_quant` (a scorer), `graph`, `artifact` and a device (engines), in this order; the last one is judged.
         tokens: the tokens of the text.
         context: number of positions that every engine can hold.
         bos: the token that begins every sequence; None: there is none.
@@ -229,7 +229,7 @@ def parity(
         "positions": len(surprises),
         "reference_perplexity": _perplexity(surprises),
         "stages": rows,
-        "phases": _phases(passages, found["artifact"], window),
+        "phases": _phases(passages, found[rows[-1]["name"]], window),
         "floor": measured,
         "limits": {"kl_conversion": limit},
         "warnings": warnings(rows[-1], _perplexity(surprises), tried),
@@ -326,7 +326,7 @@ def _surprise(scores: NDArray[np.float64], following: Sequence[int]) -> NDArray[
 
 def _finite(logits: Logits, name: str) -> Logits:
     if not np.isfinite(logits).all():
-        way = "export the model again" if name == "artifact" else "its values are beyond what its floats hold; take --activations float"
+        way = "its values are beyond what its floats hold; take --activations float" if name == "fake_quant" else "export the model again"
         raise BundleError(f"{np.size(logits) - np.isfinite(logits).sum()} logits of stage {name} are no numbers: {way}")
     return logits
 

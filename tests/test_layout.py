@@ -16,6 +16,8 @@ from lobit.targets import HOST, TARGETS, TargetEntry
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("lobit", "quant_recipes", "export", "runtime")
 LINKED = FOLDERS[1:]
+DATA = ("android_demo",)
+"""Folders without Python that are installed with the package."""
 LONGEST_FILE = 400
 """Lines: a file reads in one sitting."""
 
@@ -29,6 +31,7 @@ PARTS = {
     "lobit.checkpoint": "model",
     "lobit.gguf_folder": "model",
     "lobit.prequantized": "model",
+    "lobit.android": "android",
     "lobit.cli": "cli",
     "lobit.cli_learn": "cli",
     "lobit.cli_make": "cli",
@@ -49,6 +52,7 @@ ALLOWED = (
     ("lobit/cli*", EVERYTHING),
     ("lobit/verbs*", EVERYTHING),
     ("lobit/tables.py", EVERYTHING),
+    ("lobit/android/*", {"core", "manifest", "android"}),
     ("lobit/*", {"core", "model"}),
     ("quant_recipes/*", {"core", "model", "quant_recipes"}),
     ("export/*", {"core", "model", "quant_recipes", "export", "manifest"}),
@@ -58,6 +62,7 @@ ALLOWED = (
     ("runtime/parts.py", {"core", "model", "quant_recipes", "runtime", "manifest"}),
     ("runtime/parity.py", {"core", "model", "quant_recipes", "runtime", "manifest"}),
     ("runtime/verify.py", {"core", "model", "quant_recipes", "runtime", "manifest"}),
+    ("runtime/executorch_android.py", {"core", "runtime", "manifest", "android"}),
     ("runtime/*", {"core", "runtime", "manifest"}),
 )
 """Which parts a file may import; the first pattern that fits counts."""
@@ -109,7 +114,7 @@ def test_imports_name_the_whole_path(path):
     assert [node.lineno for node in nodes if isinstance(node, ast.ImportFrom) and node.level] == []
 
 
-@pytest.mark.parametrize("folder", LINKED)
+@pytest.mark.parametrize("folder", [*LINKED, *DATA])
 def test_link_is_relative_and_points_to_its_folder(folder):
     link = ROOT / "lobit" / folder
     assert link.readlink() == Path("..") / folder
@@ -119,8 +124,8 @@ def test_lists_every_package():
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in python_files() if path.name == "__init__.py"}
     named = {folder if folder.split(".")[0] == "lobit" else f"lobit.{folder}" for folder in found}
-    assert set(setuptools["packages"]) == named
-    assert setuptools["package-dir"] == {"lobit": "lobit"} | {f"lobit.{folder}": folder for folder in LINKED}
+    assert set(setuptools["packages"]) == named | {f"lobit.{folder}" for folder in DATA}
+    assert setuptools["package-dir"] == {"lobit": "lobit"} | {f"lobit.{folder}": folder for folder in (*LINKED, *DATA)}
 
 
 def test_every_folder_with_code_is_a_package():

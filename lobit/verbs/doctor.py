@@ -23,6 +23,7 @@ PARTS = {
 SENTENCE = "The capital of France is Paris. 2 + 2 = 4, isn't it?\n"
 """The text that lobit and transformers both read."""
 MESSAGES = [{"role": "user", "content": "Name the capital of France."}]
+APT = "apt-get install --no-install-recommends"
 OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Options for transformers: nothing is fetched, and code in the folder is neither run nor asked about."""
 FAR = 1e-3
@@ -33,7 +34,7 @@ def doctor(what: str | None = None) -> dict[str, Any]:
     """What is installed and what is missing; or whether a model's folder is read as transformers reads it.
 
     Args:
-        what: a target, `fetch`, or a model; None: all that can be installed.
+        what: a target, `fetch`, `android`, or a model; None: all Python packages.
 
     Returns:
         `{"parts": [{"for", "part", "found", "way_out"}], "passed"}`; `found` is a version or a number of cores, None where
@@ -47,9 +48,11 @@ def doctor(what: str | None = None) -> dict[str, Any]:
     from lobit.errors import ModelError
     from lobit.runtime.host import usable_cores
 
+    if what == "android":
+        return _android()
     if what is not None and what not in PARTS:
         if not (Path(what).exists() or what == "demo" or "/" in what):
-            targets = ", ".join(name for name in PARTS if name != "lobit")
+            targets = ", ".join([*(name for name in PARTS if name != "lobit"), "android"])
             raise ModelError(f"{what!r} is no model and no target: give a model's folder, or one of {targets}")
         return check_model(what)
     rows: list[dict[str, Any]] = []
@@ -62,6 +65,26 @@ def doctor(what: str | None = None) -> dict[str, Any]:
                 found = None
             rows.append({"for": name, "part": package, "found": found, "way_out": f"pip install 'lobit{extra}'"})
     rows.append({"for": "lobit", "part": "processor cores", "found": str(usable_cores()), "way_out": ""})
+    return {"parts": rows, "passed": all(row["found"] for row in rows)}
+
+
+def _android() -> dict[str, Any]:
+    """The programs and packages that building the app, emulated engines and phones need."""
+    import shutil
+    from importlib.util import find_spec
+
+    from lobit.android.artifacts import programs
+
+    rows: list[dict[str, Any]] = []
+    missing: dict[str, None] = {}
+    for program in programs():
+        found = shutil.which(program.name)
+        missing |= {} if found else dict.fromkeys(program.packages.split())
+        rows.append({"for": f"android, {program.use}", "part": program.name, "found": found, "way_out": f"{APT} {program.packages}"})
+    elf = None if find_spec("elftools") is None else "installed"
+    rows.append({"for": "android, native", "part": "pyelftools", "found": elf, "way_out": "pip install 'lobit[android]'"})
+    if missing:
+        rows.append({"for": "android", "part": "all that is missing", "found": None, "way_out": f"{APT} {' '.join(missing)}"})
     return {"parts": rows, "passed": all(row["found"] for row in rows)}
 
 

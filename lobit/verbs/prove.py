@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lobit.errors import InputError
 from lobit.progress_callback import Progress
+from lobit.targets import THIS_MACHINE, Device
 from lobit.verbs.make import converted_like
 
 if TYPE_CHECKING:
@@ -54,9 +55,10 @@ def parity(
     checkpoint: str | None = None,
     stages: Sequence[str] | None = None,
     threads: int | None = None,
+    device: Device = THIS_MACHINE,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Compares a bundle with the float model on a text, stage by stage.
+    """Compares a bundle with the float model on a text, stage by stage: last of all, what another device computes.
 
     Args:
         bundle: the bundle's folder.
@@ -66,6 +68,7 @@ def parity(
         checkpoint: the quantized checkpoint; None: the bundle's recipe is applied to the reference again.
         stages: which of `STAGES` to compare, `artifact` always is; None: all except a graph that takes minutes.
         threads: how many the artifact's runtime uses.
+        device: where the last stage runs; on this machine that is stage `artifact`.
         progress: called with (stage, tokens done, tokens in all).
 
     Raises:
@@ -109,6 +112,8 @@ def parity(
         graph = find_target(manifest.target).graph(model, _spec(recipe, manifest))
         engines["graph"] = exact if graph is None else _graph_engine(graph, manifest)
     engines["artifact"] = open_engine(opened, threads)
+    if device != THIS_MACHINE:
+        engines[str(device)] = open_engine(opened, threads, device)
     result = comparison.parity(
         ReferenceEngine(load_model(source, config), None, manifest.context),
         engines,
@@ -123,7 +128,8 @@ def parity(
     )
     described = {"name": manifest.name, "target": manifest.target, "recipe": recipe.name}
     passed = result["passed"] and parts["passed"]
-    return {**result, "parts": parts, "passed": passed, "bundle": described, "model": reference, "entropy": None}
+    told = {"device": str(device), "emulated": device.is_emulated}
+    return {**result, "parts": parts, "passed": passed, "bundle": described, "model": reference, "entropy": None, **told}
 
 
 def _converted_like(source: Path, recipe: Recipe, bundle: Bundle) -> Transformer:

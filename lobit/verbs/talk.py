@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lobit.errors import BundleError, InputError
+from lobit.targets import THIS_MACHINE, Device
 
 if TYPE_CHECKING:
     from lobit.runtime.bundle import Bundle
@@ -51,6 +52,7 @@ def run(
     max_new_tokens: int | None = None,
     sampling: Sampling | None = None,
     threads: int | None = None,
+    device: Device = THIS_MACHINE,
     on_text: Callable[[str], None] | None = None,
     echo: bool = False,
 ) -> dict[str, Any]:
@@ -64,6 +66,7 @@ def run(
         max_new_tokens: how many to generate, at most; None: `ANSWER` or `CONTINUATION`.
         sampling: how tokens are chosen; None: the most probable one each time.
         threads: how many the runtime uses; None: as the bundle says.
+        device: where to run it.
         on_text: called with each piece of text as it becomes final.
         echo: whether `on_text` gets a prompt that is continued before the rest, once the prompt is known to fit.
 
@@ -83,7 +86,7 @@ def run(
         raise InputError("a system message is for a chat: leave --raw and --system out, or take a model with a chat template")
     turn = [*_told(system), {"role": "user", "content": prompt}]
     tokens = tokenizer.encode(tokenizer.render_chat(turn), bos=False) if chats else tokenizer.encode(prompt)
-    engine, seconds = _loaded(opened, threads)
+    engine, seconds = _loaded(opened, threads, device)
     generation = generate(
         engine,
         tokens,
@@ -107,15 +110,15 @@ def _told(system: str | None) -> list[dict[str, str]]:
     return [] if system is None else [{"role": "system", "content": system}]
 
 
-def _loaded(bundle: Bundle, threads: int | None) -> tuple[Engine, float]:
+def _loaded(bundle: Bundle, threads: int | None, device: Device) -> tuple[Engine, float]:
     """The engine, and the seconds that it took to load, without the time to import its Python modules."""
     from time import perf_counter
 
     from lobit.runtime.engine import import_runtime, open_engine
 
-    import_runtime(bundle)
+    import_runtime(bundle, device)
     start = perf_counter()
-    return open_engine(bundle, threads), perf_counter() - start
+    return open_engine(bundle, threads, device), perf_counter() - start
 
 
 def _speed(stats: GenerationStats) -> dict[str, Any]:
@@ -135,6 +138,7 @@ def chat(
     max_new_tokens: int | None = None,
     sampling: Sampling | None = None,
     threads: int | None = None,
+    device: Device = THIS_MACHINE,
     on_load: Callable[[float], None] | None = None,
     on_turn: Callable[[dict[str, Any]], None] | None = None,
     on_problem: Callable[[BaseException], None] | None = None,
@@ -149,6 +153,7 @@ def chat(
         max_new_tokens: how many an answer has, at most; None: `ANSWER`.
         sampling: how tokens are chosen; None: the most probable one each time.
         threads: how many the runtime uses; None: as the bundle says.
+        device: where to run it.
         on_load: called with the seconds that loading took, before the first line is asked for.
         on_turn: called with the counts and speed of each turn.
         on_problem: called with what ends a turn before its answer is whole, Ctrl-C or a conversation that is too long; the next line
@@ -164,7 +169,7 @@ def chat(
     tokenizer = bundle_tokenizer(opened)
     if tokenizer.chat_template is None:
         raise InputError(f"{bundle} has no chat template, its model continues text: give one with --prompt")
-    engine, seconds = _loaded(opened, threads)
+    engine, seconds = _loaded(opened, threads, device)
     conversation = Chat(engine, tokenizer, system)
     if on_load:
         on_load(seconds)

@@ -1,0 +1,40 @@
+package org.pytorch.executorch
+
+import com.facebook.jni.HybridData
+import java.nio.Buffer
+import java.nio.ByteBuffer
+import java.nio.ByteOrder
+
+/** A tensor over a direct buffer. The native library reads [shape], [dtypeJniCode] and [getRawDataBuffer] by their names. */
+class Tensor private constructor(@JvmField val shape: LongArray, private val data: ByteBuffer, private val dtype: Int) {
+    /** Keeps what the native library allocated for a tensor that it returned. */
+    @JvmField var mHybridData: HybridData? = null
+
+    fun dtypeJniCode(): Int = dtype
+
+    fun getRawDataBuffer(): Buffer = data
+
+    /** A copy of the elements of a float32 tensor. */
+    fun floats(): FloatArray {
+        check(dtype == FLOAT) { "the tensor has elements of type $dtype, not float32" }
+        val floats = data.duplicate().order(ByteOrder.nativeOrder()).asFloatBuffer()
+        return FloatArray(floats.remaining()).also(floats::get)
+    }
+
+    companion object {
+        private const val INT64 = 4
+        private const val FLOAT = 6
+
+        /** An int64 tensor that holds a copy of [values]. */
+        fun of(values: LongArray, vararg shape: Long): Tensor {
+            val data = ByteBuffer.allocateDirect(values.size * Long.SIZE_BYTES).order(ByteOrder.nativeOrder())
+            data.asLongBuffer().put(values)
+            return Tensor(shape, data, INT64)
+        }
+
+        /** Called by the native library. The buffer is the method's own memory: it holds until the next call. */
+        @JvmStatic
+        fun nativeNewTensor(data: ByteBuffer, shape: LongArray, dtype: Int, owner: HybridData): Tensor =
+            Tensor(shape, data, dtype).also { it.mHybridData = owner }
+    }
+}
