@@ -58,6 +58,24 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def android_tools() -> Callable[[str], None]:
+    """`android_tools(use)`: the test needs the Debian programs that `android_demo/artifacts.toml` lists for `use`, or is skipped.
+
+    Where LOBIT_REQUIRE_SHARED is set it fails instead. What is fetched and compiled stays in `.android`, or in LOBIT_ANDROID.
+    """
+    from lobit.android.artifacts import programs
+
+    os.environ.setdefault("LOBIT_ANDROID", str(Path(__file__).parents[1] / ".android"))
+
+    def need(use: str) -> None:
+        missing = [program.name for program in programs() if program.use == use and shutil.which(program.name) is None]
+        if missing:
+            _give_up(f"{', '.join(missing)} not installed: `lobit doctor android` says how to install them")
+
+    return need
+
+
+@pytest.fixture(scope="session")
 def stories(shared: Callable[[str], Path]) -> Path:
     """A real trained Llama of 264 128 parameters, as a Hugging Face folder."""
     return shared("models/stories260k")

@@ -1,0 +1,99 @@
+package dev.lobit.core
+
+import org.json.JSONException
+import org.json.JSONObject
+import org.pytorch.executorch.EValue
+import org.pytorch.executorch.ExecuTorchRuntime
+import org.pytorch.executorch.Module
+import org.pytorch.executorch.Tensor
+import org.pytorch.executorch.extension.llm.LlmCallback
+import org.pytorch.executorch.extension.llm.LlmModule
+
+/** Bundles for target `xnnpack`. The native libraries must be loaded (`NativeLibraries.load`). */
+class ExecuTorch : Runtime {
+    override val backends: List<String> get() = ExecuTorchRuntime.getRegisteredBackends().toList()
+
+    override fun engine(bundle: Bundle, threads: Int): Engine = told(bundle) {
+        val manifest = bundle.manifest
+        ModuleEngine(bundle.file("program").path, manifest.step, manifest.context, manifest.chunk, threads.takeIf { it > 0 } ?: manifest.threads)
+    }
+
+    override fun textEngine(bundle: Bundle): TextEngine = told(bundle) {
+        LlmEngine(LlmModule(bundle.file("program").path, bundle.file("tokenizer").path, 0f).also { it.load() })
+    }
+
+    /** Native errors as a sentence. */
+    private fun <T> told(bundle: Bundle, open: () -> T): T = try {
+        open()
+    } catch (error: RuntimeException) {
+        throw LobitException("${bundle.manifest.name} cannot be loaded (${error.message}): export it again with this app's version of lobit", error)
+    }
+}
+
+/** [Engine] over a method of a program that takes tokens [1, T] and a position [1]. */
+class ModuleEngine(path: String, private val method: String, override val context: Int, override val chunk: Int, threads: Int) : Engine {
+    private val module = Module(path, threads)
+    override var position = 0
+        private set
+
+    override fun prefill(tokens: LongArray): FloatArray {
+        require(tokens.isNotEmpty()) { "there are no tokens to read" }
+        require(position + tokens.size <= context) { "$position tokens read and ${tokens.size} to read are more than the context of $context" }
+        var logits = FloatArray(0)
+        for (start in tokens.indices step chunk) {
+            val part = tokens.copyOfRange(start, minOf(start + chunk, tokens.size))
+            logits = step(part, position.toLong())
+            position += part.size
+        }
+        return logits
+    }
+
+    override fun step(tokens: LongArray, position: Long): FloatArray {
+        val arguments = arrayOf(EValue.from(Tensor.of(tokens, 1, tokens.size.toLong())), EValue.from(Tensor.of(longArrayOf(position), 1)))
+        return module.execute(method, *arguments)[0].toTensor().floats()
+    }
+
+    override fun reset() {
+        position = 0
+    }
+
+    override fun close() = module.close()
+}
+
+/** [TextEngine] over ExecuTorch's own text runner and tokenizer. */
+private class LlmEngine(private val module: LlmModule) : TextEngine {
+    override fun generate(prompt: String, length: Int, temperature: Float, onText: (String) -> Unit): Counts {
+        var counts = Counts(0, 0, 0, 0, 0)
+        var failure: String? = null
+        module.generate(prompt, length, temperature, object : LlmCallback {
+            override fun onResult(result: String) = onText(result)
+
+            override fun onStats(stats: String) {
+                counts = countsOf(stats)
+            }
+
+            override fun onError(errorCode: Int, message: String) {
+                failure = message
+            }
+        })
+        failure?.let { throw LobitException("generating failed: $it") }
+        return counts
+    }
+
+    /** Reads ExecuTorch's statistics (`extension/llm/runner/stats.h`); what it does not tell counts as 0. */
+    private fun countsOf(stats: String): Counts {
+        val told = try { JSONObject(stats) } catch (_: JSONException) { JSONObject() }
+        val begin = told.optLong("inference_start_ms")
+        val first = told.optLong("first_token_ms")
+        return Counts(
+            told.optInt("prompt_tokens"), told.optInt("generated_tokens"),
+            told.optLong("prompt_eval_end_ms") - begin, told.optLong("inference_end_ms") - told.optLong("prompt_eval_end_ms"), first - begin,
+        )
+    }
+
+    override fun stop() = module.stop()
+
+    override fun reset() = module.reset()
+
+    override fun close() = module.close()
+}
