@@ -23,7 +23,7 @@ from lobit.quant_recipes.apply import convert, layer_plans, layers_of
 from lobit.quant_recipes.calibration import calibrate
 from lobit.quant_recipes.catalog import find_recipe
 from lobit.quant_recipes.corpus import sequences_of
-from lobit.quant_recipes.fake_quant import FakeQuantizedAttention
+from lobit.quant_recipes.fake_quant import attention_for
 from lobit.quant_recipes.grid import dequantize
 from lobit.quant_recipes.integer import quantize_linear
 from lobit.quant_recipes.quantized import integer_layers
@@ -185,7 +185,7 @@ def test_the_cache_of_the_recipe_is_calibrated_with(small_models, hessians):
     model = load_model(small_models("qwen3")[0])
     sequences = torch.randint(model.config.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
     found = calibrate(model, find_recipe("gptq-w4").with_changes(group_size=8, kv_cache="int8"), sequences)
-    after = sums_of_squares(model, sequences, FakeQuantizedAttention(CausalAttention(model.config)))
+    after = sums_of_squares(model, sequences, attention_for(find_recipe("8da8w"), CausalAttention(model.config)))
     assert all(close(hessian, after[name]) for name, hessian in zip(found.integers, hessians, strict=True))
 
 
