@@ -10,10 +10,11 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test check bench ablation rounding ternary venv clean
+.PHONY: help demo app android-programs test check bench ablation rounding ternary venv clean
 
 help:
 	@echo 'make demo    the shipped model through everything, to $(OUT)/report.html'
+	@echo 'make app     the Android app with the demo model, to app.apk; installs what is missing of Debian'\''s programs where it may'
 	@echo 'make test    every test; ARGS='\''-m "not slow"'\'' leaves out the slow ones, WORKERS=4 uses four cores'
 	@echo 'make check   lint, types, layout'
 	@echo 'make bench   beside export_llm and llama.cpp, to bench-out/peers.md; ARGS='\''--rounds 1'\'' is a quick look; hours the first time'
@@ -27,6 +28,16 @@ demo: $(OUT)/report.html
 # Made once; `make clean` removes it.
 $(OUT)/report.html: | $(INSTALLED)
 	$(BIN)/lobit demo --out $(OUT)
+
+app: android-programs
+	$(BIN)/lobit android build -o app.apk
+
+# Debian's programs that the build runs. Only root may install them; anyone else is told the command.
+MISSING := from lobit.android.build import missing_packages; print(*missing_packages())
+android-programs: $(INSTALLED)
+	@packages=$$($(BIN)/python -c '$(MISSING)') && if [ -z "$$packages" ]; then exit; \
+	elif [ "$$(id -u)" = 0 ]; then apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $$packages; \
+	else echo "missing; as root: apt-get install --no-install-recommends $$packages"; exit 2; fi
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
@@ -71,5 +82,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OUT) bench-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OUT) app.apk bench-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

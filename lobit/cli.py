@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import lobit.cli_android
 import lobit.cli_learn
 import lobit.cli_make  # noqa: F401 (imported because it registers its commands)
 from lobit.cli_options import (
@@ -161,8 +162,12 @@ def _chat(
 def _spoken(stats: dict[str, Any], device: targets.Device) -> str:
     """What is said of the speed of a generation."""
     from lobit import tables
+    from lobit.targets import PHONE
 
-    return f"{device}: how long it takes says nothing of a phone" if device.is_emulated else tables.speed(stats)
+    if device.is_emulated:
+        return f"{device}: how long it takes says nothing of a phone"
+    through = ", with the way of every token's logits through adb: `lobit bench` leaves it out" if device.kind == PHONE else ""
+    return tables.speed(stats) + through
 
 
 def _typed_lines() -> Iterator[str]:
@@ -232,7 +237,7 @@ def parity(
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: lobit bench bundle -p 128,512 -n 64 -d 0,2048 -t 2")
+@app.command(epilog="Examples: lobit bench bundle -p 128,512 -n 64 -d 0,2048 -t 2  |  lobit bench bundle --device adb --sustained 600")
 def bench(
     bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="One or more, measured in turn.")],
     prompts: Annotated[str, typer.Option("-p", "--prompt", help="Tokens to prefill.")] = "128",
@@ -240,14 +245,25 @@ def bench(
     depths: Annotated[str, typer.Option("-d", "--depth", help="Tokens that are in the cache before.")] = "0",
     threads: Threads = None,
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1)] = 5,
+    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="host, adb[:SERIAL] (a phone with lobit's app).")] = "host",
+    rest: Annotated[int | None, typer.Option("--rest", min=0, help="On a phone: seconds of rest before each row.")] = None,
+    cool: Annotated[float | None, typer.Option("--cool", help="On a phone: °C of the battery that each row waits for.")] = None,
+    sustained: Annotated[
+        int | None, typer.Option("--sustained", min=1, help="On a phone: seconds of decoding at the end, to see how far the speed falls.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Prefill and decode speed, time to first token, memory.
 
-    Each row runs in a process of its own, so that peak memory is honest.
+    On this machine each row runs in a process of its own, so that peak memory is honest. A phone is measured in lobit's app, which gets
+    the bundles first, with its temperature before and after each row.
     """
     from lobit import tables, verbs
     from lobit.progress import bar
+    from lobit.runtime.bench_phone import Pace
+    from lobit.targets import parse_device
+
+    for_phone = (rest, cool, sustained) != (None, None, None)
 
     with bar() as shown:
         result = verbs.bench(
@@ -257,6 +273,8 @@ def bench(
             depths=numbers(depths, "-d", least=0),
             threads=threads,
             repetitions=repetitions,
+            device=parse_device(device),
+            pace=Pace(rest or 0, cool, sustained or 0) if for_phone else None,
             progress=shown.count,
         )
     print_json(result) if as_json else tables.show(tables.bench(result))

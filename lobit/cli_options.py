@@ -57,7 +57,12 @@ Threads = Annotated[
     int | None, typer.Option("-t", "--threads", min=1, max=1024, help="Of the runtime; default: the bundle's own, or one per core.")
 ]
 Device = Annotated[
-    str, typer.Option("--device", metavar="DEVICE", help="host, emulated-arm64 (the phone's own library in an emulator), emulated-x86_64.")
+    str,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="host, adb[:SERIAL] (a phone with lobit's app), emulated-arm64 (the phone's library in an emulator), emulated-x86_64.",
+    ),
 ]
 Cpu = Annotated[str | None, typer.Option("--cpu", help="That emulated-arm64 emulates: max, cortex-a76, a64fx.")]
 BundleThreads = Annotated[

@@ -12,6 +12,8 @@ from lobit.errors import InputError
 
 HOST = "host"
 """Name of this machine, as a device that runs bundles."""
+PHONE = "adb"
+"""Name of a phone that adb reaches."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ TARGETS: dict[str, TargetEntry] = {
             HOST: "lobit.runtime.executorch",
             "emulated-arm64": "lobit.runtime.executorch_android",
             "emulated-x86_64": "lobit.runtime.executorch_android",
+            PHONE: "lobit.runtime.phone",
         },
         ("executorch", "torchao"),
     ),

@@ -71,7 +71,7 @@ def bench(
     if (threads is not None and threads < 1) or repetitions < 1:
         raise InputError(f"{threads} threads and {repetitions} repetitions: give at least 1 of each")
     opened = [open_bundle(folder) for folder in bundles]
-    _check_names(opened)
+    check_names(opened)
     fitting, skipped = _fitting(opened, works)
     counts = [threads or default_threads(bundle) for bundle in opened]
     host, bandwidth = cpu(), memory_bandwidth(max(counts))
@@ -113,7 +113,7 @@ def workloads(prompts: Sequence[int], generates: Sequence[int], depths: Sequence
     return list(dict.fromkeys(works))
 
 
-def _check_names(bundles: Sequence[Bundle]) -> None:
+def check_names(bundles: Sequence[Bundle]) -> None:
     """Refuses bundles of the same name: the name is all that tells their rows apart."""
     names = [bundle.manifest.name for bundle in bundles]
     if not names:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from rich.table import Table
 
 COLUMNS = ("model", "size", "params", "target", "recipe", "threads", "test", "t/s", "ttft", "peak RSS", "KV", "GB/s")
-LEFT = {"model", "target", "recipe", "test"}
+PHONE_COLUMNS = ("battery", "thermal")
+LEFT = {"model", "target", "recipe", "test", "thermal"}
+THERMAL = ("none", "light", "moderate", "severe", "critical", "emergency", "shutdown")
+"""Android's names of its thermal statuses, from 0."""
 
 
 def bench_table(result: Mapping[str, Any]) -> Table:
@@ -17,13 +21,18 @@ def bench_table(result: Mapping[str, Any]) -> Table:
     Args:
         result: what `bench` returned.
     """
-    caption = [f"{result['device']}; memory bandwidth {result['memory_bandwidth_gb_s']:.1f} GB/s"]
+    bandwidth = result.get("memory_bandwidth_gb_s")
+    caption = [result["device"] + (f"; memory bandwidth {bandwidth:.1f} GB/s" if bandwidth else "")]
+    for entry in result.get("sustained", ()):
+        first, last = drift(entry["samples"])
+        caption.append(f"sustained: {entry['model']} {first:.2f} t/s at first, {last:.2f} t/s after {entry['seconds']:.0f} s")
     caption += [f"left out: {entry['model']} {entry['test']}: {entry['why']}" for entry in result["skipped"]]
     table = Table(box=None, pad_edge=False, caption="\n".join(caption), caption_justify="left", caption_style="")
-    for name in COLUMNS:
+    on_phone = any("before" in row for row in result["rows"])
+    for name in COLUMNS + (PHONE_COLUMNS if on_phone else ()):
         table.add_column(name, justify="left" if name in LEFT else "right", no_wrap=True)
     for row in result["rows"]:
-        table.add_row(*cells(row))
+        table.add_row(*cells(row), *(phone_cells(row) if on_phone else ()))
     return table
 
 
@@ -36,14 +45,30 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         count(row["params"]),
         row["target"],
         str(row["recipe"]),
-        str(row["threads"]),
+        str(row["threads"] or ""),
         row["test"],
         f"{row['tokens_per_second']:.2f} ± {row['stddev']:.2f}",
         "" if first is None else f"{first:.1f} ms",
         size(row["peak_rss_bytes"]),
         size(row["kv_cache_bytes"]),
-        "" if read is None else f"{read:.1f} ({row['bandwidth_share']:.0%})",
+        "" if read is None else f"{read:.1f}" + ("" if row["bandwidth_share"] is None else f" ({row['bandwidth_share']:.0%})"),
     ]
+
+
+def phone_cells(row: Mapping[str, Any]) -> list[str]:
+    """The battery's temperature and the phone's thermal status before and after a row; a cell is empty where the phone does not tell."""
+    states = [row["before"], row["after"]]
+    celsius = [state["battery_celsius"] for state in states]
+    thermal = [state["thermal_status"] for state in states]
+    names = [THERMAL[status] for status in thermal if status is not None and 0 <= status < len(THERMAL)]
+    return ["" if None in celsius else "{:.1f} → {:.1f} °C".format(*celsius), " → ".join(dict.fromkeys(names))]
+
+
+def drift(samples: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Tokens a second in the first and in the last tenth of a sustained run; 0 where nothing was decoded."""
+    speeds = [speed for _, speed in samples]
+    part = max(1, len(speeds) // 10)
+    return (fmean(speeds[:part]), fmean(speeds[-part:])) if speeds else (0.0, 0.0)
 
 
 def size(value: int) -> str:

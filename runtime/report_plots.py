@@ -130,6 +130,7 @@ def plots(bundles: Sequence[Results]) -> dict[str, Any]:
             "phases": phases(compared) if compared else None,
             "prefill": speed(bundles, "prefill"),
             "decode": speed(bundles, "decode"),
+            "sustained": sustained(bundles),
             "memory": memory(held) if held else None,
             "delegation": [delegation(one) for one in described],
         }
@@ -255,30 +256,74 @@ def _setting(row: Speed, rows: Sequence[Speed]) -> str:
 
 def _against_depth(label: str, series: dict[tuple[str, str], list[tuple[Results, Speed]]]) -> Markup:
     """Lines of the means over faint dots of the samples."""
-    rows = [row for members in series.values() for _, row in members]
-    deepest = max(row.depth for row in rows)
-    highest = _nice(max(_finite(value) for row in rows for value in (row.mean, *row.samples)))
-    top, left, height = 20.0 * len(series) + 14, 34, 150
+    drawn = [
+        Line(name + setting, members[0][0].colour, sorted((row.depth, row.mean) for _, row in members), _samples(members))
+        for (name, setting), members in series.items()
+    ]
+    return lines(label, "tokens already in the cache", drawn, sorted({row.depth for members in series.values() for _, row in members}))
+
+
+def _samples(members: Sequence[tuple[Results, Speed]]) -> list[tuple[float, float]]:
+    return [(row.depth, sample) for _, row in members for sample in row.samples]
+
+
+def sustained(bundles: Sequence[Results]) -> Markup | None:
+    """Tokens a second over the time of decoding without a pause: how far a phone's speed falls as it warms up."""
+    runs = [(one, device, samples) for one in bundles for device, samples in one.sustained if samples]
+    if not runs:
+        return None
+    several = len({device for _, device, _ in runs}) > 1
+    drawn = [Line(one.name + (f" · {device}" if several else ""), one.colour, samples) for one, device, samples in runs]
+    longest = max(_finite(x) for _, _, samples in runs for x, _ in samples)
+    return lines("Tokens a second over time", "seconds of decoding without a pause", drawn, [longest * i / 4 for i in range(5)])
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a plot."""
+
+    label: str
+    colour: str
+    points: Sequence[tuple[float, float]]
+    """Each x with its mean."""
+    samples: Sequence[tuple[float, float]] = ()
+    """Single measurements, drawn as faint dots; where there are any, the points are dots too."""
+
+
+def lines(label: str, below: str, drawn: Sequence[Line], ticks: Sequence[float]) -> Markup:
+    """Lines over one scale from 0, each named above the plot.
+
+    Args:
+        label: what the plot shows.
+        below: what the scale of x is.
+        drawn: the lines; those of one colour differ in their dashes.
+        ticks: where x is labelled, from the least to the largest.
+    """
+    widest = ticks[-1] or 1
+    highest = _nice(max(_finite(y) for line in drawn for _, y in (*line.points, *line.samples)))
+    top, left, height = 20.0 * len(drawn) + 14, 34, 150
     canvas = Canvas(top + height + 36)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return left + (WIDTH - left) * x / widest, top + height * (1 - _finite(y) / highest)
+
     for i in range(5):
-        y = top + height * (1 - i / 4)
+        _, y = place(0, highest * i / 4)
         canvas.line((left, WIDTH), (y, y), "line")
         canvas.text(left - 6, y + 3.5, f"{highest * i / 4:,.6g}", "quiet", "right", 10)
-    for depth in sorted({row.depth for row in rows}):
-        side = "right" if depth == deepest else "center"
-        canvas.text(left + (WIDTH - left) * depth / deepest, top + height + 15, f"{depth:,}", "quiet", side, 10)
-    canvas.text((WIDTH + left) / 2, top + height + 31, "tokens already in the cache", "quiet", "center", 10)
-    for i, ((name, setting), members) in enumerate(series.items()):
-        dashes, colour = ("-", "--", ":", "-.")[sum(key[0] == name for key in list(series)[:i]) % 4], members[0][0].colour
-        points = sorted((left + (WIDTH - left) * row.depth / deepest, row) for _, row in members)
-        ys = [top + height * (1 - _finite(row.mean) / highest) for _, row in points]
-        canvas.line([x for x, _ in points], ys, colour, 1.8, dashes)
-        for (x, row), y in zip(points, ys, strict=True):
-            canvas.dot(x, y, colour, 3)
-            for sample in row.samples:
-                canvas.dot(x, top + height * (1 - _finite(sample) / highest), colour, 2, 0.35)
-        canvas.line((0, 18), (20 * i + 8, 20 * i + 8), colour, 1.8, dashes)
-        canvas.text(24, 20 * i + 12, clipped(name + setting, 54))
+    for tick in ticks:
+        canvas.text(place(tick, 0)[0], top + height + 15, f"{tick:,.0f}", "quiet", "right" if tick == ticks[-1] else "center", 10)
+    canvas.text((WIDTH + left) / 2, top + height + 31, below, "quiet", "center", 10)
+    for i, line in enumerate(drawn):
+        dashes = ("-", "--", ":", "-.")[sum(other.colour == line.colour for other in drawn[:i]) % 4]
+        places = [place(*point) for point in line.points]
+        canvas.line([x for x, _ in places], [y for _, y in places], line.colour, 1.8, dashes)
+        for x, y in places if line.samples else ():
+            canvas.dot(x, y, line.colour, 3)
+        for sample in line.samples:
+            canvas.dot(*place(*sample), line.colour, 2, 0.35)
+        canvas.line((0, 18), (20 * i + 8, 20 * i + 8), line.colour, 1.8, dashes)
+        canvas.text(24, 20 * i + 12, clipped(line.label, 54))
     return canvas.svg(label)
 
 

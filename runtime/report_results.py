@@ -23,11 +23,12 @@ _BUNDLE = {"name": str, "target": str, "recipe": object}
 _METRICS = {"kl_mean": float, "kl_p99": float, "top1_agreement": float, "perplexity": float}
 _COUNTS = {"integers": int, "differing_integers": int, "scales": int, "differing_scales": int, "floats?": int, "differing_floats?": int}
 _PHASE = {**_METRICS, "kl_se?": float, "tokens?": int, "positions?": int}
+_STATE = {"battery_celsius?": float, "battery_percent?": float, "thermal_status?": int, "frequencies_khz?": [object]}
 _ROW = {
     "model": str, "target": str, "recipe": object, "bundle?": str, "test": str, "tokens?": int, "depth?": int, "threads?": int,
     "samples_ns": [float], "tokens_per_second": float, "stddev?": float, "first_token_ms?": float, "load_seconds?": float,
     "model_bytes?": int, "params?": int, "peak_rss_bytes?": int, "base_rss_bytes?": int, "kv_cache_bytes?": int,
-    "gigabytes_per_second?": float, "bandwidth_share?": float,
+    "gigabytes_per_second?": float, "bandwidth_share?": float, "before?": _STATE, "after?": _STATE,
 }  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "parity": {
@@ -40,7 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "bench": {
         "rows": [_ROW], "device": object, "versions": {"*": object}, "memory_bandwidth_gb_s?": float, "cpu?": {"*": object},
-        "what?": object, "skipped?": [object],
+        "what?": object, "skipped?": [object], "sustained?": [{"model": str, "seconds": float, "samples": [[float]]}],
     },
     "verify": {
         "bundle": _BUNDLE, "tensors": int, **_COUNTS, "checkpoint_matches?": bool, "layers": [{"name": str, **_COUNTS}], "passed": bool,
@@ -90,6 +91,8 @@ class Results:
     verify: dict[str, Any] | None = None
     build: dict[str, Any] | None = None
     speeds: list[Speed] = field(default_factory=list)
+    sustained: list[tuple[str, list[tuple[float, float]]]] = field(default_factory=list)
+    """Of each sustained run, the device, and tokens a second by the seconds since it began."""
     files: dict[str, str] = field(default_factory=dict)
     """Name of the file of each kind of result but `bench`."""
 
@@ -261,8 +264,13 @@ def group(results: Sequence[Result]) -> list[Results]:
     models = [model for model, _, _ in sorted(kinds)]
     crowded = {model for model in models if models.count(model) > 1}
     for bench in benches:
+        device, placed = text_of(bench["device"]), {}
         for row in bench["rows"]:
-            _bundle_of(bundles, row, crowded).speeds.append(_speed(row, text_of(bench["device"])))
+            placed[row["model"]] = one = _bundle_of(bundles, row, crowded)
+            one.speeds.append(_speed(row, device))
+        for run in bench.get("sustained") or ():
+            one = placed.get(run["model"]) or _bundle(bundles, run["model"])
+            one.sustained.append((device, [(sample[0], sample[1]) for sample in run["samples"] if len(sample) == 2]))
     return list(bundles.values())
 
 

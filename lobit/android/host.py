@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +55,7 @@ def runtime(processor: str, cpu: str = CPUS[0], count: bool = False) -> Runtime:
         raise InputError(f"there is no emulated processor {cpu!r}: choose one of {', '.join(CPUS)}")
     cache_folder().mkdir(parents=True, exist_ok=True)
     used = [*fetched("jvm"), *(path for path in fetched("kotlin") if path.name.startswith("kotlin-stdlib"))]
-    classes = os.pathsep.join(map(str, [compiled("host", sources("binding", "host"), used), *used]))
+    classes = os.pathsep.join(map(str, [compiled("host", sources("binding", "core", "host"), used), *used]))
     libraries = shim(processor)
     if processor == "x86_64":
         return Runtime(libraries, ["java", "-cp", classes], {"LD_LIBRARY_PATH": str(libraries)})
@@ -94,6 +93,7 @@ def arm64_root() -> Path:
     return root
 
 
-def serve_command(prepared: Runtime, program: Path, method: str, threads: int, answers: str) -> Sequence[str]:
+def serve_command(prepared: Runtime, program: Path, method: str, *, context: int, chunk: int, threads: int, answers: str) -> list[str]:
     """The command that runs a program for this process (`android_demo/host`, Server.kt)."""
-    return [*prepared.command, SERVER, str(prepared.libraries), str(program), method, str(threads), answers]
+    numbers = [str(number) for number in (context, chunk, threads)]
+    return [*prepared.command, SERVER, str(prepared.libraries), str(program), method, *numbers, answers]

@@ -1,5 +1,6 @@
 """Every verb of the command line as a function with the same name and parameters; the command only parses and prints."""
 
+from lobit.verbs import android
 from lobit.verbs.doctor import doctor
 from lobit.verbs.fetch import fetch
 from lobit.verbs.learn import Texts, train
@@ -12,6 +13,7 @@ from lobit.verbs.talk import chat, run
 
 __all__ = [
     "Texts",
+    "android",
     "bench",
     "chat",
     "choose_recipe",

@@ -6,11 +6,16 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lobit.errors import InputError
 from lobit.progress_callback import Progress
+from lobit.targets import PHONE, THIS_MACHINE, Device
 from lobit.verbs.make import choose_recipe, export, quantize
 from lobit.verbs.prove import parity, verify
+
+if TYPE_CHECKING:
+    from lobit.runtime.bench_phone import Pace
 
 
 def bench(
@@ -21,20 +26,39 @@ def bench(
     depths: Sequence[int] = (0,),
     threads: int | None = None,
     repetitions: int = 5,
+    device: Device = THIS_MACHINE,
+    pace: Pace | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measures prefill and decode speed, time to first token and memory, each row in a process of its own."""
+    """Measures prefill and decode speed, time to first token and memory: here each row in a process of its own, or on a phone.
+
+    Args:
+        bundles: the bundles' folders.
+        prompts: lengths of prompts in tokens, may be empty.
+        generates: numbers of generated tokens, may be empty.
+        depths: tokens in the cache before the timed ones.
+        threads: of the runtime; None: what each bundle says, or the runtime's own choice.
+        repetitions: timed samples of each row.
+        device: this machine or a phone.
+        pace: how a phone is kept cool; None: it does not rest.
+        progress: called before each row and at the end, and while bundles are sent to a phone.
+
+    Raises:
+        InputError: a number is out of range, or the device is not to be timed.
+    """
+    tests = {"prompts": tuple(prompts), "generates": tuple(generates), "depths": tuple(depths)}
+    common: dict[str, Any] = {**tests, "threads": threads, "repetitions": repetitions, "progress": progress}
+    if device.kind == PHONE:
+        from lobit.runtime.bench_phone import bench_phone
+
+        return bench_phone(list(bundles), device, pace=pace, **common)
+    if device != THIS_MACHINE:
+        raise InputError(f"how long it takes on {device} says nothing of a phone: take --device adb, or leave it out for this machine")
+    if pace is not None:
+        raise InputError("--rest, --cool and --sustained are for a phone: name it with --device adb, or leave them out")
     from lobit.runtime import bench as benchmark
 
-    return benchmark.bench(
-        list(bundles),
-        prompts=tuple(prompts),
-        generates=tuple(generates),
-        depths=tuple(depths),
-        threads=threads,
-        repetitions=repetitions,
-        progress=progress,
-    )
+    return benchmark.bench(list(bundles), **common)
 
 
 def report(results: Sequence[Path], out: Path) -> Path:

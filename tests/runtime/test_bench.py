@@ -33,7 +33,7 @@ from lobit.errors import BundleError
 from lobit.runtime.engine import SteppingEngine
 
 class FakeEngine(SteppingEngine):
-    def __init__(self, bundle, threads):
+    def __init__(self, bundle, threads, device):
         super().__init__(self.read, {CONTEXT}, 16, 32)
         if bundle.manifest.name == "broken":
             raise BundleError("broken has 3 faults: export it again")

@@ -5,7 +5,8 @@ import com.facebook.jni.HybridData
 /**
  * A program (`.pte`), loaded by [path], whose weights are mapped from the file.
  *
- * [threads]: size of the thread pool; 0: half of the cores. Throws [ExecutorchRuntimeException] where the file is no program of this release.
+ * [threads]: size of the thread pool; 0: half of the cores. Throws [ExecutorchRuntimeException] where the file is no program of this
+ * release.
  */
 class Module(path: String, threads: Int = 0) : AutoCloseable {
     private val mHybridData: HybridData = initHybrid(path, MAPPED, threads)

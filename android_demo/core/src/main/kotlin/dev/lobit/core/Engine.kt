@@ -52,7 +52,13 @@ interface TextEngine : AutoCloseable {
 }
 
 /** What a call of [TextEngine.generate] read and wrote, with times as far as the runtime tells them. */
-data class Counts(val promptTokens: Int, val generatedTokens: Int, val prefillMillis: Long, val decodeMillis: Long, val firstTokenMillis: Long) {
+data class Counts(
+    val promptTokens: Int,
+    val generatedTokens: Int,
+    val prefillMillis: Long,
+    val decodeMillis: Long,
+    val firstTokenMillis: Long,
+) {
     /** Tokens a second of reading; null where it was too quick to be timed. */
     val prefillRate: Double? get() = rate(promptTokens, prefillMillis)
 
@@ -70,7 +76,7 @@ interface Runtime {
     /** An engine that continues text. */
     fun textEngine(bundle: Bundle): TextEngine
 
-    /** What the runtime has, such as names of backends; null where it cannot run on this device, with [problem] telling why. */
+    /** Names of the backends that the runtime has. */
     val backends: List<String>
 }
 

@@ -1,5 +1,7 @@
 package dev.lobit.core
 
+import java.io.File
+import org.json.JSONArray
 import org.json.JSONException
 import org.json.JSONObject
 import org.pytorch.executorch.EValue
@@ -9,26 +11,47 @@ import org.pytorch.executorch.Tensor
 import org.pytorch.executorch.extension.llm.LlmCallback
 import org.pytorch.executorch.extension.llm.LlmModule
 
-/** Bundles for target `xnnpack`. The native libraries must be loaded (`NativeLibraries.load`). */
-class ExecuTorch : Runtime {
+/**
+ * Bundles for target `xnnpack`; [scratch] is a folder for temporary files.
+ *
+ * The native libraries must be loaded (`NativeLibraries.load`).
+ */
+class ExecuTorch(private val scratch: File) : Runtime {
     override val backends: List<String> get() = ExecuTorchRuntime.getRegisteredBackends().toList()
 
     override fun engine(bundle: Bundle, threads: Int): Engine = told(bundle) {
         val manifest = bundle.manifest
-        ModuleEngine(bundle.file("program").path, manifest.step, manifest.context, manifest.chunk, threads.takeIf { it > 0 } ?: manifest.threads)
+        val count = if (threads > 0) threads else manifest.threads
+        ModuleEngine(bundle.file("program").path, manifest.step, manifest.context, manifest.chunk, count)
     }
 
     override fun textEngine(bundle: Bundle): TextEngine = told(bundle) {
-        LlmEngine(LlmModule(bundle.file("program").path, bundle.file("tokenizer").path, 0f).also { it.load() })
+        LlmEngine(LlmModule(bundle.file("program").path, streamable(bundle.file("tokenizer")).path, 0f).also { it.load() })
+    }
+
+    /**
+     * The tokenizer as ExecuTorch's runner needs it. The runner decodes token by token, and a decoder of type `Strip`, which removes the
+     * space before a whole text, would then remove that of every word: it is left out.
+     */
+    private fun streamable(tokenizer: File): File {
+        val text = tokenizer.readText()
+        if (!STRIP.containsMatchIn(text)) return tokenizer
+        val json = JSONObject(text)
+        val decoders = json.optJSONObject("decoder")?.optJSONArray("decoders") ?: return tokenizer
+        val kept = (0 until decoders.length()).map(decoders::getJSONObject).filter { it.optString("type") != "Strip" }
+        json.getJSONObject("decoder").put("decoders", JSONArray(kept))
+        return File(scratch.apply { mkdirs() }, "tokenizer.json").apply { writeText(json.toString()) }
     }
 
     /** Native errors as a sentence. */
     private fun <T> told(bundle: Bundle, open: () -> T): T = try {
         open()
     } catch (error: RuntimeException) {
-        throw LobitException("${bundle.manifest.name} cannot be loaded (${error.message}): export it again with this app's version of lobit", error)
+        throw LobitException("${bundle.manifest.name} cannot be loaded (${error.message}): export it with this app's lobit", error)
     }
 }
+
+private val STRIP = Regex("\"type\"\\s*:\\s*\"Strip\"")
 
 /** [Engine] over a method of a program that takes tokens [1, T] and a position [1]. */
 class ModuleEngine(path: String, private val method: String, override val context: Int, override val chunk: Int, threads: Int) : Engine {
@@ -38,7 +61,7 @@ class ModuleEngine(path: String, private val method: String, override val contex
 
     override fun prefill(tokens: LongArray): FloatArray {
         require(tokens.isNotEmpty()) { "there are no tokens to read" }
-        require(position + tokens.size <= context) { "$position tokens read and ${tokens.size} to read are more than the context of $context" }
+        require(position + tokens.size <= context) { "${position + tokens.size} tokens are more than the context of $context" }
         var logits = FloatArray(0)
         for (start in tokens.indices step chunk) {
             val part = tokens.copyOfRange(start, minOf(start + chunk, tokens.size))
@@ -83,12 +106,9 @@ private class LlmEngine(private val module: LlmModule) : TextEngine {
     /** Reads ExecuTorch's statistics (`extension/llm/runner/stats.h`); what it does not tell counts as 0. */
     private fun countsOf(stats: String): Counts {
         val told = try { JSONObject(stats) } catch (_: JSONException) { JSONObject() }
-        val begin = told.optLong("inference_start_ms")
-        val first = told.optLong("first_token_ms")
-        return Counts(
-            told.optInt("prompt_tokens"), told.optInt("generated_tokens"),
-            told.optLong("prompt_eval_end_ms") - begin, told.optLong("inference_end_ms") - told.optLong("prompt_eval_end_ms"), first - begin,
-        )
+        val (begin, read, first, end) =
+            listOf("inference_start_ms", "prompt_eval_end_ms", "first_token_ms", "inference_end_ms").map(told::optLong)
+        return Counts(told.optInt("prompt_tokens"), told.optInt("generated_tokens"), read - begin, end - read, first - begin)
     }
 
     override fun stop() = module.stop()

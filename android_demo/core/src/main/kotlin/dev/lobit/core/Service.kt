@@ -10,6 +10,7 @@ import org.json.JSONObject
 
 /**
  * Lets another process use an engine, over any pair of streams: `lobit` on a computer talks to a phone, or to an emulated one, in this way.
+ * The engine is made when it is first asked for.
  *
  * Both sides send frames: a kind (int8), the number of bytes that follow (int32), and these. All numbers are big-endian. The first frame is
  * the service's: [DONE] with JSON that says what it runs on. Each request then gets one answer, [DONE] or [FAILED]:
@@ -19,7 +20,13 @@ import org.json.JSONObject
  *
  * [FAILED] has a message in UTF-8; the next request may follow. The end of the input ends the service.
  */
-class Service(private val engine: Engine, private val about: JSONObject, private val bench: (JSONObject, (JSONObject) -> Unit) -> JSONObject) {
+class Service(
+    engine: Lazy<Engine>,
+    private val about: JSONObject,
+    private val bench: (JSONObject, (JSONObject) -> Unit) -> JSONObject,
+) {
+    private val engine by engine
+
     fun run(input: InputStream, output: OutputStream) {
         val requests = DataInputStream(input.buffered())
         val answers = DataOutputStream(output.buffered())

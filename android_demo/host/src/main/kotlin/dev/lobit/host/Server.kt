@@ -1,64 +1,33 @@
 package dev.lobit.host
 
-import java.io.BufferedOutputStream
-import java.io.DataInputStream
+import dev.lobit.core.LobitException
+import dev.lobit.core.ModuleEngine
+import dev.lobit.core.Service
+import dev.lobit.core.Service.Companion.frame
 import java.io.DataOutputStream
-import java.io.EOFException
 import java.io.FileOutputStream
-import org.pytorch.executorch.EValue
+import org.json.JSONArray
+import org.json.JSONObject
 import org.pytorch.executorch.ExecuTorchRuntime
-import org.pytorch.executorch.Module
-import org.pytorch.executorch.Tensor
 import kotlin.system.exitProcess
 
 /**
- * Runs a program for another process: `Server LIBRARIES PROGRAM METHOD THREADS ANSWERS`.
+ * Runs a program for another process: `Server LIBRARIES PROGRAM METHOD CONTEXT CHUNK THREADS ANSWERS`.
  *
- * Requests come on stdin, answers go to the file ANSWERS, since native code prints to stdout. All numbers are big-endian. A request is the
- * number of tokens n (int32), the position of the first (int64) and n tokens (int64). An answer is a status (int8), the number of bytes
- * that follow (int32), and these: with status [DONE], float32 logits; with [FAILED], a message in UTF-8. The first answer, before any
- * request, is the names of the library's backends. The end of stdin ends the process.
+ * It is a [Service] whose requests come on stdin, and whose answers go to the file ANSWERS, since native code prints to stdout.
  */
 fun main(arguments: Array<String>) {
-    val (libraries, program, method, threads, answers) = arguments
-    val out = DataOutputStream(BufferedOutputStream(FileOutputStream(answers)))
+    val (libraries, program, method) = arguments
+    val (context, chunk, threads) = arguments.slice(3..5).map(String::toInt)
+    val answers = FileOutputStream(arguments[6])
     try {
         Libraries.load(libraries)
-        val module = Module(program, threads.toInt())
-        out.answer(DONE, ExecuTorchRuntime.getRegisteredBackends().joinToString(" ").toByteArray())
-        serve(module, method, DataInputStream(System.`in`.buffered()), out)
+        val engine = ModuleEngine(program, method, context, chunk, threads)
+        val about = JSONObject().put("backends", JSONArray(ExecuTorchRuntime.getRegisteredBackends()))
+        val service = Service(lazyOf(engine), about) { _, _ -> throw LobitException("this machine is no phone, its speed says nothing of one") }
+        service.run(System.`in`, answers)
     } catch (error: Throwable) {
-        out.answer(FAILED, "$error".toByteArray())
+        DataOutputStream(answers).frame(Service.FAILED, (error.message ?: "$error").toByteArray())
     }
     exitProcess(0) // fbjni has a thread that would keep the process alive
-}
-
-private const val DONE = 0
-private const val FAILED = 1
-
-private fun serve(module: Module, method: String, requests: DataInputStream, out: DataOutputStream) {
-    while (true) {
-        val count = try { requests.readInt() } catch (_: EOFException) { return }
-        val position = requests.readLong()
-        val tokens = LongArray(count) { requests.readLong() }
-        try {
-            val result = module.execute(method, EValue.from(Tensor.of(tokens, 1, count.toLong())), EValue.from(Tensor.of(longArrayOf(position), 1)))
-            out.answer(DONE, bytes(result[0].toTensor().floats()))
-        } catch (error: Exception) {
-            out.answer(FAILED, "$error".toByteArray())
-        }
-    }
-}
-
-private fun bytes(floats: FloatArray): ByteArray {
-    val buffer = java.nio.ByteBuffer.allocate(floats.size * Float.SIZE_BYTES)
-    buffer.asFloatBuffer().put(floats)
-    return buffer.array()
-}
-
-private fun DataOutputStream.answer(status: Int, content: ByteArray) {
-    writeByte(status)
-    writeInt(content.size)
-    write(content)
-    flush()
 }

@@ -1,0 +1,107 @@
+package dev.lobit.core
+
+import java.io.File
+import java.io.IOException
+import java.io.InputStream
+import java.security.MessageDigest
+
+/** Told of work that takes long: bytes done, and bytes in all, or 0 while these are not known. It may throw in order to cancel. */
+typealias Progress = (done: Long, total: Long) -> Unit
+
+/** What the app can run: names of targets, and releases of ExecuTorch whose programs its library loads. */
+data class Runnable(val targets: Set<String> = setOf("xnnpack"), val releases: Set<String> = setOf("1.5.1"))
+
+/** A folder that `lobit export` wrote. */
+class Bundle(val folder: File, val manifest: Manifest) {
+    /** The first file that has a role. */
+    fun file(role: String): File = File(folder, manifest.file(role).path)
+
+    companion object {
+        /**
+         * Reads a bundle and checks that this app runs it and that its files are those that export wrote.
+         *
+         * Without [checkHashes] only presence and size of the files are compared. Throws [LobitException].
+         */
+        fun open(folder: File, checkHashes: Boolean = true, runnable: Runnable = Runnable(), progress: Progress = { _, _ -> }): Bundle {
+            val manifest = manifest(folder)
+            checkRuns(manifest, runnable)
+            val total = manifest.files.fold(0.0) { sum, entry -> sum + entry.bytes }.toLong()
+            var done = 0L
+            for (entry in manifest.files) {
+                val problem = problem(folder, entry, checkHashes) { progress(done + it, total) }
+                if (problem != null) throw refusal(Reason.FILES, "bundle ${manifest.name} has changed ($problem): copy or export it again")
+                done += entry.bytes
+            }
+            return Bundle(folder, manifest)
+        }
+
+        /** The manifest of a bundle, without a look at its other files. */
+        fun manifest(folder: File): Manifest {
+            val file = File(folder, Manifest.FILE_NAME)
+            if (!file.isFile) {
+                throw refusal(Reason.FILES, "${folder.name} is no bundle, it has no manifest.json: make one with `lobit export`")
+            }
+            if (file.length() > Manifest.LARGEST) throw ManifestReader.tooLarge(file.length())
+            return try {
+                Manifest.read(file.readBytes())
+            } catch (error: IOException) {
+                throw refusal(Reason.FILES, "manifest.json of ${folder.name} cannot be read (${error.message}): copy the bundle again")
+            }
+        }
+
+        /** Refuses a bundle whose program this app does not run. */
+        fun checkRuns(manifest: Manifest, runnable: Runnable) {
+            if (manifest.target !in runnable.targets) {
+                val targets = runnable.targets.joinToString()
+                val told = "bundle ${manifest.name} is for target ${shown(manifest.target)}, this app runs $targets"
+                throw refusal(Reason.RUNTIME, "$told: export it for that")
+            }
+            val release = manifest.versions["executorch"]
+            if (release !in runnable.releases) {
+                val releases = runnable.releases.joinToString()
+                val told = if (release == null) "does not say which ExecuTorch made it" else "was made by ExecuTorch ${shown(release)}"
+                val needed = "this app runs programs of $releases: export it with such a release"
+                throw refusal(Reason.RUNTIME, "bundle ${manifest.name} $told, $needed")
+            }
+        }
+
+        /**
+         * Unpacks a zip with a bundle's files at its top or in one folder, and opens the bundle.
+         *
+         * [into] appears only when all of it is there and checked; until then its files lie in a folder with `.partial` after its name.
+         */
+        fun unzip(stream: InputStream, into: File, runnable: Runnable = Runnable(), progress: Progress = { _, _ -> }): Bundle =
+            BundleZip(into, runnable, progress).unpack(stream)
+
+        private fun problem(folder: File, entry: FileEntry, checkHashes: Boolean, progress: (Long) -> Unit): String? {
+            val file = File(folder, entry.path)
+            return try {
+                when {
+                    !file.canonicalFile.startsWith(folder.canonicalFile) -> "${entry.path} is a link that leaves the bundle"
+                    !file.isFile -> "${entry.path} is missing"
+                    file.length() != entry.bytes -> "${entry.path} has ${file.length()} bytes instead of ${entry.bytes}"
+                    checkHashes && sha256(file, progress) != entry.sha256 -> "${entry.path} has changed, its sha256 is not the manifest's"
+                    else -> null
+                }
+            } catch (error: IOException) {
+                "${entry.path} cannot be read (${error.message})"
+            }
+        }
+
+        private fun sha256(file: File, progress: (Long) -> Unit): String {
+            val digest = MessageDigest.getInstance("SHA-256")
+            val buffer = ByteArray(1 shl 16)
+            var done = 0L
+            file.inputStream().use { input ->
+                while (true) {
+                    val size = input.read(buffer)
+                    if (size < 0) break
+                    digest.update(buffer, 0, size)
+                    done += size
+                    progress(done)
+                }
+            }
+            return hexadecimal(digest.digest())
+        }
+    }
+}

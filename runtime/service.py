@@ -1,0 +1,127 @@
+"""Programs that run in another process, here or on a phone: the frames in which it is asked (`android_demo/core`, Service.kt)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO, Any, Protocol
+
+import numpy as np
+
+from lobit.errors import BundleError, LobitError
+from lobit.runtime.bundle import Bundle
+from lobit.runtime.engine import Logits, SteppingEngine
+
+DONE, FAILED, PROGRESS = 0, 1, 2
+"""Kinds of answers: the last one of a request, the message why there is none, and what is known before the last one."""
+STEP, BENCH = 1, 2
+"""Kinds of requests: the logits of some tokens, and the measurement of a benchmark."""
+HEADER = struct.Struct(">bi")
+"""Kind and number of bytes of a frame."""
+LONGEST_ANSWER = 1 << 31
+"""Bytes of an answer that are read at most."""
+
+
+class Peer(Protocol):
+    """What the other side of a service is, for messages."""
+
+    def refused(self, message: str) -> LobitError:
+        """The error for a request that failed there."""
+
+    def ended(self) -> LobitError:
+        """The error for a connection that ended before an answer was whole."""
+
+
+class Service:
+    """The service, asked over a pair of streams.
+
+    Args:
+        requests: where requests are written to.
+        answers: where answers are read from.
+        peer: what the other side is.
+
+    Raises:
+        LobitError: the program cannot be run; the message is the peer's.
+    """
+
+    def __init__(self, requests: IO[bytes], answers: IO[bytes], peer: Peer) -> None:
+        self._requests, self._answers, self._peer = requests, answers, peer
+        self.about = self._json(self._answer())
+        """What the service says of itself and of what it runs on."""
+
+    def step(self, tokens: Sequence[int], position: int) -> bytes:
+        """The logits, float32 and big-endian, that the program gives for tokens that begin at a position.
+
+        Raises:
+            LobitError: the program failed, or the connection ended.
+        """
+        return self._ask(STEP, struct.pack(f">q{len(tokens)}q", position, *tokens))
+
+    def bench(self, request: Mapping[str, Any], on_progress: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """What a benchmark measures.
+
+        Args:
+            request: what to measure, as Service.kt's `BenchRequest` has it.
+            on_progress: called with `{"row", "done", "total"}` when a row begins.
+
+        Raises:
+            LobitError: the benchmark failed, or the connection ended.
+        """
+        return self._json(self._ask(BENCH, json.dumps(request).encode(), lambda content: on_progress(self._json(content))))
+
+    def _ask(self, kind: int, content: bytes, on_progress: Callable[[bytes], None] = lambda _: None) -> bytes:
+        with contextlib.suppress(OSError):  # the answer tells what happened
+            self._requests.write(HEADER.pack(kind, len(content)) + content)
+            self._requests.flush()
+        return self._answer(on_progress)
+
+    def _answer(self, on_progress: Callable[[bytes], None] = lambda _: None) -> bytes:
+        while True:
+            kind, size = HEADER.unpack(self._read(HEADER.size))
+            content = self._read(size) if 0 <= size <= LONGEST_ANSWER else b""
+            if kind == DONE and len(content) == size:
+                return content
+            if kind == FAILED and len(content) == size:
+                raise self._peer.refused(content.decode("utf-8", "replace"))
+            if kind != PROGRESS or len(content) != size:
+                raise self._peer.refused(f"an answer of kind {kind} with {size} bytes is not known here")
+            on_progress(content)
+
+    def _read(self, size: int) -> bytes:
+        try:
+            content = self._answers.read(size)
+        except OSError:
+            content = b""
+        if len(content) < size:
+            raise self._peer.ended()
+        return content
+
+    def _json(self, content: bytes) -> dict[str, Any]:
+        try:
+            values = json.loads(content)
+        except ValueError:
+            values = None
+        if not isinstance(values, dict):
+            raise self._peer.refused("its answer is no JSON object")
+        return values
+
+
+def service_engine(bundle: Bundle, step: Callable[[list[int], int], bytes]) -> SteppingEngine:
+    """The engine of a bundle whose program a service runs.
+
+    Args:
+        bundle: a bundle for target xnnpack.
+        step: `Service.step`, or a method that calls it; what it belongs to lives as long as the engine.
+    """
+    manifest = bundle.manifest
+
+    def read(tokens: list[int], position: int) -> Logits:
+        logits = np.frombuffer(step(tokens, position), ">f4").astype(np.float32)
+        if not logits.size or logits.size % manifest.model.vocab_size:
+            raise BundleError(f"{logits.size} logits came back for a vocabulary of {manifest.model.vocab_size}: export the bundle again")
+        return logits.reshape(-1, manifest.model.vocab_size)
+
+    slots = min(manifest.cache.slots)
+    return SteppingEngine(read, manifest.context, manifest.chunk, manifest.model.vocab_size, slots, manifest.all_logits)

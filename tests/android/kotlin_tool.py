@@ -1,0 +1,63 @@
+"""The app's own Kotlin code in a process that answers questions (`android_demo/host`, Check.kt)."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lobit.android.artifacts import SOURCES, fetched
+from lobit.android.kotlin import compiled
+
+CORE = SOURCES / "core/src/main/kotlin/dev/lobit/core"
+NAMES = ("Engine", "Json", "Fields", "Refusal", "Manifest", "ManifestReader", "Bundle", "BundleZip")
+"""The files of the core that the questions need; the others need the phone's library."""
+CLASS = "dev.lobit.host.CheckKt"
+
+
+class Kotlin:
+    """A process that lives as long as the tests."""
+
+    def __init__(self) -> None:
+        used = [path for path in (*fetched("jvm"), *fetched("kotlin")) if path.name.startswith(("json-", "kotlin-stdlib"))]
+        files = [*(CORE / f"{name}.kt" for name in NAMES), *sorted((CORE / "template").glob("*.kt"))]
+        files.append(SOURCES / "host/src/main/kotlin/dev/lobit/host/Check.kt")
+        classes = os.pathsep.join(map(str, [compiled("check", files, used), *used]))
+        command = ["java", "-Xmx512m", "-cp", classes, CLASS]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="ascii")
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """One question and its answer."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, "the process ended"
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def manifest(self, data: bytes) -> dict[str, Any]:
+        """What the reader makes of a manifest's bytes."""
+        return self.ask({"manifest": base64.b64encode(data).decode("ascii")})
+
+    def open(self, folder: Path, hashes: bool = True) -> dict[str, Any]:
+        """What opening a bundle gives."""
+        return self.ask({"bundle": str(folder), "hashes": hashes})
+
+    def unzip(self, archive: Path, into: Path) -> dict[str, Any]:
+        """What unpacking a zip gives."""
+        return self.ask({"zip": str(archive), "into": str(into)})
+
+    def render(self, template: str, messages: list[Any], special: dict[str, str] | None = None, prompt: bool = False) -> dict[str, Any]:
+        """What a chat template writes."""
+        return self.ask({"template": template, "messages": messages, "special": special or {}, "prompt": prompt})
+
+
+@cache
+def kotlin() -> Kotlin:
+    """The process, started when it is first asked for; it ends with the end of its input."""
+    return Kotlin()
