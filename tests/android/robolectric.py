@@ -6,9 +6,11 @@ import os
 import re
 import shutil
 import subprocess
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from lobit.android import notices
 from lobit.android.artifacts import SOURCES, fetched, unpacked
 from lobit.android.build import Project, _classes, _resources, framework
 from lobit.android.kotlin import compile_command
@@ -48,15 +50,15 @@ class Robolectric:
 
     def _write_properties(self, project: Project) -> None:
         """Tells Robolectric where the app's manifest, resources and assets are."""
-        assets = self.folder / "assets"
-        shutil.copytree(SOURCES / "licences", assets / "licences")
+        with zipfile.ZipFile(self.base, "a") as resources:
+            for path in notices.files():
+                resources.write(path, f"assets/licences/{path.name}")
         place = self.folder / "tests/com/android/tools/test_config.properties"
         place.parent.mkdir(parents=True)
         told = {
             "android_merged_manifest": project.manifest,
             "android_resource_apk": self.base,
             "android_custom_package": "dev.lobit.demo",
-            "android_merged_assets": assets,
         }
         place.write_text("".join(f"{name}={value}\n" for name, value in told.items()), encoding="utf-8")
 

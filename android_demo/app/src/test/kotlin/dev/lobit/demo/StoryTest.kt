@@ -90,7 +90,7 @@ class StoryTest {
         store.change(Settings(0f, 100_000))
         say(activity, "Once upon a time")
         await("it ends") { !store.state.answering }
-        assertTrue(store.state.problem, "256 tokens is full" in store.state.problem.orEmpty())
+        assertTrue(store.state.problem, "tokens is full" in store.state.problem.orEmpty())
         assertTrue(texts(activity).last().startsWith(expected))
     }
 

@@ -11,6 +11,12 @@ import com.facebook.jni.HybridData
 class Module(path: String, threads: Int = 0) : AutoCloseable {
     private val mHybridData: HybridData = initHybrid(path, MAPPED, threads)
 
+    /** Prepares a method, which packs its weights; without this its first run does. */
+    fun load(method: String) {
+        val error = loadMethodNative(method)
+        if (error != 0) throw ExecutorchRuntimeException(error, "method $method cannot be loaded")
+    }
+
     /** Runs a method; the tensors that it returns hold until the next call. */
     fun execute(method: String, vararg arguments: EValue): Array<EValue> = executeNative(method, arrayOf(*arguments))
 

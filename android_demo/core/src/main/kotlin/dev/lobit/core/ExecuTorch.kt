@@ -55,7 +55,7 @@ private val STRIP = Regex("\"type\"\\s*:\\s*\"Strip\"")
 
 /** [Engine] over a method of a program that takes tokens [1, T] and a position [1]. */
 class ModuleEngine(path: String, private val method: String, override val context: Int, override val chunk: Int, threads: Int) : Engine {
-    private val module = Module(path, threads)
+    private val module = Module(path, threads).also { it.load(method) }
     override var position = 0
         private set
 
