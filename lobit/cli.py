@@ -245,7 +245,13 @@ def bench(
     depths: Annotated[str, typer.Option("-d", "--depth", help="Tokens that are in the cache before.")] = "0",
     threads: Threads = None,
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1)] = 5,
-    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="host, adb[:SERIAL] (a phone with lobit's app).")] = "host",
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", metavar="DEVICE", help="host, adb[:SERIAL] (a phone with lobit's app), emulated-arm64 (counts instructions)."
+        ),
+    ] = "host",
+    cpu: Cpu = None,
     rest: Annotated[int | None, typer.Option("--rest", min=0, help="On a phone: seconds of rest before each row.")] = None,
     cool: Annotated[float | None, typer.Option("--cool", help="On a phone: °C of the battery that each row waits for.")] = None,
     sustained: Annotated[
@@ -256,7 +262,8 @@ def bench(
     """Prefill and decode speed, time to first token, memory.
 
     On this machine each row runs in a process of its own, so that peak memory is honest. A phone is measured in lobit's app, which gets
-    the bundles first, with its temperature before and after each row.
+    the bundles first, with its temperature before and after each row. On emulated-arm64, instructions a token are counted: a figure that
+    does not depend on the machine.
     """
     from lobit import tables, verbs
     from lobit.progress import bar
@@ -273,11 +280,12 @@ def bench(
             depths=numbers(depths, "-d", least=0),
             threads=threads,
             repetitions=repetitions,
-            device=parse_device(device),
+            device=parse_device(device, cpu),
             pace=Pace(rest or 0, cool, sustained or 0) if for_phone else None,
             progress=shown.count,
         )
-    print_json(result) if as_json else tables.show(tables.bench(result))
+    table = tables.instructions if result["kind"] == "instructions" else tables.bench
+    print_json(result) if as_json else tables.show(table(result))
 
 
 @app.command(epilog="Example: lobit report bundle/manifest.json parity.json bench.json verify.json -o report.html")

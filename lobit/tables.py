@@ -227,6 +227,17 @@ def bench(result: dict[str, Any]) -> Table:
     return bench_table(result)
 
 
+def instructions(result: dict[str, Any]) -> Table:
+    """Instructions a token, counted in an emulator."""
+    columns = ("model", "recipe", "test", "instructions a token")
+    table = _table(result["device"], *columns, right=columns[3:])
+    for row in result["rows"]:
+        table.add_row(row["model"], str(row["recipe"]), row["test"], f"{row['instructions_per_token'] / 1e6:.3f} million")
+    left = [f"left out: {entry['model']} {entry['test']}: {entry['why']}" for entry in result["skipped"]]
+    table.caption, table.caption_justify, table.caption_style = "\n".join([result["what"], *left]), "left", ""
+    return table
+
+
 def speed(stats: dict[str, Any]) -> str:
     """One line on the speed of a generation."""
     loaded = f"loaded in {stats['load_seconds']:.1f} s, " if "load_seconds" in stats else ""

@@ -14,6 +14,8 @@ HOST = "host"
 """Name of this machine, as a device that runs bundles."""
 PHONE = "adb"
 """Name of a phone that adb reaches."""
+EMULATED = "emulated-arm64"
+"""Name of an emulated phone's processor, which runs the phone's own library and counts its instructions."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ TARGETS: dict[str, TargetEntry] = {
         "lobit.export.xnnpack.target",
         {
             HOST: "lobit.runtime.executorch",
-            "emulated-arm64": "lobit.runtime.executorch_android",
+            EMULATED: "lobit.runtime.executorch_android",
             "emulated-x86_64": "lobit.runtime.executorch_android",
             PHONE: "lobit.runtime.phone",
         },

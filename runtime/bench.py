@@ -72,18 +72,18 @@ def bench(
         raise InputError(f"{threads} threads and {repetitions} repetitions: give at least 1 of each")
     opened = [open_bundle(folder) for folder in bundles]
     check_names(opened)
-    fitting, skipped = _fitting(opened, works)
+    rows_to_run, skipped = fitting(opened, works)
     counts = [threads or default_threads(bundle) for bundle in opened]
     host, bandwidth = cpu(), memory_bandwidth(max(counts))
     measured: list[tuple[int, dict[str, Any]]] = []
-    for done, (number, work) in enumerate(fitting):
+    for done, (number, work) in enumerate(rows_to_run):
         bundle = opened[number]
         if progress:
-            progress(f"{bundle.manifest.name} {work.name}", done, len(fitting))
+            progress(f"{bundle.manifest.name} {work.name}", done, len(rows_to_run))
         answer = run_row(Request(str(bundle.folder), work, counts[number], repetitions))
         measured.append((number, row_of(bundle.manifest, work, answer, counts[number], bandwidth.gb_s)))
     if progress:
-        progress("all rows", len(fitting), len(fitting))
+        progress("all rows", len(rows_to_run), len(rows_to_run))
     return {
         "kind": "bench",
         "rows": [row for _, row in sorted(measured, key=lambda entry: entry[0])],
@@ -123,7 +123,7 @@ def check_names(bundles: Sequence[Bundle]) -> None:
         raise InputError(f"{len(names)} bundles, and more than one is named {', '.join(twice)}: time them in separate runs")
 
 
-def _fitting(bundles: Sequence[Bundle], works: Sequence[Workload]) -> tuple[list[tuple[int, Workload]], list[dict[str, str]]]:
+def fitting(bundles: Sequence[Bundle], works: Sequence[Workload]) -> tuple[list[tuple[int, Workload]], list[dict[str, str]]]:
     """Returns the rows to run as (index of the bundle, test), and the rows that are longer than the bundle's context."""
     rows, skipped = [], []
     for work in works:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lobit.errors import InputError
 from lobit.progress_callback import Progress
-from lobit.targets import PHONE, THIS_MACHINE, Device
+from lobit.targets import EMULATED, PHONE, THIS_MACHINE, Device
 from lobit.verbs.make import choose_recipe, export, quantize
 from lobit.verbs.prove import parity, verify
 
@@ -32,6 +32,8 @@ def bench(
 ) -> dict[str, Any]:
     """Measures prefill and decode speed, time to first token and memory: here each row in a process of its own, or on a phone.
 
+    On an emulated arm64 processor, instructions a token are counted instead.
+
     Args:
         bundles: the bundles' folders.
         prompts: lengths of prompts in tokens, may be empty.
@@ -39,7 +41,7 @@ def bench(
         depths: tokens in the cache before the timed ones.
         threads: of the runtime; None: what each bundle says, or the runtime's own choice.
         repetitions: timed samples of each row.
-        device: this machine or a phone.
+        device: this machine, a phone or an emulated arm64 processor.
         pace: how a phone is kept cool; None: it does not rest.
         progress: called before each row and at the end, and while bundles are sent to a phone.
 
@@ -52,10 +54,14 @@ def bench(
         from lobit.runtime.bench_phone import bench_phone
 
         return bench_phone(list(bundles), device, pace=pace, **common)
-    if device != THIS_MACHINE:
-        raise InputError(f"how long it takes on {device} says nothing of a phone: take --device adb, or leave it out for this machine")
     if pace is not None:
         raise InputError("--rest, --cool and --sustained are for a phone: name it with --device adb, or leave them out")
+    if device.kind == EMULATED:
+        from lobit.runtime.bench_instructions import bench_instructions
+
+        return bench_instructions(list(bundles), device, **tests, progress=progress)
+    if device != THIS_MACHINE:
+        raise InputError(f"how long it takes on {device} says nothing of a phone: take --device adb, or leave it out for this machine")
     from lobit.runtime import bench as benchmark
 
     return benchmark.bench(list(bundles), **common)

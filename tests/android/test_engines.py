@@ -72,6 +72,20 @@ def test_a_process_that_dies_is_told_with_its_last_words(bundles: Any, android_t
         server.step([1, 2], 0)
 
 
+@pytest.mark.slow
+def test_instructions_a_token_are_counted_the_same_twice(bundles: Any, android_tools: Callable[[str], None]) -> None:
+    """The Java side's share varies by a little. A token of a prompt shares the reading of the weights with others."""
+    for use in ("native", "arm64"):
+        android_tools(use)
+    found = [
+        verbs.bench([bundles("demo", "8da4w-g32")], prompts=(64,), generates=(16,), depths=(0, 1000), device=ARM) for _ in range(2)
+    ]
+    (prompt, token), again = (row["instructions_per_token"] for row in found[0]["rows"]), found[1]["rows"]
+    assert [row["instructions_per_token"] for row in again] == pytest.approx([prompt, token], rel=0.1)
+    assert 2_000_000 / 16 < prompt < token, "each of 2 million weights is multiplied once, by instructions that multiply up to 16"
+    assert [left["test"] for left in found[0]["skipped"]] == ["pp64@d1000", "tg16@d1000"]
+
+
 def test_devices_are_read_from_their_names() -> None:
     assert parse_device("host") == THIS_MACHINE
     assert parse_device("emulated-arm64", "a64fx") == parse_device("emulated-arm64:a64fx") == Device("emulated-arm64", "a64fx")
