@@ -143,6 +143,11 @@ def test_files_read_in_one_sitting():
     assert {path: lines for path, lines in lengths.items() if lines > LONGEST_FILE} == {}
 
 
+def test_kotlin_lines_are_no_longer_than_python_ones():
+    long = [path for path in source_files() if path.suffix == ".kt" and max(map(len, path.read_text(encoding="utf-8").splitlines())) > 140]
+    assert long == []
+
+
 def test_no_file_is_called_utils():
     assert [relative(path) for path in source_files() if path.stem.lower() in {"util", "utils", "helpers", "misc"}] == []
 
