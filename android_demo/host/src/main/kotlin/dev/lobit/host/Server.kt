@@ -24,7 +24,7 @@ fun main(arguments: Array<String>) {
         Libraries.load(libraries)
         val engine = ModuleEngine(program, method, context, chunk, threads)
         val about = JSONObject().put("backends", JSONArray(ExecuTorchRuntime.getRegisteredBackends()))
-        val service = Service(lazyOf(engine), about) { _, _ -> throw LobitException("this machine is no phone, its speed says nothing of one") }
+        val service = Service(lazyOf(engine), about) { _, _ -> throw LobitException("this machine is no phone: its speed says nothing") }
         service.run(System.`in`, answers)
     } catch (error: Throwable) {
         DataOutputStream(answers).frame(Service.FAILED, (error.message ?: "$error").toByteArray())
