@@ -35,6 +35,11 @@ def test_every_screen_does_what_it_says(app: Robolectric, demo: Path) -> None:
 
 
 @pytest.mark.slow
+def test_bundles_come_into_the_app_whole_or_not_at_all(app: Robolectric, demo: Path) -> None:
+    app.run("BundlesTest", {"lobit.bundle": demo})
+
+
+@pytest.mark.slow
 def test_the_app_writes_the_story_that_lobit_writes(app: Robolectric, bundles: Any) -> None:
     """stories260k in floats: greedy text of INT8 activations may fork where another processor rounds an input to another step."""
     story = bundles("stories260k", "fp")
