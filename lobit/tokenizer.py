@@ -161,9 +161,13 @@ class Tokenizer:
         with guarded(IN_USE):
             return self._inner.decode(list(ids), skip_special_tokens=not special)
 
-    def stream(self) -> TextStream:
-        """A decoder for tokens that come one by one."""
-        return TextStream(self._inner, self._hidden)
+    def stream(self, after: Sequence[int] = ()) -> TextStream:
+        """A decoder for tokens that come one by one.
+
+        Args:
+            after: the tokens of a text that they continue: the space between this and the first new word then stays.
+        """
+        return TextStream(self._inner, self._hidden, after)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """A conversation as the text that the model reads; encode it with `bos=False`, as the template adds special tokens.
@@ -184,26 +188,28 @@ class Tokenizer:
 
 
 class TextStream:
-    """Turns tokens into text as they come: the pieces joined are `Tokenizer.decode` of all tokens.
+    """Turns tokens into text as they come: the pieces joined are `Tokenizer.decode` of all tokens, less the text that they continue.
 
     A piece is returned when no later token can change it: never half a character, and no byte of a run of byte tokens before
     the run ends, because one byte that fits no character makes the whole run unreadable.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, hidden: set[int]) -> None:
+    def __init__(self, inner: tokenizers.Tokenizer, hidden: set[int], after: Sequence[int] = ()) -> None:
         self._inner, self._hidden = inner, hidden
         self._window: list[int] = []
         """The last tokens; older ones cannot change the text of those to come."""
-        self._given = ""
+        for token in after[-KEPT:]:
+            # Bytes that follow could make the text of bytes before them unreadable.
+            self._window = [] if self._is_byte(token) else [*self._window, *([] if token in hidden else [token])]
+        self._given = self._decoded(self._window)
         """The text of the window's tokens that has been returned."""
 
     def push(self, token: int) -> str:
         """Takes the next token and returns the text that it makes final; often empty."""
-        piece = self._inner.id_to_token(token)
-        if piece is None or token in self._hidden:
+        if self._inner.id_to_token(token) is None or token in self._hidden:
             return ""
         self._window.append(token)
-        if BYTE.fullmatch(piece):
+        if self._is_byte(token):
             return ""
         text = self._decoded(self._window)
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -216,6 +222,9 @@ class TextStream:
         else:  # the kept tokens begin inside a character, or are only the space that a text never begins with
             self._given = text
         return new
+
+    def _is_byte(self, token: int) -> bool:
+        return BYTE.fullmatch(self._inner.id_to_token(token) or "") is not None
 
     def finish(self) -> str:
         """Returns the text that was held back; call it after the last token."""

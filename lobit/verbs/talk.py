@@ -97,7 +97,7 @@ def run(
     if echo and on_text and not chats:
         on_text(prompt)
     pieces = []
-    for piece in text_pieces(generation, tokenizer.stream()):
+    for piece in text_pieces(generation, tokenizer.stream(() if chats else tokens)):
         pieces.append(piece)
         if on_text:
             on_text(piece)

@@ -166,6 +166,21 @@ def test_stream_of_any_text_has_whole_characters(pairs: dict[str, Pair], name: s
     assert "\ufffd" in whole or not any("\ufffd" in piece for piece in pieces)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@settings(deadline=None)
+@given(data=st.data(), words=st.lists(st.text("abcdefghij", min_size=1, max_size=6), min_size=1, max_size=20))
+def test_stream_that_continues_a_text_gives_what_the_text_lacks(
+    pairs: dict[str, Pair], name: str, data: st.DataObject, words: list[str]
+) -> None:
+    """The space between the text and the first new word is not lost."""
+    tokenizer, _ = pairs[name]
+    tokens = tokenizer.encode(" ".join(words))
+    count = data.draw(st.integers(1, len(tokens)))
+    stream = tokenizer.stream(tokens[:count])
+    told = "".join(map(stream.push, tokens[count:])) + stream.finish()
+    assert tokenizer.decode(tokens[:count]) + told == tokenizer.decode(tokens)
+
+
 def test_stream_gives_words_as_soon_as_they_are_final(pairs: dict[str, Pair]) -> None:
     tokenizer, _ = pairs["smollm2"]
     stream = tokenizer.stream()

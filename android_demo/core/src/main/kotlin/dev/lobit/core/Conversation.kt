@@ -43,8 +43,10 @@ class Conversation(private val engine: TextEngine, private val manifest: Manifes
         try {
             val counts = engine.generate(if (known) rendered.substring(read.length) else rendered, manifest.context, temperature) { piece ->
                 if (!stopped) {
-                    answer.append(piece)
-                    onText(piece)
+                    // Some tokenizers put a space before each word, so also before the first one of an answer.
+                    val shown = if (template != null && answer.isEmpty()) piece.removePrefix(" ") else piece
+                    answer.append(shown)
+                    onText(shown)
                 }
                 pieces++
                 if (stopped || pieces >= length) engine.stop()

@@ -4,7 +4,13 @@ import android.content.Intent
 import android.net.Credentials
 import android.net.LocalServerSocket
 import android.net.LocalSocket
+import android.os.Build
 import android.os.Bundle
+import android.system.ErrnoException
+import android.system.Os
+import android.system.OsConstants
+import android.view.View
+import android.view.WindowManager
 import android.widget.TextView
 import dev.lobit.core.Bench
 import dev.lobit.core.BenchRequest
@@ -14,6 +20,7 @@ import dev.lobit.demo.R
 import dev.lobit.demo.Screen
 import dev.lobit.demo.State
 import dev.lobit.demo.setTextOrHide
+import java.io.DataOutputStream
 import java.io.IOException
 import kotlin.concurrent.thread
 import org.json.JSONArray
@@ -32,8 +39,13 @@ class ServiceActivity : Screen() {
     override fun onCreate(state: Bundle?) {
         super.onCreate(state)
         setContentView(R.layout.chat)
-        window.addFlags(android.view.WindowManager.LayoutParams.FLAG_KEEP_SCREEN_ON)
-        listOf(R.id.prompt, R.id.send, R.id.messages).forEach { findViewById<android.view.View>(it).visibility = android.view.View.GONE }
+        window.addFlags(WindowManager.LayoutParams.FLAG_KEEP_SCREEN_ON)
+        if (Build.VERSION.SDK_INT >= 27) {
+            // Android freezes an app that is not seen, also behind a locked screen.
+            setShowWhenLocked(true)
+            setTurnScreenOn(true)
+        }
+        listOf(R.id.prompt, R.id.send, R.id.messages).forEach { findViewById<View>(it).visibility = View.GONE }
         begin(intent)
     }
 
@@ -96,7 +108,7 @@ class ServiceActivity : Screen() {
 
     /** Tells a client why there is no service, where it still listens. */
     private fun refuse(client: LocalSocket, why: String) = try {
-        with(Service) { java.io.DataOutputStream(client.outputStream).frame(Service.FAILED, why.toByteArray()) }
+        with(Service) { DataOutputStream(client.outputStream).frame(Service.FAILED, why.toByteArray()) }
     } catch (_: IOException) {
         // The client has gone: there is nobody to tell.
     }
@@ -104,8 +116,11 @@ class ServiceActivity : Screen() {
     private fun tell(text: String) = runOnUiThread { findViewById<TextView>(R.id.work).setTextOrHide(text) }
 
     private fun end() {
-        server?.close()
+        val socket = server ?: return
         server = null
+        // Closing alone would leave the thread waiting, and the socket's name taken.
+        try { Os.shutdown(socket.fileDescriptor, OsConstants.SHUT_RDWR) } catch (_: ErrnoException) { }
+        socket.close()
     }
 
     override fun onDestroy() {

@@ -1,0 +1,55 @@
+"""Conversations as the app holds them, with the phone's own library and tokenizer: what `lobit run` answers, the app answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lobit import verbs
+from lobit.android.host import runtime
+from lobit.runtime.bundle import open_bundle
+from lobit.verbs.talk import bundle_tokenizer
+
+
+def talked(bundle: Path, folder: Path, length: int, *texts: str) -> list[dict[str, Any]]:
+    """The answers to texts, one after the other."""
+    prepared, answers = runtime("x86_64"), folder / "answers"
+    command = [*prepared.command, "dev.lobit.host.TalkKt", prepared.libraries, bundle, folder / "scratch", answers, length, *texts]
+    done = subprocess.run(
+        list(map(str, command)), env={**os.environ, **prepared.environment}, capture_output=True, text=True, errors="replace", check=False
+    )
+    assert answers.is_file(), done.stderr[-2000:]
+    return [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_text_is_continued_as_lobit_continues_it(bundles: Any, android_tools: Callable[[str], None], tmp_path: Path) -> None:
+    """Every text begins anew, behind the token that begins a text; no space is lost between words."""
+    android_tools("native")
+    bundle = bundles("stories260k", "fp")
+    texts = ["Once upon a time", "Lily had a", "Once upon a time"]
+    found = talked(bundle, tmp_path, 30, *texts)
+    assert [one["text"] for one in found] == [verbs.run(bundle, text, max_new_tokens=30)["text"] for text in texts]
+    tokenizer = bundle_tokenizer(open_bundle(bundle))
+    assert [one["read"] for one in found] == [len(tokenizer.encode(text)) for text in texts]
+
+
+@pytest.mark.slow
+def test_a_real_chat_model_answers_and_remembers(smollm2: Path, android_tools: Callable[[str], None], tmp_path: Path) -> None:
+    """Template, special tokens and stop tokens are those of lobit; the second turn reads only what is new."""
+    android_tools("native")
+    bundle = tmp_path / "bundle"
+    verbs.export(str(smollm2), "xnnpack", bundle, recipe=verbs.choose_recipe("8da8w"), context=512, chunk=128)
+    question = "What is the capital of France?"
+    first, second = talked(bundle, tmp_path, 60, question, "And of Italy?")
+    assert "Paris" in first["text"] and "<|" not in first["text"], first
+    assert "Rome" in second["text"] and "<|" not in second["text"], second
+    tokenizer = bundle_tokenizer(open_bundle(bundle))
+    asked = tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": question}]), bos=False)
+    assert first["read"] == len(asked)
+    assert second["read"] < len(asked), "the first turn is not read again"
