@@ -4,6 +4,7 @@ import java.io.File
 import org.json.JSONArray
 import org.json.JSONException
 import org.json.JSONObject
+import org.json.JSONTokener
 import org.pytorch.executorch.EValue
 import org.pytorch.executorch.ExecuTorchRuntime
 import org.pytorch.executorch.Module
@@ -26,7 +27,9 @@ class ExecuTorch(private val scratch: File) : Runtime {
     }
 
     override fun textEngine(bundle: Bundle): TextEngine = told(bundle) {
-        LlmEngine(LlmModule(bundle.file("program").path, streamable(bundle.file("tokenizer")).path, 0f).also { it.load() })
+        val tokenizer = bundle.file("tokenizer")
+        val stops = stopTexts(tokenizer, bundle.manifest.tokens.stop.toSet())
+        LlmEngine(LlmModule(bundle.file("program").path, streamable(tokenizer).path, 0f).also { it.load() }, stops)
     }
 
     /**
@@ -43,6 +46,16 @@ class ExecuTorch(private val scratch: File) : Runtime {
         return File(scratch.apply { mkdirs() }, "tokenizer.json").apply { writeText(json.toString()) }
     }
 
+    /** The texts of stop tokens: the runner gives that of the token that ends an answer, which is no part of it. */
+    private fun stopTexts(tokenizer: File, stops: Set<Long>): Set<String> {
+        val text = tokenizer.readText()
+        val start = ADDED.find(text)?.range?.last ?: return emptySet()
+        // The list stands before the vocabulary, which is large and need not be read for it.
+        val added = JSONTokener(text.substring(start)).nextValue() as? JSONArray ?: return emptySet()
+        val found = (0 until added.length()).map(added::getJSONObject).filter { it.getLong("id") in stops }
+        return found.map { it.getString("content") }.toSet()
+    }
+
     /** Native errors as a sentence. */
     private fun <T> told(bundle: Bundle, open: () -> T): T = try {
         open()
@@ -51,6 +64,7 @@ class ExecuTorch(private val scratch: File) : Runtime {
     }
 }
 
+private val ADDED = Regex("\"added_tokens\"\\s*:\\s*\\[")
 private val STRIP = Regex("\"type\"\\s*:\\s*\"Strip\"")
 
 /** [Engine] over a method of a program that takes tokens [1, T] and a position [1]. */
@@ -84,12 +98,14 @@ class ModuleEngine(path: String, private val method: String, override val contex
 }
 
 /** [TextEngine] over ExecuTorch's own text runner and tokenizer. */
-private class LlmEngine(private val module: LlmModule) : TextEngine {
+private class LlmEngine(private val module: LlmModule, private val stopTexts: Set<String>) : TextEngine {
     override fun generate(prompt: String, length: Int, temperature: Float, onText: (String) -> Unit): Counts {
         var counts = Counts(0, 0, 0, 0, 0)
         var failure: String? = null
         module.generate(prompt, length, temperature, object : LlmCallback {
-            override fun onResult(result: String) = onText(result)
+            override fun onResult(result: String) {
+                if (result !in stopTexts) onText(result)
+            }
 
             override fun onStats(stats: String) {
                 counts = countsOf(stats)
