@@ -7,6 +7,9 @@ ARGS ?=
 # Test files that run side by side, each on one thread; every one may take some 4 GB.
 WORKERS ?= 2
 
+# What Android work fetches and compiles.
+export LOBIT_ANDROID ?= $(CURDIR)/.android
+
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
@@ -82,5 +85,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OUT) app.apk bench-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OUT) app.apk .android bench-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
