@@ -53,6 +53,8 @@ class BundlesTest {
         await("it is copied or refused") { store.state.work == null && (store.state.problem != null || store.state.entries.size > 1) }
     }
 
+    private fun changed(bytes: ByteArray) = bytes.clone().also { it[100] = (it[100] + 1).toByte() }
+
     private fun names() = root.list().orEmpty().sorted()
 
     @Test
@@ -66,7 +68,7 @@ class BundlesTest {
 
     @Test
     fun `a zip with a changed file is refused and leaves nothing`() {
-        pick("story.zip", zipped { name, bytes -> if (name == "model.pte") bytes.clone().also { it[100] = (it[100] + 1).toByte() } else bytes })
+        pick("story.zip", zipped { name, bytes -> if (name == "model.pte") changed(bytes) else bytes })
         assertTrue(store.state.problem, "model.pte" in store.state.problem.orEmpty())
         assertEquals(listOf("demo"), names())
     }

@@ -11,7 +11,7 @@ import kotlin.system.exitProcess
 /**
  * Holds a conversation as the app does: `Talk LIBRARIES BUNDLE SCRATCH ANSWERS LENGTH TEXT...`.
  *
- * For each TEXT, a line of JSON goes to the file ANSWERS: the answer, and how many tokens were read and written; or the sentence of an error.
+ * For each TEXT, a line of JSON goes to the file ANSWERS: the answer, and how many tokens were read and written; or an error's sentence.
  */
 fun main(arguments: Array<String>) {
     val (libraries, folder, scratch, answers, length) = arguments
