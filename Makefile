@@ -35,12 +35,12 @@ $(OUT)/report.html: | $(INSTALLED)
 app: android-programs
 	$(BIN)/lobit android build -o app.apk
 
-# Debian's programs that the build runs. Only root may install them; anyone else is told the command.
-MISSING := from lobit.android.build import missing_packages; print(*missing_packages())
+# Debian's programs for the app, emulated phones and adb. Only root may install them; anyone else is told the command.
+MISSING := from lobit.android.artifacts import *; missing = missing_programs(); print(install_command(missing) if missing else "")
 android-programs: $(INSTALLED)
-	@packages=$$($(BIN)/python -c '$(MISSING)') && if [ -z "$$packages" ]; then exit; \
-	elif [ "$$(id -u)" = 0 ]; then apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $$packages; \
-	else echo "missing; as root: apt-get install --no-install-recommends $$packages"; exit 2; fi
+	@install=$$($(BIN)/python -c '$(MISSING)') && if [ -z "$$install" ]; then exit; \
+	elif [ "$$(id -u)" = 0 ]; then apt-get update && DEBIAN_FRONTEND=noninteractive $$install --yes; \
+	else echo "missing; as root: $$install"; exit 2; fi
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)

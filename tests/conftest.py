@@ -63,13 +63,12 @@ def android_tools() -> Callable[[str], None]:
 
     Where LOBIT_REQUIRE_SHARED is set it fails instead. What is fetched and compiled stays in `.android`, or in LOBIT_ANDROID.
     """
-    from lobit.android.artifacts import programs
+    from lobit.android.artifacts import missing_programs
 
     os.environ.setdefault("LOBIT_ANDROID", str(Path(__file__).parents[1] / ".android"))
 
     def need(use: str) -> None:
-        missing = [program.name for program in programs() if program.use == use and shutil.which(program.name) is None]
-        if missing:
+        if missing := [program.name for program in missing_programs(use)]:
             _give_up(f"{', '.join(missing)} not installed: `lobit doctor android` says how to install them")
 
     return need

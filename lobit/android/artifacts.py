@@ -93,6 +93,17 @@ def programs() -> list[Program]:
     return [Program(**entry) for entry in _listed()["program"]]
 
 
+def missing_programs(*uses: str) -> list[Program]:
+    """The programs for the given uses, or for all where none is given, that are not installed."""
+    return [program for program in programs() if program.use in (uses or (program.use,)) and shutil.which(program.name) is None]
+
+
+def install_command(missing: Sequence[Program]) -> str:
+    """The command that installs programs."""
+    packages = dict.fromkeys(name for program in missing for name in program.packages.split())
+    return f"apt-get install --no-install-recommends {' '.join(packages)}"
+
+
 def arm64_packages() -> list[str]:
     """Names of the Debian packages that the emulated arm64 process runs on."""
     return list(_listed()["arm64-root"]["packages"])

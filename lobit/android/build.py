@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 import zipfile
@@ -14,7 +13,7 @@ from typing import Any
 
 import lobit
 from lobit.android import apk, checks, notices
-from lobit.android.artifacts import SOURCES, cache_folder, fetched, programs, run, unpacked
+from lobit.android.artifacts import SOURCES, cache_folder, fetched, install_command, missing_programs, run, unpacked
 from lobit.android.kotlin import compiled
 from lobit.android.r8 import framework, r8_command
 from lobit.android.shim import ABIS, phone_libraries
@@ -150,20 +149,14 @@ class Steps:
         self.seconds[name] = round(time.perf_counter() - begin, 1)
 
 
-def missing_packages() -> list[str]:
-    """Debian's packages with programs that a build runs and that are not installed."""
-    missing = [program for program in programs() if program.use in USES and shutil.which(program.name) is None]
-    return list(dict.fromkeys(name for program in missing for name in program.packages.split()))
-
-
 def check_programs() -> None:
     """Refuses to begin where a program is missing.
 
     Raises:
         MissingPartError: the message has the command that installs all that are missing.
     """
-    if packages := " ".join(missing_packages()):
-        raise MissingPartError(f"programs that build the app are not installed: apt-get install --no-install-recommends {packages}")
+    if missing := missing_programs(*USES):
+        raise MissingPartError(f"programs that build the app are not installed: {install_command(missing)}")
 
 
 def version_code(version: str) -> int:

@@ -23,7 +23,6 @@ PARTS = {
 SENTENCE = "The capital of France is Paris. 2 + 2 = 4, isn't it?\n"
 """The text that lobit and transformers both read."""
 MESSAGES = [{"role": "user", "content": "Name the capital of France."}]
-APT = "apt-get install --no-install-recommends"
 OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Options for transformers: nothing is fetched, and code in the folder is neither run nor asked about."""
 FAR = 1e-3
@@ -73,18 +72,16 @@ def _android() -> dict[str, Any]:
     import shutil
     from importlib.util import find_spec
 
-    from lobit.android.artifacts import programs
+    from lobit.android.artifacts import install_command, missing_programs, programs
 
     rows: list[dict[str, Any]] = []
-    missing: dict[str, None] = {}
     for program in programs():
-        found = shutil.which(program.name)
-        missing |= {} if found else dict.fromkeys(program.packages.split())
-        rows.append({"for": f"android, {program.use}", "part": program.name, "found": found, "way_out": f"{APT} {program.packages}"})
+        told = {"for": f"android, {program.use}", "part": program.name, "found": shutil.which(program.name)}
+        rows.append({**told, "way_out": install_command([program])})
     elf = None if find_spec("elftools") is None else "installed"
     rows.append({"for": "android, native", "part": "pyelftools", "found": elf, "way_out": "pip install 'lobit[android]'"})
-    if missing:
-        rows.append({"for": "android", "part": "all that is missing", "found": None, "way_out": f"{APT} {' '.join(missing)}"})
+    if missing := missing_programs():
+        rows.append({"for": "android", "part": "all that is missing", "found": None, "way_out": install_command(missing)})
     return {"parts": rows, "passed": all(row["found"] for row in rows)}
 
 

@@ -135,3 +135,13 @@ def test_every_artifact_is_pinned_by_version_and_hash() -> None:
     listed = artifacts.artifacts()
     assert len({artifact.file for artifact in listed}) == len(listed)
     assert all(len(artifact.sha256) == 64 and artifact.version[0].isdigit() and artifact.uses for artifact in listed if artifact.version)
+
+
+def test_one_command_installs_the_programs_of_every_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is what `make android-programs` runs, and with it CI on a bare machine."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    missing = artifacts.missing_programs()
+    assert {program.use for program in missing} == {"native", "arm64", "apk", "adb"}
+    assert [program.name for program in artifacts.missing_programs("adb")] == ["adb"]
+    words = artifacts.install_command(missing).split()
+    assert len(words) == len(set(words)) and {"adb", "qemu-user", "aapt", "gcc"} < set(words)
