@@ -267,11 +267,13 @@ def bench(
     """
     from lobit import tables, verbs
     from lobit.progress import bar
-    from lobit.runtime.bench_phone import Pace
     from lobit.targets import parse_device
 
-    for_phone = (rest, cool, sustained) != (None, None, None)
+    pace = None
+    if (rest, cool, sustained) != (None, None, None):
+        from lobit.runtime.bench_phone import Pace
 
+        pace = Pace(rest or 0, cool, sustained or 0)
     with bar() as shown:
         result = verbs.bench(
             bundles,
@@ -281,7 +283,7 @@ def bench(
             threads=threads,
             repetitions=repetitions,
             device=parse_device(device, cpu),
-            pace=Pace(rest or 0, cool, sustained or 0) if for_phone else None,
+            pace=pace,
             progress=shown.count,
         )
     table = tables.instructions if result["kind"] == "instructions" else tables.bench

@@ -101,9 +101,9 @@ def build(
             fetched("framework", "app", "kotlin", "dex", "native")
             libraries = {processor: phone_libraries(processor, work / ABIS[processor]) for processor in processors}
         with steps.step("resources"):
-            base, generated = _resources(project, work)
+            base, generated = compile_resources(project, work)
         with steps.step("compile Kotlin"):
-            classes = _classes(project, generated, work)
+            classes = compile_classes(project, generated, work)
         with steps.step("dex"):
             dex = _dex(classes, work)
         with steps.step("check"):
@@ -165,7 +165,7 @@ def version_code(version: str) -> int:
     return 10000 * major + 100 * minor + patch
 
 
-def _resources(project: Project, work: Path) -> tuple[Path, Path]:
+def compile_resources(project: Project, work: Path) -> tuple[Path, Path]:
     """Compiles resources and the manifest: an APK that has nothing else, and the folder with the Java class of their names."""
     generated, base = work / "generated", work / "base.apk"
     numbers = ["--version-name", lobit.__version__, "--version-code", str(version_code(lobit.__version__))]
@@ -177,9 +177,9 @@ def _resources(project: Project, work: Path) -> tuple[Path, Path]:
     return base, generated
 
 
-def _classes(project: Project, generated: Path, work: Path) -> list[Path]:
+def compile_classes(project: Project, generated: Path, work: Path) -> list[Path]:
     """Compiles the sources: jars with all classes of the app."""
-    names, libraries = work / "R.jar", app_jars(work)
+    names, libraries = work / "R.jar", class_jars("app", work)
     run(["javac", "-nowarn", "-Xlint:-options", "--release", "8", "-d", work / "names", *sorted(generated.rglob("*.java"))])
     found = sorted((work / "names").rglob("*.class"))
     apk.pack({path.relative_to(work / "names").as_posix(): path for path in found}, names)
@@ -188,10 +188,10 @@ def _classes(project: Project, generated: Path, work: Path) -> list[Path]:
     return [compiled("app", project.kotlin, [framework(), names, *libraries]), names, *libraries]
 
 
-def app_jars(work: Path) -> list[Path]:
-    """The jars of other projects' classes that go into the app; those of Android archives are unpacked into a folder."""
+def class_jars(use: str, work: Path) -> list[Path]:
+    """The jars of other projects' classes for a use; those of Android archives are unpacked into a folder."""
     jars = []
-    for path in fetched("app"):
+    for path in fetched(use):
         if path.suffix == ".aar":
             unpacked(path, ["classes.jar"], work / path.stem)
             path = (work / path.stem / "classes.jar").rename(work / path.with_suffix(".jar").name)

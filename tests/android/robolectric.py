@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lobit.android import notices
-from lobit.android.artifacts import SOURCES, fetched, unpacked
-from lobit.android.build import Project, _classes, _resources, framework
+from lobit.android.artifacts import SOURCES, fetched
+from lobit.android.build import Project, class_jars, compile_classes, compile_resources, framework
 from lobit.android.kotlin import compile_command
 from lobit.android.shim import shim
 
@@ -29,24 +29,14 @@ class Robolectric:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         project = Project.in_folder(parts=("binding", "core", "app"))
-        self.base, generated = _resources(project, folder)
-        app = _classes(project, generated, folder)
+        self.base, generated = compile_resources(project, folder)
+        app = compile_classes(project, generated, folder)
         tests = sorted((SOURCES / "app/src/test/kotlin").rglob("*.kt"))
         loader = [SOURCES / "host/src/main/kotlin/dev/lobit/host/Libraries.kt"]
-        self.classpath = [folder / "tests", *app, *self._jars(), framework()]
+        self.classpath = [folder / "tests", *app, *class_jars("robolectric", folder), framework()]
         (folder / "tests").mkdir()
         subprocess.run(list(map(str, compile_command([*tests, *loader], self.classpath[1:], folder / "tests"))), check=True)
         self._write_properties(project)
-
-    def _jars(self) -> list[Path]:
-        """Robolectric's jars; those of Android archives are unpacked."""
-        jars = []
-        for path in fetched("robolectric"):
-            if path.suffix == ".aar":
-                unpacked(path, ["classes.jar"], self.folder / path.stem)
-                path = (self.folder / path.stem / "classes.jar").rename(self.folder / path.with_suffix(".jar").name)
-            jars.append(path)
-        return jars
 
     def _write_properties(self, project: Project) -> None:
         """Tells Robolectric where the app's manifest, resources and assets are."""
