@@ -7,16 +7,13 @@ import android.os.Bundle
 import android.view.Menu
 import android.view.MenuItem
 import android.view.View
-import android.view.ViewGroup
-import android.widget.BaseAdapter
 import android.widget.Button
 import android.widget.ListView
 import android.widget.TextView
 
 /** The first screen: the bundles on this phone, and ways to bring another. */
 class BundlesActivity : Screen() {
-    private var entries = emptyList<Entry>()
-    private val rows = Rows()
+    private val rows by lazy { Rows(layoutInflater, R.layout.bundle_row, ::bind) }
 
     override fun onCreate(state: Bundle?) {
         super.onCreate(state)
@@ -24,7 +21,7 @@ class BundlesActivity : Screen() {
         title = getString(R.string.bundles)
         findViewById<ListView>(R.id.list).apply {
             adapter = rows
-            setOnItemClickListener { _, _, index, _ -> startActivity(BundleActivity.intent(context, entries[index].name)) }
+            setOnItemClickListener { _, _, index, _ -> startActivity(BundleActivity.intent(context, rows.items[index].name)) }
         }
         findViewById<Button>(R.id.open_zip).setOnClickListener {
             val types = arrayOf("application/zip", "application/octet-stream")
@@ -51,9 +48,8 @@ class BundlesActivity : Screen() {
 
     override fun show(state: State) {
         showWork(state)
-        entries = state.entries
-        findViewById<View>(R.id.empty).visibility = if (entries.isEmpty() && state.work == null) View.VISIBLE else View.GONE
-        rows.notifyDataSetChanged()
+        rows.items = state.entries
+        findViewById<View>(R.id.empty).visibility = if (state.entries.isEmpty() && state.work == null) View.VISIBLE else View.GONE
     }
 
     override fun onCreateOptionsMenu(menu: Menu): Boolean {
@@ -66,20 +62,9 @@ class BundlesActivity : Screen() {
         return true
     }
 
-    private inner class Rows : BaseAdapter() {
-        override fun getCount() = entries.size
-
-        override fun getItem(index: Int) = entries[index]
-
-        override fun getItemId(index: Int) = index.toLong()
-
-        override fun getView(index: Int, old: View?, parent: ViewGroup): View {
-            val view = old ?: layoutInflater.inflate(R.layout.bundle_row, parent, false)
-            val entry = entries[index]
-            view.findViewById<TextView>(R.id.name).text = entry.name
-            view.findViewById<TextView>(R.id.what).text = entry.bundle?.let { summary(it) } ?: entry.problem
-            return view
-        }
+    private fun bind(view: View, entry: Entry) {
+        view.findViewById<TextView>(R.id.name).text = entry.name
+        view.findViewById<TextView>(R.id.what).text = entry.bundle?.let { summary(it) } ?: entry.problem
     }
 
     private fun summary(bundle: dev.lobit.core.Bundle): String {

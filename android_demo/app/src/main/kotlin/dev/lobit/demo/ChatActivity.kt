@@ -8,8 +8,6 @@ import android.view.Gravity
 import android.view.Menu
 import android.view.MenuItem
 import android.view.View
-import android.view.ViewGroup
-import android.widget.BaseAdapter
 import android.widget.Button
 import android.widget.EditText
 import android.widget.LinearLayout
@@ -22,8 +20,7 @@ import dev.lobit.core.Message
 /** A conversation; its answers appear as they are written. */
 class ChatActivity : Screen() {
     private val name: String get() = intent.getStringExtra(NAME).orEmpty()
-    private var messages = emptyList<Message>()
-    private val rows = Rows()
+    private val rows by lazy { Rows(layoutInflater, R.layout.message, ::bind) }
 
     override fun onCreate(state: Bundle?) {
         super.onCreate(state)
@@ -45,8 +42,7 @@ class ChatActivity : Screen() {
 
     override fun show(state: State) {
         showWork(state)
-        messages = state.messages
-        rows.notifyDataSetChanged()
+        rows.items = state.messages
         findViewById<EditText>(R.id.prompt).setHint(if (state.chats) R.string.message_hint else R.string.text_hint)
         findViewById<Button>(R.id.send).apply {
             setText(if (state.answering) R.string.stop else R.string.send)
@@ -92,24 +88,13 @@ class ChatActivity : Screen() {
             .show()
     }
 
-    private inner class Rows : BaseAdapter() {
-        override fun getCount() = messages.size
-
-        override fun getItem(index: Int) = messages[index]
-
-        override fun getItemId(index: Int) = index.toLong()
-
-        override fun getView(index: Int, old: View?, parent: ViewGroup): View {
-            val view = old ?: layoutInflater.inflate(R.layout.message, parent, false)
-            val message = messages[index]
-            val mine = message.role == Conversation.USER
-            (view as LinearLayout).gravity = if (mine) Gravity.END else Gravity.START
-            view.findViewById<TextView>(R.id.text).apply {
-                if (text.toString() != message.text) text = message.text
-                setBackgroundColor(getColor(if (mine) R.color.mine else R.color.theirs))
-                contentDescription = getString(if (mine) R.string.you_said else R.string.model_said, message.text)
-            }
-            return view
+    private fun bind(view: View, message: Message) {
+        val mine = message.role == Conversation.USER
+        (view as LinearLayout).gravity = if (mine) Gravity.END else Gravity.START
+        view.findViewById<TextView>(R.id.text).apply {
+            if (text.toString() != message.text) text = message.text
+            setBackgroundColor(getColor(if (mine) R.color.mine else R.color.theirs))
+            contentDescription = getString(if (mine) R.string.you_said else R.string.model_said, message.text)
         }
     }
 

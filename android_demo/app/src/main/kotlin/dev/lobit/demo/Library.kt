@@ -60,7 +60,8 @@ class Library(private val root: File, private val assets: AssetManager) {
     fun takeZip(resolver: ContentResolver, uri: Uri, progress: (Long, Long) -> Unit): String {
         val name = nameOf(resolver, uri).removeSuffix(".zip")
         val stream = resolver.openInputStream(uri) ?: throw LobitException("$name cannot be read: pick it again")
-        return stream.use { input -> take(name) { into -> Bundle.unzip(input, into, progress = progress) } }
+        stream.use { Bundle.unzip(it, free(name), progress = progress) }
+        return name
     }
 
     /** Copies a bundle out of a folder that the user picked; returns its name. */
@@ -105,13 +106,19 @@ class Library(private val root: File, private val assets: AssetManager) {
         return (told ?: uri.lastPathSegment ?: "bundle").substringAfterLast('/').trimStart('.').ifEmpty { "bundle" }
     }
 
-    /** Lets [fill] write a folder beside its place, checks it as a bundle, and puts it there whole or not at all. */
-    private fun take(name: String, fill: (File) -> Unit): String {
+    /** The place of a new bundle. */
+    private fun free(name: String): File {
         val place = folder(name)
         if (place.exists()) throw LobitException("a bundle named $name is here already: remove it first")
+        root.mkdirs()
+        return place
+    }
+
+    /** Lets [fill] write a folder beside its place, checks it as a bundle, and puts it there whole or not at all. */
+    private fun take(name: String, fill: (File) -> Unit): String {
+        val place = free(name)
         val partial = File(root, name + PARTIAL)
         partial.deleteRecursively()
-        root.mkdirs()
         try {
             fill(partial)
             Bundle.open(partial)

@@ -9,7 +9,7 @@ import java.security.MessageDigest
 typealias Progress = (done: Long, total: Long) -> Unit
 
 /** What the app can run: names of targets, and releases of ExecuTorch whose programs its library loads. */
-data class Runnable(val targets: Set<String> = setOf("xnnpack"), val releases: Set<String> = setOf("1.5.1"))
+data class Supported(val targets: Set<String> = setOf("xnnpack"), val releases: Set<String> = setOf("1.5.1"))
 
 /** A folder that `lobit export` wrote. */
 class Bundle(val folder: File, val manifest: Manifest) {
@@ -22,9 +22,9 @@ class Bundle(val folder: File, val manifest: Manifest) {
          *
          * Without [checkHashes] only presence and size of the files are compared. Throws [LobitException].
          */
-        fun open(folder: File, checkHashes: Boolean = true, runnable: Runnable = Runnable(), progress: Progress = { _, _ -> }): Bundle {
+        fun open(folder: File, checkHashes: Boolean = true, supported: Supported = Supported(), progress: Progress = { _, _ -> }): Bundle {
             val manifest = manifest(folder)
-            checkRuns(manifest, runnable)
+            checkRuns(manifest, supported)
             val total = manifest.files.fold(0.0) { sum, entry -> sum + entry.bytes }.toLong()
             var done = 0L
             for (entry in manifest.files) {
@@ -50,15 +50,15 @@ class Bundle(val folder: File, val manifest: Manifest) {
         }
 
         /** Refuses a bundle whose program this app does not run. */
-        fun checkRuns(manifest: Manifest, runnable: Runnable) {
-            if (manifest.target !in runnable.targets) {
-                val targets = runnable.targets.joinToString()
+        fun checkRuns(manifest: Manifest, supported: Supported) {
+            if (manifest.target !in supported.targets) {
+                val targets = supported.targets.joinToString()
                 val told = "bundle ${manifest.name} is for target ${shown(manifest.target)}, this app runs $targets"
                 throw refusal(Reason.RUNTIME, "$told: export it for that")
             }
             val release = manifest.versions["executorch"]
-            if (release !in runnable.releases) {
-                val releases = runnable.releases.joinToString()
+            if (release !in supported.releases) {
+                val releases = supported.releases.joinToString()
                 val told = if (release == null) "does not say which ExecuTorch made it" else "was made by ExecuTorch ${shown(release)}"
                 val needed = "this app runs programs of $releases: export it with such a release"
                 throw refusal(Reason.RUNTIME, "bundle ${manifest.name} $told, $needed")
@@ -70,8 +70,8 @@ class Bundle(val folder: File, val manifest: Manifest) {
          *
          * [into] appears only when all of it is there and checked; until then its files lie in a folder with `.partial` after its name.
          */
-        fun unzip(stream: InputStream, into: File, runnable: Runnable = Runnable(), progress: Progress = { _, _ -> }): Bundle =
-            BundleZip(into, runnable, progress).unpack(stream)
+        fun unzip(stream: InputStream, into: File, supported: Supported = Supported(), progress: Progress = { _, _ -> }): Bundle =
+            BundleZip(into, supported, progress).unpack(stream)
 
         private fun problem(folder: File, entry: FileEntry, checkHashes: Boolean, progress: (Long) -> Unit): String? {
             val file = File(folder, entry.path)

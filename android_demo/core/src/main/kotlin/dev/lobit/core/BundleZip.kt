@@ -9,7 +9,7 @@ import java.util.zip.ZipException
 import java.util.zip.ZipInputStream
 
 /** Unpacks a zip of a bundle, as [Bundle.unzip] says. Nothing is written that the manifest does not bound. */
-internal class BundleZip(private val into: File, private val runnable: Runnable, private val progress: Progress) {
+internal class BundleZip(private val into: File, private val supported: Supported, private val progress: Progress) {
     private val partial = File(into.absoluteFile.parentFile, "${into.name}.partial")
 
     /** Paths in the zip, lower-case: some phones' storage does not tell cases apart. */
@@ -67,7 +67,7 @@ internal class BundleZip(private val into: File, private val runnable: Runnable,
         val bytes = java.io.ByteArrayOutputStream()
         copy(zip, bytes) { it <= Manifest.LARGEST }
         val read = Manifest.read(bytes.toByteArray())
-        Bundle.checkRuns(read, runnable)
+        Bundle.checkRuns(read, supported)
         manifest = read
         top = path.removeSuffix(Manifest.FILE_NAME)
         File(partial, path).apply { parentFile?.mkdirs() }.writeBytes(bytes.toByteArray())
@@ -106,7 +106,7 @@ internal class BundleZip(private val into: File, private val runnable: Runnable,
         val wanted = read.files.map { top + it.path } + (top + Manifest.FILE_NAME)
         (written.keys - wanted.toSet()).forEach { File(partial, it).delete() }
         val folder = File(partial, top)
-        Bundle.open(folder, true, runnable, progress)
+        Bundle.open(folder, true, supported, progress)
         if (!folder.renameTo(into)) refuse("${into.name} cannot be made in ${into.parent}: make space")
         return Bundle(into, read)
     }

@@ -28,27 +28,26 @@ class ExecuTorch(private val scratch: File) : Runtime {
 
     override fun textEngine(bundle: Bundle): TextEngine = told(bundle) {
         val tokenizer = bundle.file("tokenizer")
-        val stops = stopTexts(tokenizer, bundle.manifest.tokens.stop.toSet())
-        LlmEngine(LlmModule(bundle.file("program").path, streamable(tokenizer).path, 0f).also { it.load() }, stops)
+        val text = tokenizer.readText()
+        val module = LlmModule(bundle.file("program").path, (streamable(text) ?: tokenizer).path, 0f).also { it.load() }
+        LlmEngine(module, stopTexts(text, bundle.manifest.tokens.stop.toSet()))
     }
 
     /**
-     * The tokenizer as ExecuTorch's runner needs it. The runner decodes token by token, and a decoder of type `Strip`, which removes the
+     * The file of a tokenizer as ExecuTorch's runner needs it; null where that is the bundle's own. The runner decodes token by token, and a decoder of type `Strip`, which removes the
      * space before a whole text, would then remove that of every word: it is left out.
      */
-    private fun streamable(tokenizer: File): File {
-        val text = tokenizer.readText()
-        if (!STRIP.containsMatchIn(text)) return tokenizer
+    private fun streamable(text: String): File? {
+        if (!STRIP.containsMatchIn(text)) return null
         val json = JSONObject(text)
-        val decoders = json.optJSONObject("decoder")?.optJSONArray("decoders") ?: return tokenizer
+        val decoders = json.optJSONObject("decoder")?.optJSONArray("decoders") ?: return null
         val kept = (0 until decoders.length()).map(decoders::getJSONObject).filter { it.optString("type") != "Strip" }
         json.getJSONObject("decoder").put("decoders", JSONArray(kept))
         return File(scratch.apply { mkdirs() }, "tokenizer.json").apply { writeText(json.toString()) }
     }
 
     /** The texts of stop tokens: the runner gives that of the token that ends an answer, which is no part of it. */
-    private fun stopTexts(tokenizer: File, stops: Set<Long>): Set<String> {
-        val text = tokenizer.readText()
+    private fun stopTexts(text: String, stops: Set<Long>): Set<String> {
         val start = ADDED.find(text)?.range?.last ?: return emptySet()
         // The list stands before the vocabulary, which is large and need not be read for it.
         val added = JSONTokener(text.substring(start)).nextValue() as? JSONArray ?: return emptySet()

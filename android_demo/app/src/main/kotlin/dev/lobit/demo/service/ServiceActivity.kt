@@ -9,7 +9,6 @@ import android.os.Bundle
 import android.system.ErrnoException
 import android.system.Os
 import android.system.OsConstants
-import android.view.View
 import android.view.WindowManager
 import android.widget.TextView
 import dev.lobit.core.Bench
@@ -38,14 +37,13 @@ class ServiceActivity : Screen() {
 
     override fun onCreate(state: Bundle?) {
         super.onCreate(state)
-        setContentView(R.layout.chat)
+        setContentView(R.layout.service)
         window.addFlags(WindowManager.LayoutParams.FLAG_KEEP_SCREEN_ON)
         if (Build.VERSION.SDK_INT >= 27) {
             // Android freezes an app that is not seen, also behind a locked screen.
             setShowWhenLocked(true)
             setTurnScreenOn(true)
         }
-        listOf(R.id.prompt, R.id.send, R.id.messages).forEach { findViewById<View>(it).visibility = View.GONE }
         begin(intent)
     }
 
