@@ -34,8 +34,10 @@ class ExecuTorch(private val scratch: File) : Runtime {
     }
 
     /**
-     * The file of a tokenizer as ExecuTorch's runner needs it; null where that is the bundle's own. The runner decodes token by token, and a decoder of type `Strip`, which removes the
-     * space before a whole text, would then remove that of every word: it is left out.
+     * The file of a tokenizer as ExecuTorch's runner needs it; null where that is the bundle's own.
+     *
+     * The runner decodes token by token, and a decoder of type `Strip`, which removes the space before a whole text, would then remove
+     * that of every word: it is left out.
      */
     private fun streamable(text: String): File? {
         if (!STRIP.containsMatchIn(text)) return null
