@@ -7,6 +7,7 @@ import contextlib
 import errno
 import functools
 import io
+import logging
 import os
 import re
 import signal
@@ -30,6 +31,8 @@ NO_MEMORY = re.compile(
     r"alloc.* memory|out of memory|bad_alloc|without exception set|failed to map segment|can't start new thread", re.IGNORECASE
 )
 """How libraries that do not raise MemoryError say that memory has run out."""
+INTERRUPTED = re.compile(r"KeyboardInterrupt: (\d*)")
+"""What PyTorch's C++ makes of an interruption that comes while it calls Python: the text of an error of its own."""
 AGAIN = 0.05
 """Seconds after which an interruption is repeated that Python has dropped."""
 ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
@@ -43,7 +46,8 @@ def one_message() -> Iterator[None]:
     An error of lobit's own is raised unchanged, with its traceback. With `LOBIT_DEBUG=1` in the environment every error's traceback
     is shown before its message.
     """
-    ending = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+    ending = [number for number in [signal.SIGINT, *ENDING] if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+    logged = logging.root.manager.disable
     before = {number: signal.signal(number, _interrupt) for number in ending}
     unraisable = sys.unraisablehook
     sys.unraisablehook = functools.partial(_interrupt_again, unraisable)
@@ -64,6 +68,7 @@ def one_message() -> Iterator[None]:
         _leave(code, at_once=_is_out_of_memory(error))
     finally:
         sys.unraisablehook = unraisable
+        logging.disable(logged)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -102,8 +107,8 @@ def _open_streams() -> None:
 
 def explain(error: BaseException) -> tuple[str, int] | None:
     """The message and the exit code; None for an error of lobit's own."""
-    if isinstance(error, KeyboardInterrupt):
-        number = error.args[0] if error.args else signal.SIGINT
+    number = _interruption(error)
+    if number is not None:
         left = "" if getattr(error, "__notes__", None) else ", nothing half-written is left"
         return f"interrupted{left}", SIGNALED + number
     if _is_out_of_memory(error):
@@ -120,7 +125,21 @@ def explain(error: BaseException) -> tuple[str, int] | None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt(number)
+    logging.disable(logging.ERROR)  # libraries log the interruption, with a traceback, as an error of their own
+    raise KeyboardInterrupt(*([] if number == signal.SIGINT else [number]))
+
+
+def _interruption(error: BaseException) -> int | None:
+    """The signal's number where the error, or one that led to it, is an interruption; else None."""
+    first: BaseException | None = error
+    while first is not None:
+        if isinstance(first, KeyboardInterrupt):
+            return first.args[0] if first.args else signal.SIGINT
+        told = INTERRUPTED.search(str(first)) if isinstance(first, (TypeError, RuntimeError)) else None
+        if told:
+            return int(told[1] or signal.SIGINT)
+        first = first.__cause__ or first.__context__
+    return None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

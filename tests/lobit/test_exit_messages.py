@@ -229,6 +229,8 @@ EXPLAINED: dict[str, tuple[BaseException, int, str]] = {
     "no text": (UnicodeDecodeError("utf-8", b"a\xff", 1, 2, "invalid"), 2, "byte 1 is 0xff"),
     "depth": (RecursionError(), 2, "nested too deeply"),
     "Ctrl-C": (KeyboardInterrupt(), 130, "interrupted"),
+    "Ctrl-C in C++": (TypeError('failed to unpack with error "KeyboardInterrupt: <EMPTY MESSAGE>'), 130, "interrupted"),
+    "an end in C++": (_from(RuntimeError("KeyboardInterrupt: 15")), 143, "interrupted"),
     "an end": (KeyboardInterrupt(signal.SIGTERM), 143, "interrupted"),
 }
 

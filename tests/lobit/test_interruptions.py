@@ -87,6 +87,30 @@ def test_an_interruption_in_a_finalizer_is_not_lost(number: signal.Signals) -> N
     assert_one_message(done, "interrupted", code=128 + number)
 
 
+IN_CPLUSPLUS = """
+import logging, signal, sys, torch
+from lobit.exit_messages import one_message
+
+class Size:
+    def is_int(self):
+        signal.raise_signal(int(sys.argv[1]))
+
+with one_message():
+    try:
+        torch.empty_strided((1, torch.SymInt(Size())), (1, 1))
+    except TypeError:
+        logging.getLogger("torch").exception("fake tensor raised TypeError")  # as PyTorch's exporter does
+        raise
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_an_interruption_that_pytorch_tells_as_another_error_is_one(number: signal.Signals) -> None:
+    """Its C++ calls Python for symbolic sizes, and raises a TypeError of what it finds raised there."""
+    done = ended([sys.executable, "-c", IN_CPLUSPLUS, str(int(number))], preexec_fn=_heed_signals)
+    assert_one_message(done, "interrupted", code=128 + number)
+
+
 def test_a_signal_that_is_ignored_stays_ignored(slow_model: Path, tmp_path: Path) -> None:
     """As `nohup` has it."""
     ignoring = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh"]
