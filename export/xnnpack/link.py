@@ -18,10 +18,11 @@ from executorch.exir.scalar_type import ScalarType
 from torch import Tensor, nn
 
 from lobit.errors import TargetError, listed
+from lobit.export.pte import Linked
 from lobit.export.stages import Count
 from lobit.export.xnnpack.lowering import LoweredPart
 from lobit.export.xnnpack.parts import INPUTS, OUTPUT, Choice, Parts, PerToken, Step, Value
-from lobit.export.xnnpack.stamp import digest_of, key_of, serialized
+from lobit.export.xnnpack.stamp import SCALE, digest_of, key_of, serialized
 
 ARENA = 1
 """Id of the memory that ExecuTorch plans; 0 stands for none there."""
@@ -41,29 +42,16 @@ SCALARS = {
 
 @dataclass(frozen=True)
 class Weight:
-    """A delegate's constant, whose bytes are made when they are written."""
+    """A delegate's constant, whose bytes are made when they are written (`pte.Named`)."""
 
     module: nn.Module
     name: str
     bytes: int
+    digest: str
 
     def data(self) -> Tensor:
         """The constant's bytes, as XNNPACK reads them."""
         return serialized(self.module, self.name, self.module.state_dict()[self.name])
-
-
-@dataclass
-class Linked:
-    """A program whose large data is still outside of it."""
-
-    program: schema.Program
-    """The program without constants, the delegates' data and named data."""
-    constants: dict[str, Tensor]
-    """Constants by their digests; the program's tensors refer to them by their number in this order, counted from 1."""
-    delegates: list[bytes]
-    """Data of the delegates, which the program's delegates refer to by index."""
-    weights: dict[str, Weight]
-    """Constants of the delegates by the names that the delegates have for them."""
 
 
 class Linker:
@@ -250,7 +238,7 @@ class Linker:
         if known not in self._keys:
             data = serialized(module, name, module.state_dict()[name])
             self._keys[known] = key_of(module, name, data)
-            self.weights.setdefault(self._keys[known], Weight(module, name, data.nbytes))
+            self.weights.setdefault(self._keys[known], Weight(module, name, data.nbytes, self._keys[known].removeprefix(SCALE)))
         return self._keys[known]
 
     def _value(self, name: str) -> int:

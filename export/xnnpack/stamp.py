@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from lobit.errors import TargetError
+from lobit.export.pte import as_bytes
 from lobit.export.xnnpack.delegated import DelegatedLinear
 from lobit.quant_recipes.packing import pack_int4
 
@@ -48,11 +49,6 @@ def serialized(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
     if isinstance(owner, DelegatedLinear) and part == "scale" and owner.grid.group_size:
         return tensor.to(torch.bfloat16)
     return tensor.detach().float().contiguous()
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's bytes, without a copy."""
-    return tensor.flatten().view(torch.uint8).numpy().data
 
 
 def digest_of(tensor: Tensor) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lobit.errors import TargetError, listed
+from lobit.export.pte import write_program
 from lobit.export.size_groups import Tally
 from lobit.export.stages import Count
 from lobit.export.target import Costs, Lowered, Needs, Spec
@@ -23,7 +24,6 @@ from lobit.export.xnnpack.link import Linker
 from lobit.export.xnnpack.lowering import LoweredPart, lower_part, trace_part, without_collection
 from lobit.export.xnnpack.parts import Interpreter, Parts, Step
 from lobit.export.xnnpack.program import build
-from lobit.export.xnnpack.pte import write_program
 from lobit.export.xnnpack.weights import form_of, format_of, layer_form
 from lobit.model import Config, RMSNorm, Transformer, replace_layers, twin
 from lobit.quant_recipes.apply import layer_plans

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 
 from lobit import verbs
+from lobit.export.pte import write_program
 from lobit.export.target import Spec
 from lobit.export.xnnpack import lowering
 from lobit.export.xnnpack import target as xnnpack
 from lobit.export.xnnpack.link import Linker
 from lobit.export.xnnpack.parts import INPUTS, OUTPUT, Choice, Parts, Step
-from lobit.export.xnnpack.pte import write_program
 from lobit.runtime.executorch import import_runtime
 from lobit.verbs.make import converted
 

@@ -13,13 +13,12 @@ from executorch.exir import schema
 
 from lobit import verbs
 from lobit.errors import TargetError
+from lobit.export.pte import Linked, as_bytes, write_program
 from lobit.export.target import Spec
 from lobit.export.xnnpack import lowering
 from lobit.export.xnnpack import target as xnnpack
-from lobit.export.xnnpack.link import Linked, Linker
+from lobit.export.xnnpack.link import Linker
 from lobit.export.xnnpack.parts import Parts, Step
-from lobit.export.xnnpack.pte import write_program
-from lobit.export.xnnpack.stamp import as_bytes
 from lobit.runtime.executorch import import_runtime
 from lobit.verbs.make import converted
 

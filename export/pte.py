@@ -6,9 +6,12 @@ data of those. Where named data equals a constant, as for a head that is the emb
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
+import torch
 from executorch.exir import schema
 from executorch.exir._serialize._flatbuffer_program import _program_to_flatbuffer
 from executorch.exir._serialize._program import _ExtendedHeader, _insert_flatbuffer_header
@@ -16,14 +19,45 @@ from executorch.exir._serialize.padding import aligned_size
 from torch import Tensor
 
 from lobit.export.stages import Count
-from lobit.export.xnnpack.link import Linked, Weight
-from lobit.export.xnnpack.stamp import SCALE, as_bytes
 
 SEGMENT_ALIGNMENT = 128
 CONSTANT_ALIGNMENT = 16
 """Bytes; both are those of ExecuTorch's own writer."""
 
-Source = bytes | Tensor | Weight
+PIECE = 1 << 24
+"""Bytes of a file that are copied at once."""
+
+
+class Named(Protocol):
+    """A delegate's constant, whose bytes are made when they are written."""
+
+    @property
+    def bytes(self) -> int:
+        """Number of its bytes."""
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of its bytes, in hexadecimal."""
+
+    def data(self) -> Tensor:
+        """The bytes."""
+
+
+@dataclass
+class Linked:
+    """A program whose large data is still outside of it."""
+
+    program: schema.Program
+    """The program without constants, the delegates' data and named data."""
+    constants: Mapping[str, Tensor]
+    """Constants by their digests; the program's tensors refer to them by their number in this order, counted from 1."""
+    delegates: Sequence[bytes | Path]
+    """Data of the delegates, or files that have them; the program's delegates refer to them by index."""
+    weights: Mapping[str, Named]
+    """Constants of the delegates by the names that the delegates have for them."""
+
+
+Source = bytes | Path | Tensor | Named
 
 
 @dataclass
@@ -47,27 +81,34 @@ class _Layout:
         return len(self.segments) - 1
 
 
+def as_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes, without a copy."""
+    return tensor.flatten().view(torch.uint8).numpy().data
+
+
 def write_program(linked: Linked, path: Path, count: Count | None = None) -> None:
     """Writes a linked program; `count` is called with how many bytes are written, and how many there are."""
     layout, program = _Layout(), linked.program
     offsets = _constants(linked, layout)
     program.constant_segment = schema.SubsegmentOffsets(segment_index=0, offsets=[0, *offsets])
-    numbers = [layout.segment(layout.place(blob, len(blob), SEGMENT_ALIGNMENT), len(blob)) for blob in linked.delegates]
-    for delegate in program.execution_plan[0].delegates:
+    sizes = [blob.stat().st_size if isinstance(blob, Path) else len(blob) for blob in linked.delegates]
+    blobs = zip(linked.delegates, sizes, strict=True)
+    numbers = [layout.segment(layout.place(blob, size, SEGMENT_ALIGNMENT), size) for blob, size in blobs]
+    for delegate in (delegate for plan in program.execution_plan for delegate in plan.delegates):
         where = schema.BackendDelegateDataReference(location=schema.DataLocation.SEGMENT, index=numbers[delegate.processed.index])
         delegate.processed = where
     held = dict(zip(linked.constants, offsets, strict=True))
     program.named_data = []
     for key, weight in linked.weights.items():
-        digest = key.removeprefix(SCALE)
-        offset = held[digest] if digest in held else layout.place(weight, weight.bytes, SEGMENT_ALIGNMENT)
+        offset = held[weight.digest] if weight.digest in held else layout.place(weight, weight.bytes, SEGMENT_ALIGNMENT)
         program.named_data.append(schema.NamedData(key=key, segment_index=layout.segment(offset, weight.bytes)))
     program.segments = layout.segments
     with path.open("wb") as file:
         begin = file.write(_head(program, layout.end))
         for offset, source in layout.pieces:
             file.write(bytes(begin + offset - file.tell()))
-            file.write(_data(source))
+            for piece in _pieces(source):
+                file.write(piece)
             if count:
                 count(offset, layout.end)
 
@@ -79,9 +120,18 @@ def _constants(linked: Linked, layout: _Layout) -> list[int]:
     return offsets
 
 
-def _data(source: Source) -> bytes | memoryview:
-    tensor = source.data() if isinstance(source, Weight) else source
-    return as_bytes(tensor) if isinstance(tensor, Tensor) else tensor
+def _pieces(source: Source) -> Iterator[bytes | memoryview]:
+    match source:
+        case bytes():
+            yield source
+        case Path():
+            with source.open("rb") as file:
+                while piece := file.read(PIECE):
+                    yield piece
+        case Tensor():
+            yield as_bytes(source)
+        case _:
+            yield as_bytes(source.data())
 
 
 def _head(program: schema.Program, data_size: int) -> bytes:
