@@ -68,7 +68,8 @@ class Robolectric:
         if native:
             told["lobit.libraries"] = environment["LD_LIBRARY_PATH"] = str(shim("x86_64"))
         words = [f"-D{name}={value}" for name, value in told.items()]
-        java = ["java", "-Xmx2g", *words, "-cp", os.pathsep.join(map(str, self.classpath))]
+        # Robolectric makes descriptors of files that apps hand to each other.
+        java = ["java", "-Xmx2g", "--add-opens=java.base/java.io=ALL-UNNAMED", *words, "-cp", os.pathsep.join(map(str, self.classpath))]
         command = [*java, "org.junit.runner.JUnitCore", f"dev.lobit.demo.{name}"]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, errors="replace", check=False)
         lines = [line for line in done.stdout.splitlines() if not FORGET.match(line)]

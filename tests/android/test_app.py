@@ -40,6 +40,21 @@ def test_bundles_come_into_the_app_whole_or_not_at_all(app: Robolectric, demo: P
 
 
 @pytest.mark.slow
+def test_a_folder_comes_into_the_app_whole_or_not_at_all(app: Robolectric, demo: Path) -> None:
+    app.run("FolderTest", {"lobit.bundle": demo})
+
+
+@pytest.mark.slow
+def test_what_takes_long_can_be_cancelled(app: Robolectric, demo: Path) -> None:
+    app.run("CancelTest", {"lobit.bundle": demo})
+
+
+@pytest.mark.slow
+def test_the_service_serves_adb_alone(app: Robolectric, demo: Path) -> None:
+    app.run("ServiceTest", {"lobit.bundle": demo})
+
+
+@pytest.mark.slow
 def test_the_app_writes_the_story_that_lobit_writes(app: Robolectric, bundles: Any) -> None:
     """stories260k in floats: greedy text of INT8 activations may fork where another processor rounds an input to another step."""
     story = bundles("stories260k", "fp")

@@ -32,6 +32,18 @@ class ChatActivity : Screen() {
         store.open(name)
     }
 
+    /** Whoever cancels the loading has no more to do here. */
+    override fun cancelWork() {
+        super.cancelWork()
+        if (store.state.open != name) finish()
+    }
+
+    /** Whoever goes Back gives up a bundle that is not loaded yet; a rotation, or another app in front, changes nothing. */
+    override fun onPause() {
+        if (isFinishing) store.cancelOpening(name)
+        super.onPause()
+    }
+
     private fun send() {
         val prompt = findViewById<EditText>(R.id.prompt)
         val text = prompt.text.toString()

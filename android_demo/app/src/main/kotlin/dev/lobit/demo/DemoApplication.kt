@@ -6,11 +6,13 @@ import android.os.Looper
 import dev.lobit.core.ExecuTorch
 import dev.lobit.core.LobitException
 import dev.lobit.core.Runtime
+import dev.lobit.demo.service.Listener
+import dev.lobit.demo.service.LocalListener
 import java.io.File
 import java.util.concurrent.Executors
 import org.pytorch.executorch.NativeLibraries
 
-/** The process: it has the one [Store]. Tests give it another runtime. */
+/** The process: it has the one [Store]. Tests give it another runtime, and other sockets. */
 open class DemoApplication : Application() {
     private val handler by lazy { Handler(Looper.getMainLooper()) }
     val library by lazy { Library(File(filesDir, "bundles"), assets) }
@@ -26,6 +28,9 @@ open class DemoApplication : Application() {
         NativeLibraries.load()
         return ExecuTorch(File(cacheDir, "runtime"))
     }
+
+    /** Where the service waits for clients. Throws `IOException` where the name is taken. */
+    open fun listener(name: String): Listener = LocalListener(name)
 }
 
 /** The sentences that the [Store] shows. */

@@ -6,6 +6,7 @@ import android.net.Uri
 import android.provider.DocumentsContract
 import dev.lobit.core.Bundle
 import dev.lobit.core.LobitException
+import dev.lobit.core.Progress
 import java.io.File
 import java.io.IOException
 import java.io.InputStream
@@ -29,7 +30,7 @@ class Library(private val root: File, private val assets: AssetManager) {
         }
 
     /** Opens a bundle and compares the hashes of all of its files. */
-    fun checked(name: String, progress: (Long, Long) -> Unit = { _, _ -> }): Bundle = Bundle.open(folder(name), progress = progress)
+    fun checked(name: String, progress: Progress = { _, _ -> }): Bundle = Bundle.open(folder(name), progress = progress)
 
     /** The folder of a bundle. Names of folders elsewhere are refused. */
     private fun folder(name: String): File {
@@ -57,7 +58,7 @@ class Library(private val root: File, private val assets: AssetManager) {
     }
 
     /** Copies a bundle out of a zip file that the user picked; returns its name. */
-    fun takeZip(resolver: ContentResolver, uri: Uri, progress: (Long, Long) -> Unit): String {
+    fun takeZip(resolver: ContentResolver, uri: Uri, progress: Progress): String {
         val name = nameOf(resolver, uri).removeSuffix(".zip")
         val stream = resolver.openInputStream(uri) ?: throw LobitException("$name cannot be read: pick it again")
         stream.use { Bundle.unzip(it, free(name), progress = progress) }
@@ -65,18 +66,18 @@ class Library(private val root: File, private val assets: AssetManager) {
     }
 
     /** Copies a bundle out of a folder that the user picked; returns its name. */
-    fun takeFolder(resolver: ContentResolver, tree: Uri, progress: (Long, Long) -> Unit): String {
+    fun takeFolder(resolver: ContentResolver, tree: Uri, progress: Progress): String {
         val top = DocumentsContract.getTreeDocumentId(tree)
         val name = nameOf(resolver, DocumentsContract.buildDocumentUriUsingTree(tree, top))
-        return take(name) { into ->
+        return take(name, progress) { into ->
             into.mkdirs()
+            val files = children(resolver, tree, top)
+            val total = files.sumOf { it.bytes }
             var done = 0L
-            for (child in children(resolver, tree, top)) {
+            for (child in files) {
                 val from = DocumentsContract.buildDocumentUriUsingTree(tree, child.id)
                 val stream = resolver.openInputStream(from) ?: throw LobitException("${child.name} cannot be read: pick the folder again")
-                stream.use { copy(it, File(into, child.name)) }
-                done += child.bytes
-                progress(done, 0)
+                stream.use { input -> done += copy(input, File(into, child.name)) { progress(done + it, total) } }
             }
         }
     }
@@ -115,13 +116,13 @@ class Library(private val root: File, private val assets: AssetManager) {
     }
 
     /** Lets [fill] write a folder beside its place, checks it as a bundle, and puts it there whole or not at all. */
-    private fun take(name: String, fill: (File) -> Unit): String {
+    private fun take(name: String, progress: Progress = { _, _ -> }, fill: (File) -> Unit): String {
         val place = free(name)
         val partial = File(root, name + PARTIAL)
         partial.deleteRecursively()
         try {
             fill(partial)
-            Bundle.open(partial)
+            Bundle.open(partial, progress = progress)
             if (!partial.renameTo(place)) throw LobitException("$name cannot be put into the app's folder")
             return name
         } catch (error: IOException) {
@@ -131,8 +132,18 @@ class Library(private val root: File, private val assets: AssetManager) {
         }
     }
 
-    private fun copy(from: InputStream, to: File) {
-        to.outputStream().use { from.copyTo(it) }
+    /** Copies a file; [progress] is told the bytes so far. Returns their number at the end. */
+    private fun copy(from: InputStream, to: File, progress: (Long) -> Unit = {}): Long = to.outputStream().use { output ->
+        val buffer = ByteArray(1 shl 16)
+        var done = 0L
+        while (true) {
+            val size = from.read(buffer)
+            if (size < 0) break
+            output.write(buffer, 0, size)
+            done += size
+            progress(done)
+        }
+        done
     }
 
     companion object {

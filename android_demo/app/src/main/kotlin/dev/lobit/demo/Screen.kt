@@ -2,6 +2,7 @@ package dev.lobit.demo
 
 import android.app.Activity
 import android.view.View
+import android.widget.Button
 import android.widget.ProgressBar
 import android.widget.TextView
 
@@ -38,7 +39,15 @@ abstract class Screen : Activity() {
             bar.isIndeterminate = state.work?.share == null
             state.work?.share?.let { bar.progress = (it * bar.max).toInt() }
         }
+        findViewById<Button?>(R.id.cancel)?.let { button ->
+            button.visibility = if (state.work == null) View.GONE else View.VISIBLE
+            state.work?.let { button.contentDescription = getString(R.string.cancel_work, it.what) }
+            button.setOnClickListener { cancelWork() }
+        }
     }
+
+    /** What the button beside the work does. */
+    protected open fun cancelWork() = store.cancelWork()
 }
 
 /** Shows a text, or hides the view where there is none. The same text is not set again: a screen reader would repeat it. */

@@ -8,8 +8,8 @@ import org.json.JSONObject
 /** How the user wants answers. */
 data class Settings(val temperature: Float = 0f, val length: Int = 256, val system: String = "")
 
-/** Something that takes time: [what] as a sentence, and the share that is done where it is known. */
-data class Work(val what: String, val share: Float? = null)
+/** Something that takes time: [what] as a sentence, the share that is done where it is known, and the job that it is a part of. */
+data class Work(val what: String, val share: Float? = null, val job: Job)
 
 /** A benchmark: what was asked, how far it is, and its result. */
 data class BenchState(val name: String, val request: BenchRequest, val running: Boolean, val result: JSONObject? = null)

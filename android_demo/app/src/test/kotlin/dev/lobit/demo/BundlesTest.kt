@@ -1,21 +1,22 @@
 package dev.lobit.demo
 
-import android.net.Credentials
 import android.net.Uri
+import android.view.View
+import android.widget.Button
 import dev.lobit.core.LobitException
-import dev.lobit.demo.service.ServiceActivity
 import java.io.ByteArrayInputStream
 import java.io.ByteArrayOutputStream
 import java.io.File
 import java.util.zip.ZipEntry
 import java.util.zip.ZipOutputStream
 import org.junit.Assert.assertEquals
-import org.junit.Assert.assertFalse
+import org.junit.Assert.assertNull
 import org.junit.Assert.assertThrows
 import org.junit.Assert.assertTrue
 import org.junit.Before
 import org.junit.Test
 import org.junit.runner.RunWith
+import org.robolectric.Robolectric
 import org.robolectric.RobolectricTestRunner
 import org.robolectric.RuntimeEnvironment
 import org.robolectric.Shadows.shadowOf
@@ -95,9 +96,24 @@ class BundlesTest {
     }
 
     @Test
-    fun `only the shell of adb may use the service`() {
-        assertTrue(ServiceActivity.isShell(Credentials(1, 2000, 2000)))
-        assertTrue("root, as on emulators", ServiceActivity.isShell(Credentials(1, 0, 0)))
-        assertFalse("another app", ServiceActivity.isShell(Credentials(1, 10_123, 10_123)))
+    fun `a copy that is cancelled leaves nothing and the zip can be picked again`() {
+        val activity = Robolectric.buildActivity(BundlesActivity::class.java).setup().get()
+        val content = zipped()
+        val stream = HeldStream(content, content.size / 2)
+        val uri = Uri.parse("content://picker/story.zip")
+        shadowOf(app.contentResolver).registerInputStream(uri, stream)
+        store.takeZip(app.contentResolver, uri)
+        await("a part is copied") { File(root, "story.partial").walk().any { it.length() > 0 } }
+        val cancel = activity.view<Button>(R.id.cancel)
+        assertEquals(View.VISIBLE, cancel.visibility)
+        assertTrue("${cancel.contentDescription}", app.getString(R.string.copying) in cancel.contentDescription)
+        cancel.performClick()
+        assertEquals(View.GONE, cancel.visibility)
+        assertNull(store.state.work)
+        stream.gate.countDown()
+        await("nothing is left") { names() == listOf("demo") }
+        pick("story.zip", content)
+        assertNull(store.state.problem)
+        assertEquals(listOf("demo", "story"), names())
     }
 }

@@ -8,9 +8,13 @@ import dev.lobit.core.Engine
 import dev.lobit.core.LobitException
 import dev.lobit.core.Runtime
 import dev.lobit.core.TextEngine
+import dev.lobit.demo.service.Listener
 import java.io.File
+import java.io.IOException
+import java.io.InputStream
 import java.util.concurrent.CountDownLatch
 import java.util.concurrent.TimeUnit
+import java.util.concurrent.atomic.AtomicInteger
 import org.junit.Assert.assertTrue
 import org.robolectric.Shadows.shadowOf
 
@@ -22,13 +26,29 @@ class FakeRuntime : Runtime {
     var byHand = false
     val prompts = mutableListOf<String>()
 
+    /** Engines that were asked for, and those that were closed. */
+    val asked = AtomicInteger()
+    val closed = AtomicInteger()
+
+    /** Where it is set, no engine is there before it is open. */
+    @Volatile var gate: CountDownLatch? = null
+
     @Volatile private var stopped = false
     private val steps = java.util.concurrent.Semaphore(0)
 
     /** Lets the engine write one more word. */
     fun word() = steps.release()
 
+    private fun load() {
+        asked.incrementAndGet()
+        gate?.await()
+    }
+
     override fun textEngine(bundle: Bundle): TextEngine = object : TextEngine {
+        init {
+            load()
+        }
+
         override fun generate(prompt: String, length: Int, temperature: Float, onText: (String) -> Unit): Counts {
             failure?.let { throw it }
             prompts += prompt
@@ -49,10 +69,16 @@ class FakeRuntime : Runtime {
 
         override fun reset() = Unit
 
-        override fun close() = Unit
+        override fun close() {
+            closed.incrementAndGet()
+        }
     }
 
     override fun engine(bundle: Bundle, threads: Int): Engine = object : Engine {
+        init {
+            load()
+        }
+
         override val context = bundle.manifest.context
         override val chunk = bundle.manifest.chunk
         override var position = 0
@@ -68,7 +94,9 @@ class FakeRuntime : Runtime {
             position = 0
         }
 
-        override fun close() = Unit
+        override fun close() {
+            closed.incrementAndGet()
+        }
     }
 }
 
@@ -82,11 +110,41 @@ class FakeApplication : DemoApplication() {
     }
 
     override fun runtime(): Runtime = fake
+
+    /** The listeners that the service has made. */
+    val listeners = mutableListOf<FakeListener>()
+
+    /** Why there is no listener, where there is none. */
+    var taken: String? = null
+
+    override fun listener(name: String): Listener {
+        taken?.let { throw IOException(it) }
+        return FakeListener(name).also { listeners += it }
+    }
+}
+
+/** Gives the first [free] bytes of [content] at once, and the rest when [gate] is open. */
+class HeldStream(private val content: ByteArray, private val free: Int) : InputStream() {
+    val gate = CountDownLatch(1)
+    private var done = 0
+
+    override fun read(): Int {
+        if (done == free) gate.await()
+        return if (done < content.size) content[done++].toInt() and 0xff else -1
+    }
+
+    override fun read(into: ByteArray, start: Int, length: Int): Int {
+        if (done == free) gate.await()
+        val size = minOf(length, (if (done < free) free else content.size) - done)
+        content.copyInto(into, start, done, done + size)
+        done += size
+        return if (size > 0) size else -1
+    }
 }
 
 fun bundleOf(property: String) = File(System.getProperty(property) ?: throw LobitException("the property $property is not set"))
 
-/** Lets the main thread run until [condition] holds, ten seconds at most. */
+/** Lets the main thread run until [condition] holds, a minute at most. */
 fun await(what: String, condition: () -> Boolean) {
     val end = System.nanoTime() + TimeUnit.SECONDS.toNanos(WAIT)
     while (!condition() && System.nanoTime() < end) {

@@ -74,24 +74,18 @@ interface Probe {
 /**
  * Times an engine's calls as `lobit bench` does: until the logits are in Kotlin, one warm-up before the samples, always the same tokens.
  *
- * Rows of a phone's app share a process: their peak memory is that of the rows before too.
+ * Rows of a phone's app share a process: their peak memory is that of the rows before too. [check] is called before each sample; it may
+ * throw in order to cancel.
  */
 class Bench(
     private val probe: Probe,
     private val clock: () -> Long = System::nanoTime,
     private val sleep: (Long) -> Unit = Thread::sleep,
+    private val check: () -> Unit = {},
     private val open: (threads: Int) -> Engine,
 ) {
-    @Volatile private var cancelled = false
-
-    /** Ends [run] before its next row or sample, by a [LobitException]. */
-    fun cancel() {
-        cancelled = true
-    }
-
     /** Times all tests of a request. [progress] is called before each row, with its name and the numbers of done and of all rows. */
     fun run(request: BenchRequest, progress: (String, Int, Int) -> Unit): JSONObject {
-        cancelled = false
         val base = probe.peakMemory()
         val start = clock()
         open(request.threads).use { engine ->
@@ -131,10 +125,6 @@ class Bench(
     }
 
     private fun isHot(limit: Double?): Boolean = limit != null && (probe.celsius() ?: return false) > limit
-
-    private fun check() {
-        if (cancelled) throw LobitException("the benchmark was stopped")
-    }
 
     private fun row(engine: Engine, work: Workload, repetitions: Int): JSONObject {
         val before = probe.state()

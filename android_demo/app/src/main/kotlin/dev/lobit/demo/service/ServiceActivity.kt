@@ -1,14 +1,8 @@
 package dev.lobit.demo.service
 
 import android.content.Intent
-import android.net.Credentials
-import android.net.LocalServerSocket
-import android.net.LocalSocket
 import android.os.Build
 import android.os.Bundle
-import android.system.ErrnoException
-import android.system.Os
-import android.system.OsConstants
 import android.view.WindowManager
 import android.widget.TextView
 import dev.lobit.core.Bench
@@ -19,6 +13,7 @@ import dev.lobit.demo.R
 import dev.lobit.demo.Screen
 import dev.lobit.demo.State
 import dev.lobit.demo.setTextOrHide
+import java.io.Closeable
 import java.io.DataOutputStream
 import java.io.IOException
 import kotlin.concurrent.thread
@@ -33,7 +28,7 @@ import org.json.JSONObject
  * app and nothing outside of this phone can use it. The screen stays on meanwhile; leaving it ends the service.
  */
 class ServiceActivity : Screen() {
-    private var server: LocalServerSocket? = null
+    private var serving: Serving? = null
 
     override fun onCreate(state: Bundle?) {
         super.onCreate(state)
@@ -57,68 +52,21 @@ class ServiceActivity : Screen() {
     }
 
     private fun begin(intent: Intent) {
-        val name = intent.getStringExtra("bundle").orEmpty()
-        val threads = intent.getIntExtra("threads", 0)
-        store.close() // a conversation would take memory and time from what is measured
+        // A conversation or a benchmark would take memory and time from what is measured.
+        store.cancelBench()
+        store.close()
         end()
+        val work = findViewById<TextView>(R.id.work)
         try {
-            val socket = LocalServerSocket(SOCKET)
-            server = socket
-            tell(getString(R.string.service_waiting, name))
-            thread(name = "service") { accept(socket, name, threads) }
+            serving = Serving(app.listener(SOCKET), intent.getStringExtra("bundle").orEmpty(), intent.getIntExtra("threads", 0))
         } catch (error: IOException) {
-            tell("the socket cannot be opened: ${error.message}")
+            work.setTextOrHide("the socket cannot be opened: ${error.message}")
         }
     }
-
-    /** Serves one client after the other, until the socket is closed. */
-    private fun accept(socket: LocalServerSocket, name: String, threads: Int) {
-        while (true) {
-            val client = try { socket.accept() } catch (_: IOException) { return }
-            client.use { if (isShell(it.peerCredentials)) serve(it, name, threads) }
-            tell(getString(R.string.service_waiting, name))
-        }
-    }
-
-    private fun serve(client: LocalSocket, name: String, threads: Int) = try {
-        val bundle = app.library.checked(name)
-        val runtime = app.runtime()
-        val about = JSONObject().put("device", app.probe.device()).put("app", packageManager.getPackageInfo(packageName, 0).versionName)
-            .put("backends", JSONArray(runtime.backends))
-        // A benchmark opens an engine of its own: what it measures is then the only one.
-        val engine = lazy { runtime.engine(bundle, threads) }
-        val bench = Bench(app.probe) { asked -> runtime.engine(bundle, asked) }
-        val service = Service(engine, about) { request, progress ->
-            bench.run(BenchRequest.of(request)) { row, done, total ->
-                tell(getString(R.string.service_running, name, row))
-                progress(JSONObject().put("row", row).put("done", done).put("total", total))
-            }
-        }
-        try {
-            service.run(client.inputStream, client.outputStream)
-        } finally {
-            if (engine.isInitialized()) engine.value.close()
-        }
-    } catch (error: Exception) {
-        tell(error.message ?: "$error")
-        refuse(client, (error as? LobitException)?.message ?: "$error")
-    }
-
-    /** Tells a client why there is no service, where it still listens. */
-    private fun refuse(client: LocalSocket, why: String) = try {
-        with(Service) { DataOutputStream(client.outputStream).frame(Service.FAILED, why.toByteArray()) }
-    } catch (_: IOException) {
-        // The client has gone: there is nobody to tell.
-    }
-
-    private fun tell(text: String) = runOnUiThread { findViewById<TextView>(R.id.work).setTextOrHide(text) }
 
     private fun end() {
-        val socket = server ?: return
-        server = null
-        // Closing alone would leave the thread waiting, and the socket's name taken.
-        try { Os.shutdown(socket.fileDescriptor, OsConstants.SHUT_RDWR) } catch (_: ErrnoException) { }
-        socket.close()
+        serving?.close()
+        serving = null
     }
 
     override fun onDestroy() {
@@ -126,12 +74,78 @@ class ServiceActivity : Screen() {
         super.onDestroy()
     }
 
+    /** Serves one client after the other with a bundle, on a thread of its own, until it is closed. */
+    private inner class Serving(private val listener: Listener, private val name: String, private val threads: Int) : Closeable {
+        @Volatile private var client: Client? = null
+
+        @Volatile private var isClosed = false
+
+        init {
+            tell(getString(R.string.service_waiting, name))
+            thread(name = "service") { accept() }
+        }
+
+        private fun accept() {
+            while (!isClosed) {
+                val next = try { listener.accept() } catch (_: IOException) { return }
+                client = next
+                next.use { if (!isClosed && isAllowed(it)) serve(it) }
+                tell(getString(R.string.service_waiting, name))
+            }
+        }
+
+        private fun isAllowed(client: Client) = try { isShell(client.uid) } catch (_: IOException) { false }
+
+        private fun serve(client: Client) = try {
+            val bundle = app.library.checked(name)
+            val runtime = app.runtime()
+            val about = JSONObject().put("device", app.probe.device()).put("backends", JSONArray(runtime.backends))
+                .put("app", packageManager.getPackageInfo(packageName, 0).versionName)
+            // A benchmark opens an engine of its own: what it measures is then the only one.
+            val engine = lazy { runtime.engine(bundle, threads) }
+            val bench = Bench(app.probe, check = ::check) { asked -> runtime.engine(bundle, asked) }
+            val service = Service(engine, about) { request, progress ->
+                bench.run(BenchRequest.of(request)) { row, done, total ->
+                    tell(getString(R.string.service_running, name, row))
+                    progress(JSONObject().put("row", row).put("done", done).put("total", total))
+                }
+            }
+            try {
+                service.run(client.input, client.output)
+            } finally {
+                if (engine.isInitialized()) engine.value.close()
+            }
+        } catch (error: Exception) {
+            tell(error.message ?: "$error")
+            refuse(client, (error as? LobitException)?.message ?: "$error")
+        }
+
+        private fun check() {
+            if (isClosed) throw LobitException(getString(R.string.service_ended, name))
+        }
+
+        /** Tells a client why there is no service, where it still listens. */
+        private fun refuse(client: Client, why: String) = try {
+            with(Service) { DataOutputStream(client.output).frame(Service.FAILED, why.toByteArray()) }
+        } catch (_: IOException) {
+            // The client has gone: there is nobody to tell.
+        }
+
+        private fun tell(text: String) = runOnUiThread { if (!isClosed) findViewById<TextView>(R.id.work).setTextOrHide(text) }
+
+        override fun close() {
+            isClosed = true
+            listener.close()
+            client?.close()
+        }
+    }
+
     companion object {
         const val SOCKET = "dev.lobit.demo.service"
         private const val ROOT = 0
         private const val SHELL = 2000
 
-        /** Whether a client is adb's shell, or root, as on emulators. */
-        fun isShell(client: Credentials): Boolean = client.uid == SHELL || client.uid == ROOT
+        /** Whether a client's user is adb's shell, or root, as on emulators. */
+        fun isShell(uid: Int): Boolean = uid == SHELL || uid == ROOT
     }
 }
