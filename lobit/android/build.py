@@ -105,7 +105,7 @@ def build(
         with steps.step("compile Kotlin"):
             classes = compile_classes(project, generated, work)
         with steps.step("dex"):
-            dex = _dex(classes, work)
+            dex = compile_dex(classes, work)
         with steps.step("check"):
             checks.check("licences", list(notices.problems()))
             checks.check("dex", [*checks.unresolved(dex), *checks.missing_natives(dex)])
@@ -199,7 +199,7 @@ def class_jars(use: str, work: Path) -> list[Path]:
     return jars
 
 
-def _dex(classes: Sequence[Path], work: Path) -> list[Path]:
+def compile_dex(classes: Sequence[Path], work: Path) -> list[Path]:
     """Translates classes to Android's format, without those that nothing uses."""
     rules, out = work / "own.rules", work / "dex"
     rules.write_text(RULES, encoding="utf-8")

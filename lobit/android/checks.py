@@ -37,10 +37,15 @@ def check(what: str, problems: Sequence[str]) -> None:
         raise AppError(listed(list(problems), f"{what}: {len(problems)} problems, which would fail on a phone; nothing is written:"))
 
 
-def unresolved(dex: Sequence[Path]) -> list[str]:
-    """The classes, methods and fields that the app uses and neither it nor Android has."""
+def unresolved(dex: Sequence[Path], android: Path | None = None) -> list[str]:
+    """The classes, methods and fields that the app uses and neither it nor Android has.
+
+    Args:
+        dex: the app's classes.
+        android: a jar with the classes of another Android than the one that the app is compiled against.
+    """
     sources = [word for path in dex for word in ("--source", path)]
-    command = r8_command("tracereferences.TraceReferences", "--check", *sources)
+    command = r8_command("tracereferences.TraceReferences", "--check", *sources, android=android)
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode == 0:
         return []
