@@ -14,28 +14,36 @@ from tests.android.fake_adb import FakeAdb
 from tests.android.fake_phone import FakePhone
 
 
+def _own_port() -> int:
+    """A port that is free; every `adb` of this process, and of those that it starts, asks there from now on.
+
+    Of a server that is named by its address `adb` expects that someone else starts it: a late clean-up, or a test without a phone, never
+    starts one, neither there nor on the port of the machine's own.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    os.environ.pop("ANDROID_ADB_SERVER_PORT", None)
+    os.environ["ADB_SERVER_SOCKET"] = f"tcp:127.0.0.1:{port}"
+    return port
+
+
+PORT = _own_port()
+"""Of the server that the tests start."""
+
+
 @pytest.fixture(scope="session")
 def adb_server(android_tools: Callable[[str], None], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
     """`adb_server(words…)`: what `adb` prints. Its server has a port, a home and keys of its own, and looks for no emulators."""
     android_tools("adb")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    home = tmp_path_factory.mktemp("adb")
-    environment = {**os.environ, "HOME": str(home), "ADB_LOCAL_TRANSPORT_MAX_PORT": "0"}
+    environment = {**os.environ, "HOME": str(tmp_path_factory.mktemp("adb")), "ADB_LOCAL_TRANSPORT_MAX_PORT": "0"}
 
     def adb(*words: str) -> str:
-        done = subprocess.run(["adb", "-P", str(port), *words], env=environment, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(["adb", *words], env=environment, capture_output=True, text=True, check=False, timeout=60)
         return done.stdout + done.stderr
 
-    before = os.environ.get("ANDROID_ADB_SERVER_PORT")
-    os.environ["ANDROID_ADB_SERVER_PORT"] = str(port)
-    adb("start-server")
+    adb("-P", str(PORT), "start-server")
     yield adb
     adb("kill-server")
-    if before is None:
-        del os.environ["ANDROID_ADB_SERVER_PORT"]
-    else:
-        os.environ["ANDROID_ADB_SERVER_PORT"] = before
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Phones by the real adb: which one, commands, files, connections, and what is said where one of these fails."""
 
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,19 @@ def test_without_adb_the_message_says_where_to_find_it(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MissingPartError, match="adb is not installed: `lobit doctor android`"):
         connected()
+
+
+def test_adb_starts_no_server_of_its_own_accord(android_tools, monkeypatch):
+    """A clean-up that comes after the tests' server has ended would leave one behind."""
+    android_tools("adb")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        unused = free.getsockname()
+    assert os.environ["ADB_SERVER_SOCKET"].startswith("tcp:127.0.0.1:")
+    monkeypatch.setenv("ADB_SERVER_SOCKET", f"tcp:127.0.0.1:{unused[1]}")
+    with pytest.raises(MissingPartError, match="cannot start server on remote host"):
+        connected()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(unused)
 
 
 def test_a_command_gives_its_exit_code_and_output(phone):
