@@ -43,7 +43,8 @@ class ServiceTest {
     private fun connect(uid: Int = SHELL) = app.listeners.last().connect(uid)
 
     /** The next frame that a client gets: its kind and its content. */
-    private fun FakeClient.next(): Pair<Int, ByteArray> = answers.readByte().toInt() to ByteArray(answers.readInt()).also(answers::readFully)
+    private fun FakeClient.next(): Pair<Int, ByteArray> =
+        answers.readByte().toInt() to ByteArray(answers.readInt()).also(answers::readFully)
 
     private fun FakeClient.json(kind: Int): JSONObject {
         val (told, content) = next()
