@@ -95,6 +95,7 @@ def write_bundle(model: Transformer, recipe: Recipe, request: Request, folder: P
         options=module.options(spec),
         methods=lowered.methods,
         states=lowered.states,
+        client=lowered.client,
         cache=module.cache(spec, config),
         tokens=tokens,
         generation=request.generation,

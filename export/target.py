@@ -15,7 +15,7 @@ from lobit.export.stages import Count
 from lobit.model import Config, Transformer
 from lobit.quant_recipes.recipe import Recipe
 from lobit.quiet import quiet_python
-from lobit.runtime.manifest import CacheInfo, Delegation, FileEntry, Method, State, TensorGroup
+from lobit.runtime.manifest import CacheInfo, ClientInputs, Delegation, FileEntry, Method, State, TensorGroup
 from lobit.stage_cache import StageCache
 from lobit.targets import TARGETS
 
@@ -39,6 +39,8 @@ class Spec:
     """Ids of the tokens that end a text."""
     threads: int = 0
     """Threads that the runtime uses unless the user asks for another number; 0: one per core."""
+    soc: str | None = None
+    """The chip that the program is compiled for; None: the target's default, or the target has no such choice."""
 
 
 RunGraph = Callable[[Tensor, Tensor], Tensor]
@@ -54,6 +56,7 @@ class Lowered:
     methods: list[Method]
     states: list[State]
     delegation: Delegation
+    client: ClientInputs | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,8 @@ class Target(Protocol):
     """The names that a target's module has. Models that are given to it stay as they are."""
 
     COSTS: Costs
+    CHUNK: int
+    """The most tokens in one call unless the user asks for another number."""
     SLOW_GRAPH: bool
     """Whether `graph` runs so many operators one by one that a large model takes minutes."""
 

@@ -68,15 +68,19 @@ def demo(out: Annotated[Path, typer.Option("-o", "--out", help="A new folder.")]
 def verify(
     bundle: BundleArgument,
     checkpoint: Annotated[str, typer.Argument(metavar="CKPT|MODEL", help="What the bundle was exported from.")],
+    every: Annotated[bool, typer.Option("--all", help="Target qnn: read all integers back from the emulator, not a sample.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compares a bundle's integers with the checkpoint's.
 
-    Every integer and scale is read back out of the program. Exit 1 where one differs.
+    Every integer and scale is read back out of the program. A program for target qnn cannot be taken apart: a sample of its layers is read
+    back from the emulator, and the model is compiled anew, which must give the same bytes. Exit 1 where something differs.
     """
     from lobit import tables, verbs
+    from lobit.progress import bar
 
-    result = verbs.verify(bundle, checkpoint)
+    with bar() as shown:
+        result = verbs.verify(bundle, checkpoint, every=every, progress=shown.count)
     print_json(result) if as_json else tables.show(tables.verify(result))
     if not result["passed"]:
         raise typer.Exit(1)
@@ -164,8 +168,8 @@ def _spoken(stats: dict[str, Any], device: targets.Device) -> str:
     from lobit import tables
     from lobit.targets import PHONE
 
-    if device.is_emulated:
-        return f"{device}: how long it takes says nothing of a phone"
+    if stats["emulated"]:
+        return f"emulated, on {device}: how long it takes says nothing of a phone"
     through = ", with the way of every token's logits through adb: `lobit bench` leaves it out" if device.kind == PHONE else ""
     return tables.speed(stats) + through
 
@@ -201,7 +205,9 @@ def parity(
     bundle: BundleArgument,
     reference: Annotated[str, typer.Option("--reference", metavar="MODEL", help="The float model.")],
     text: Annotated[Path, typer.Option("--text", metavar="FILE", help="What to read.")],
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Of the text, at most.")] = 2048,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=1, help="Of the text, at most; default: 2048, or 256 where an emulator reads them.")
+    ] = None,
     checkpoint: Annotated[str | None, typer.Option("--checkpoint", metavar="CKPT", help="Where the model was trained.")] = None,
     stages: Annotated[
         str | None, typer.Option("--stages", help="Of fake_quant, graph, artifact; default: all that the target has.")
@@ -286,7 +292,7 @@ def bench(
             pace=pace,
             progress=shown.count,
         )
-    table = tables.instructions if result["kind"] == "instructions" else tables.bench
+    table = {"instructions": tables.instructions, "compiled": tables.compiled}.get(result["kind"], tables.bench)
     print_json(result) if as_json else tables.show(table(result))
 
 

@@ -18,8 +18,9 @@ def build(kind: Any, value: Any, where: str, more: bool = False) -> Any:
     """`value` as an instance of the annotation `kind`, with no field missing or left over.
 
     Args:
-        kind: a dataclass, or what its fields are annotated with: list, tuple of any length, dict, Literal, a union of plain types,
-            a plain type, Any. Whole numbers lie in 0 to `LARGEST_NUMBER`, and are taken where a float is needed; floats are finite.
+        kind: a dataclass, or what its fields are annotated with: list, tuple of any length, dict, Literal, a union of plain types or of
+            a dataclass and None, a plain type, Any. Whole numbers lie in 0 to `LARGEST_NUMBER`, and are taken where a float is needed;
+            floats are finite.
         value: as `json.loads` gives it.
         where: its place in the file, for messages.
         more: whether unknown fields are left out instead of refused.
@@ -30,6 +31,8 @@ def build(kind: Any, value: Any, where: str, more: bool = False) -> Any:
     if dataclasses.is_dataclass(kind):
         return _instance(kind, value, where, more)
     origin, arguments = get_origin(kind), get_args(kind)
+    if value is not None and NoneType in arguments and dataclasses.is_dataclass(arguments[0]):
+        return build(arguments[0], value, where, more)
     if origin in (list, tuple) and isinstance(value, list):
         return origin(build(arguments[0], item, f"{where}[{i}]", more) for i, item in enumerate(value))
     if origin is dict and isinstance(value, dict):

@@ -181,6 +181,8 @@ def verify(result: dict[str, Any]) -> Table:
     table = _table(f"verify {result['bundle']['name']}: {_verdict(result)}", "", "compared", "differing", right=("compared", "differing"))
     for kind in ("integers", "scales", "floats"):
         table.add_row(kind, f"{result[kind]:,}", f"{result[f'differing_{kind}']:,}")
+    for row in result.get("compiled", []):
+        table.add_row(f"{row['file']}, compiled anew", f"{row['bytes']:,} bytes", f"{row['differing_bytes']:,}")
     if result["checkpoint_matches"] is False:
         table.add_row("the whole checkpoint, norms and biases too", "sha256", "another")
     for row in result["layers"]:
@@ -197,8 +199,8 @@ def _verdict(result: dict[str, Any]) -> str:
 def parity(result: dict[str, Any]) -> Table:
     """The figures of stages and phases, their limits, and what helps where quantization costs much."""
     read = f"{result['positions']} positions, reference perplexity {result['reference_perplexity']:.3f}"
-    parts = result["parts"]
-    fault = f", AT FAULT: {', '.join(parts['faults'][:MOST_FAULTS])}" if parts["faults"] else ""
+    parts = result.get("parts")
+    fault = f", AT FAULT: {', '.join(parts['faults'][:MOST_FAULTS])}" if parts and parts["faults"] else ""
     title = f"parity {result['bundle']['name']}: {_verdict(result)}{fault} ({read})"
     columns = ("KL mean", "KL p99", "KL of this step", "top-1", "perplexity")
     table = _table(title, "against the float model", *columns, right=columns)
@@ -211,9 +213,12 @@ def parity(result: dict[str, Any]) -> Table:
         measured = result["stages"][-1][metric]
         verdict = "kept" if measured <= limit["limit"] else "EXCEEDED"
         table.add_row(f"{metric}, limit", f"{measured:.2e}", f"{limit['limit']:.2e}", "", verdict)
-    right, count = len(parts["all"]) - len(parts["faults"]), len(parts["all"])
-    nearest = f"{parts['worst'][0]} is at {parts['nearest']:.0%} of its limit"
-    notes = [f"{right} of {count} parts are the reference's, given the same inputs; {nearest}"]
+    notes = []
+    if parts:
+        right, count = len(parts["all"]) - len(parts["faults"]), len(parts["all"])
+        nearest = f"{parts['worst'][0]} is at {parts['nearest']:.0%} of its limit"
+        notes.append(f"{right} of {count} parts are the reference's, given the same inputs; {nearest}")
+    notes += [f"the artifact ran in an emulator, on {result['device']}"] if result["emulated"] else []
     notes += [limit["reason"] for limit in result["limits"].values()]
     notes += [f"{warning['what']}. What helps, in this order: {warning['advice']}" for warning in result["warnings"]]
     table.caption, table.caption_justify, table.caption_style = "\n".join(notes), "left", ""
@@ -235,6 +240,19 @@ def instructions(result: dict[str, Any]) -> Table:
         table.add_row(row["model"], str(row["recipe"]), row["test"], f"{row['instructions_per_token'] / 1e6:.3f} million")
     left = [f"left out: {entry['model']} {entry['test']}: {entry['why']}" for entry in result["skipped"]]
     table.caption, table.caption_justify, table.caption_style = "\n".join([result["what"], *left]), "left", ""
+    return table
+
+
+def compiled(result: dict[str, Any]) -> Table:
+    """Sizes of programs that only an emulator runs here, and the bytes that they read."""
+    columns = ("model", "recipe", "chip", "method", "tokens", "read a call", "read a token", "program", "KV cache", "operators")
+    table = _table(f"on {result['device']}", *columns, right=columns[4:])
+    for row in result["rows"]:
+        read = row["read_bytes"]
+        told = ["unknown"] * 2 if read is None else [megabytes(read), megabytes(read / row["tokens"])]
+        sizes = [megabytes(row["program_bytes"]), megabytes(row["cache_bytes"]), str(row["operators"])]
+        table.add_row(row["model"], str(row["recipe"]), str(row["soc"]), row["method"], str(row["tokens"]), *told, *sizes)
+    table.caption, table.caption_justify, table.caption_style = result["what"], "left", ""
     return table
 
 

@@ -73,6 +73,15 @@ class TargetEntry:
     """Modules with `open_engine(bundle, threads, device)`, by the kind of device that they run a bundle on."""
     packages: tuple[str, ...]
     """The packages that exporting to it and running its bundles need."""
+    proof: str | None = None
+    """The module that reads back what its compiled programs hold, where these cannot be taken apart; None: `read_program` does."""
+    emulated: str | None = None
+    """What runs its bundles on this machine in the place of the device, so that the time says nothing; None: the runtime itself."""
+
+
+def says_nothing_of_time(target: str, device: Device) -> bool:
+    """Whether a bundle for a target runs in an emulator there."""
+    return device.is_emulated or (device == THIS_MACHINE and TARGETS[target].emulated is not None)
 
 
 TARGETS: dict[str, TargetEntry] = {
@@ -88,4 +97,12 @@ TARGETS: dict[str, TargetEntry] = {
         ("executorch", "torchao"),
     ),
     "onnx": TargetEntry("ONNX Runtime", "lobit.export.onnx.target", {HOST: "lobit.runtime.onnxruntime"}, ("onnx", "onnxruntime")),
+    "qnn": TargetEntry(
+        "Qualcomm's neural processor, through ExecuTorch",
+        "lobit.export.qnn.target",
+        {HOST: "lobit.runtime.qnn"},
+        ("executorch", "onnxruntime-qnn"),
+        proof="lobit.export.qnn.proof",
+        emulated="the emulator of the HTP",
+    ),
 }

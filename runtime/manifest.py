@@ -6,24 +6,19 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lobit.errors import BundleError, listed, reason, shown
 from lobit.from_json import build
+from lobit.runtime.manifest_problems import check_path, problems
 
-MAJOR, MINOR = 2, 0
-"""Version of the schema. A reader refuses another major version; in a newer minor version it ignores the fields that it does not know."""
+MAJOR, MINOR = 2, 1
+"""Version of the schema. A reader refuses another major version; in a newer minor version it ignores the fields that it does not know, and
+in an older one it takes what `LATER` says for those that are not there."""
 FILE_NAME = "manifest.json"
-LONGEST_PATH = 80
-"""Characters that the path of a file may have; no target gives its files longer ones."""
-MOST_THREADS = 1024
-"""Threads that a manifest may name for a runtime; no processor has more."""
-DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
-"""Element types that a state may have."""
 SEAL = "sha256"
 """Name of the last entry of the file: the digest of all bytes before it."""
 SEALED = re.compile(rb'(.*,\n  "sha256": ")([0-9a-f]{64})"\n\}\n', re.DOTALL)
@@ -39,7 +34,8 @@ class FileEntry:
     path: str
     """Path relative to the bundle's folder, with forward slashes."""
     role: str
-    """`program`; `weights`, where the program's weights are a file of their own; `tokenizer` (tokenizer.json); `config`: any other."""
+    """`program`; `weights`, where the program's weights are a file of their own; `embedding`, a table that the client looks up in;
+    `emulated`: a program for an emulator, which no phone needs; `tokenizer` (tokenizer.json); `config`: any other."""
     bytes: int
     sha256: str
     """Digest of the file: 64 lower-case hexadecimal digits."""
@@ -56,7 +52,8 @@ class Port:
 
     name: str
     role: str
-    """`tokens`: the ids to read; `position`: that of the first id; `positions`: that of each id; `logits`; `state`: named in `states`."""
+    """`tokens`: the ids to read; `position`: that of the first id; `positions`: that of each id; `logits`; `state`: named in `states`;
+    `client`: an input named in `client`, which the client computes."""
     shape: list[int | str]
     """The size of each axis: a number where it is fixed, a range such as `1..128` where it changes from call to call."""
     dtype: str
@@ -70,7 +67,9 @@ class Method:
     name: str
     """The method's name in the runtime, such as `forward`."""
     role: str
-    """`step`: the method reads 1 to `chunk` tokens, which follow those already read, and gives the logits of the last one or of all."""
+    """`step`: the method reads 1 to `chunk` tokens, which follow those already read, and gives the logits of the last one or of all.
+    `prefill` and `decode`: the same in two methods of fixed shapes, which have room for `chunk` tokens and for one. The last of
+    `prefill`'s may be none: they give logits that mean nothing, and rows of states that are not kept."""
     inputs: list[Port]
     outputs: list[Port]
 
@@ -95,7 +94,11 @@ class State:
     window: int | None
     """Number of the latest positions, the current one included, that the model attends to; null: it attends to all."""
     in_place: bool
-    """Whether input and output are one buffer of the full shape. Otherwise the axis is as long as the number of tokens read: 0 at first."""
+    """Whether input and output are one buffer of the full shape. Otherwise, and without `rows`, the axis is as long as the number of tokens
+    read: 0 at first."""
+    rows: bool
+    """Whether the input has the full shape and the output the call's own entries alone, which the client then writes into the tensor: that
+    of position p to index p modulo the length of the axis."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class CacheInfo:
     """Size of the program's key-value cache."""
 
     dtype: str
-    """Element type of keys and values: `int8` or `float32`."""
+    """Element type of keys and values: `int8`, `float16` or `float32`."""
     slots: list[int]
     """Number of positions that each layer's cache holds, one entry for each layer."""
     value_bytes: int
@@ -115,6 +118,58 @@ class CacheInfo:
     def bytes(self) -> int:
         """Bytes of the whole cache."""
         return self.value_bytes + self.scale_bytes
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A table of embeddings, of which the client gives the rows of the tokens."""
+
+    port: str
+    """Name of the input that takes them, [1, tokens, hidden_size]; those of tokens that are none are zeros."""
+    file: str
+    """Path of a safetensors file with `weight` [vocab_size, …] and, where that is integers, `scale` float32 [vocab_size, groups]."""
+    bits: int
+    """4: `weight` is uint8 and has two integers in a byte, the first in the low half, each 8 more than it is; 8: int8; 16 or 32: floats.
+    An entry is its integer times the scale of its group; groups are equal parts of a row."""
+    factor: float
+    """What entries are multiplied with, before they are rounded to the port's type."""
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """A rotary embedding whose cosines and sines the client gives, each [1, tokens, 1, frequencies]."""
+
+    cos: str
+    """Name of the input that takes factor · cos(position · frequency)."""
+    sin: str
+    """Name of the input that takes factor · sin(position · frequency)."""
+    frequencies: list[float]
+    """Radians that a pair of entries turns from one position to the next."""
+    factor: float
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A mask [1, 1, tokens, slots + tokens]: 0 where a token sees an entry, `hidden` where it does not.
+
+    The first entries are the slots of a state before the call, the others the call's own tokens. A token at position p sees an entry at
+    position e where 0 <= p - e, and p - e < window where there is one; it sees no slot that holds nothing yet.
+    """
+
+    port: str
+    window: int | None
+    hidden: float
+
+
+@dataclass(frozen=True)
+class ClientInputs:
+    """What the client computes for every call of a program that has no other way to know tokens and positions."""
+
+    embedding: Lookup
+    rotary: list[Rotary]
+    masks: list[Mask]
+    last: str | None
+    """Name of the input [1, 1, tokens] that chooses the token with logits: 1 for that one, else 0. Null: all have logits."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +212,8 @@ class Delegation:
     """Number of each operator that runs on the backend."""
     left: dict[str, int]
     """Number of each other operator. xnnpack: it runs outside of the delegate; onnx: several of them stand for one fused operator."""
+    read_bytes: dict[str, int]
+    """Bytes that a call of each method reads from memory, as the backend's compiler expects; empty where it says nothing."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +253,7 @@ class Manifest:
 
     name: str
     target: str
-    """The runtime that the program is for: `xnnpack` (ExecuTorch) or `onnx` (ONNX Runtime)."""
+    """The runtime that the program is for: `xnnpack` (ExecuTorch), `onnx` (ONNX Runtime) or `qnn` (ExecuTorch on Qualcomm's HTP)."""
     model: ModelInfo
     recipe: dict[str, Any]
     """The quantization recipe, as `Recipe.to_json` gives it."""
@@ -214,6 +271,8 @@ class Manifest:
     """The program's functions, at most one of each role."""
     states: list[State]
     """Tensors that the client keeps from call to call; empty where the program keeps them itself."""
+    client: ClientInputs | None
+    """What the client computes for every call; null: the program needs tokens and positions alone."""
     cache: CacheInfo
     tokens: Tokens
     generation: Generation
@@ -252,7 +311,8 @@ class Manifest:
     @property
     def all_logits(self) -> bool:
         """Whether a call gives the logits of all its tokens, not of the last alone."""
-        return any(port.role == "logits" and port.shape[1:2] != [1] for port in self.method("step").outputs)
+        reading = next((method for method in self.methods if method.role in ("step", "prefill")), None)
+        return reading is not None and any(port.role == "logits" and port.shape[1:2] != [1] for port in reading.outputs)
 
     @property
     def program_bytes(self) -> int:
@@ -276,15 +336,17 @@ class Manifest:
             raise BundleError(f"{FILE_NAME} is not JSON ({reason(error)}): export the bundle again") from None
         minor = _minor(values.get("schema_version") if isinstance(values, dict) else None)
         digest = values.pop(SEAL, None)
+        if minor < MINOR:
+            _complete(values)
         try:
             manifest: Manifest = build(Manifest, values, FILE_NAME, more=minor > MINOR)
         except ValueError as error:
             raise BundleError(f"{error}, export the bundle again") from None
         for entry in manifest.files:
             check_path(entry.path)
-        problems = list(_problems(manifest))
-        if problems:
-            raise BundleError(listed(problems, f"{FILE_NAME} contradicts itself, export the bundle again:"))
+        found = list(problems(manifest))
+        if found:
+            raise BundleError(listed(found, f"{FILE_NAME} contradicts itself, export the bundle again:"))
         seal = SEALED.fullmatch(data)
         if seal is None or hashlib.sha256(seal[1]).hexdigest().encode() != seal[2]:
             raise BundleError(f"{FILE_NAME} has changed: its bytes do not have the {SEAL} {shown(digest)}, export the bundle again")
@@ -303,66 +365,24 @@ def _minor(version: Any) -> int:
     return int(told[2])
 
 
+LATER: dict[type, dict[str, Any]] = {Manifest: {"client": None}, State: {"rows": False}, Delegation: {"read_bytes": {}}}
+"""Fields of version 2.1, and what a manifest of version 2.0 means without them."""
+
+
+def _complete(values: dict[str, Any]) -> None:
+    """Adds the fields that an older minor version does not have."""
+    states = values.get("states")
+    known = [(Manifest, values), (Delegation, values.get("delegation"))]
+    for kind, found in [*known, *((State, state) for state in (states if isinstance(states, list) else []))]:
+        if isinstance(found, dict):
+            found.update({name: value for name, value in LATER[kind].items() if name not in found})
+
+
 def sealed(values: Mapping[str, Any]) -> str:
     """The text of manifest.json in ASCII; it ends with the sha256 of all bytes before that digest."""
     text = json.dumps({name: value for name, value in values.items() if name != SEAL}, indent=2)
     text = f'{text.removesuffix("}").rstrip()},\n  "{SEAL}": "'
     return f'{text}{hashlib.sha256(text.encode("ascii")).hexdigest()}"\n}}\n'
-
-
-def _problems(manifest: Manifest) -> Iterator[str]:
-    """Messages about what cannot be true of any bundle."""
-    model, context, slots = manifest.model, manifest.context, manifest.cache.slots
-    sizes = {"layers": model.layers, "hidden_size": model.hidden_size, "vocab_size": model.vocab_size, "chunk": manifest.chunk}
-    yield from (f"{name} is {size}" for name, size in sizes.items() if size < 1)
-    if manifest.chunk > context or context > model.max_context:
-        yield f"chunk {manifest.chunk}, context {context} and the model's own context {model.max_context} are not in this order"
-    if len(slots) != model.layers or not all(1 <= size <= context for size in slots):
-        yield f"{len(slots)} layers have a cache of {shown(slots)} positions: {model.layers} layers and a context of {context} are told"
-    yield from _state_problems(manifest)
-    if manifest.threads > MOST_THREADS:
-        yield f"threads is {manifest.threads}, over {MOST_THREADS}"
-    tokens = [*manifest.tokens.stop, *([] if manifest.tokens.bos is None else [manifest.tokens.bos])]
-    yield from (f"token {token} is outside the vocabulary of {model.vocab_size}" for token in tokens if token >= model.vocab_size)
-    times = Counter(entry.path for entry in manifest.files)
-    yield from (f"{name} is listed {count} times" for name, count in times.items() if count > 1)
-    yield from (f"{name} has the sha256 {shown(text)}" for name, text in _hashes(manifest) if not re.fullmatch("[0-9a-f]{64}", text))
-
-
-def _state_problems(manifest: Manifest) -> Iterator[str]:
-    """Messages about states and methods that contradict each other."""
-    roles = Counter(method.role for method in manifest.methods)
-    yield from (f"{count} methods are for {shown(role)}" for role, count in roles.items() if count > 1)
-    told = {side: {port.name for method in manifest.methods for port in getattr(method, side)} for side in ("inputs", "outputs")}
-    for state in manifest.states:
-        yield from (f"state {shown(name)} is no port" for name, side in _ends(state) if name not in told[side])
-        if state.dtype not in DTYPES:
-            yield f"state {shown(state.input)} has the type {shown(state.dtype)}, none of {', '.join(DTYPES)}"
-        if not state.shape or not all(size >= 1 for size in state.shape):
-            yield f"state {shown(state.input)} has the shape {shown(state.shape)}"
-        if state.axis is not None and not (state.axis < len(state.shape) and state.shape[state.axis] <= manifest.context):
-            yield f"state {shown(state.input)} has its positions on axis {state.axis} of {shown(state.shape)}, context {manifest.context}"
-
-
-def _ends(state: State) -> list[tuple[str, str]]:
-    return [(state.input, "inputs"), (state.output, "outputs")]
-
-
-def _hashes(manifest: Manifest) -> list[tuple[str, str]]:
-    return [("the checkpoint", manifest.checkpoint_sha256), *((entry.path, entry.sha256) for entry in manifest.files)]
-
-
-def check_path(path: str) -> None:
-    """Refuses a path that leaves the bundle.
-
-    Raises:
-        BundleError: the path is empty, absolute or too long, or has `..`, a backslash, a drive or characters that cannot be printed.
-    """
-    parts = PurePosixPath(path).parts
-    if not path.isprintable() or len(path) > LONGEST_PATH:
-        raise BundleError(f"{FILE_NAME} names {shown(path)}, which is no usable name of a file: do not use this bundle")
-    if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path:
-        raise BundleError(f"{FILE_NAME} names {shown(path)}, which leaves the bundle: do not use this bundle")
 
 
 def sha256_of(path: Path) -> str:

@@ -15,7 +15,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from lobit.from_json import LARGEST_NUMBER
-from lobit.runtime.manifest import MAJOR, SEAL, Manifest
+from lobit.runtime.manifest import LATER, MAJOR, SEAL, Manifest
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 PLAIN: dict[Any, dict[str, Any]] = {
@@ -49,7 +49,8 @@ def _object(kind: Any) -> dict[str, Any]:
     """The schema of a dataclass. It allows unknown fields: a newer minor version may have more, which a reader ignores."""
     hints, comments = get_type_hints(kind), _comments(kind)
     properties = {field.name: _of(hints[field.name]) | comments.get(field.name, {}) for field in dataclasses.fields(kind)}
-    return {"type": "object", "description": inspect.getdoc(kind), "properties": properties, "required": list(properties)}
+    required = [name for name in properties if name not in LATER.get(kind, {})]
+    return {"type": "object", "description": inspect.getdoc(kind), "properties": properties, "required": required}
 
 
 def _of(kind: Any) -> dict[str, Any]:

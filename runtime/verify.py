@@ -34,8 +34,8 @@ def verify(
     """
     program = read_program(bundle)
     pairs = itertools.chain(paired(program.layers(), checkpoint), paired(program.vectors(), vectors))
-    rows = [_compare(part, values, scale) for part, values, scale in pairs]
-    return _summary(bundle, rows, fingerprint)
+    rows = [compare(part, values, scale) for part, values, scale in pairs]
+    return summary(bundle, rows, fingerprint)
 
 
 def paired(
@@ -67,8 +67,8 @@ def paired(
         raise BundleError(f"the program lacks {', '.join(layer.name for layer in expected[position:])}: export it again")
 
 
-def _compare(part: StoredLayer, values: NDArray[Any], scale: NDArray[np.float32] | None) -> dict[str, Any]:
-    """One layer's row of the result."""
+def compare(part: StoredLayer, values: NDArray[Any], scale: NDArray[np.float32] | None) -> dict[str, Any]:
+    """One layer's row of the result: the checkpoint's values beside those that a program has in their place."""
     row: dict[str, Any] = dict.fromkeys(
         ("integers", "differing_integers", "scales", "differing_scales", "floats", "differing_floats"), 0
     )
@@ -97,7 +97,8 @@ def _differing(expected: NDArray[np.float32], found: NDArray[np.float32]) -> int
     return int(np.count_nonzero((_bits(found).reshape(rows, groups, -1) != _bits(expected)[:, :, None]).any(axis=2)))
 
 
-def _summary(bundle: Bundle, rows: list[dict[str, Any]], fingerprint: str | None) -> dict[str, Any]:
+def summary(bundle: Bundle, rows: list[dict[str, Any]], fingerprint: str | None) -> dict[str, Any]:
+    """The result of `lobit verify` from the rows of its layers."""
     counts = {name: sum(row[name] for row in rows) for name in rows[0] if name != "name"}
     manifest = bundle.manifest
     differing = sum(count for name, count in counts.items() if name.startswith("differing"))

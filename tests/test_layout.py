@@ -42,7 +42,11 @@ PARTS = {
     "lobit.export": "export",
     "lobit.runtime": "runtime",
     "lobit.runtime.manifest": "manifest",
+    "lobit.runtime.manifest_problems": "manifest",
     "lobit.runtime.onnx_ports": "manifest",
+    "lobit.runtime.qnn_ports": "manifest",
+    "lobit.runtime.qnn_libraries": "manifest",
+    "lobit.runtime.client": "manifest",
 }
 """A module's part is that of its longest prefix here."""
 
@@ -55,8 +59,9 @@ ALLOWED = (
     ("lobit/android/*", {"core", "manifest", "android"}),
     ("lobit/*", {"core", "model"}),
     ("quant_recipes/*", {"core", "model", "quant_recipes"}),
+    ("export/*/proof.py", {"core", "model", "quant_recipes", "export", "runtime", "manifest"}),
     ("export/*", {"core", "model", "quant_recipes", "export", "manifest"}),
-    ("runtime/manifest.py", {"core"}),
+    ("runtime/manifest.py", {"core", "manifest"}),
     ("runtime/onnx_ports.py", set()),
     ("runtime/reference.py", {"core", "model", "quant_recipes", "runtime", "manifest"}),
     ("runtime/parts.py", {"core", "model", "quant_recipes", "runtime", "manifest"}),

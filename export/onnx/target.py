@@ -44,6 +44,7 @@ COSTS = Costs(
     seconds_per_parameter={"quantize": 11e-9, "lower": 1e-9, "write": 6e-9},
     seconds_per_part=0.1,
 )
+CHUNK = 512
 SLOW_GRAPH = False
 WORKSPACE = 40
 """Bytes of memory for each token of a chunk and each element of the widest activation."""
@@ -65,10 +66,11 @@ def check(spec: Spec, config: Config) -> list[str]:
     """Every reason why ONNX Runtime's operators cannot hold the model under the recipe."""
     groups = {row.rule.weights.group_size for row in layer_plans(config, spec.recipe) if row.rule and row.name != "embedding"} - {None}
     odd = sorted(size for size in groups if size and size & -size < SMALLEST_BLOCK)
+    problems = ["--soc is for target qnn: leave it out"] if spec.soc else []
     if spec.portable or not odd:
-        return []
+        return problems
     told = f"group_size={', '.join(map(str, odd))}: ONNX Runtime's products need a multiple of {SMALLEST_BLOCK}"
-    return [f"{told}: choose such a size, or --portable"]
+    return [*problems, f"{told}: choose such a size, or --portable"]
 
 
 def step(spec: Spec) -> int:
@@ -183,7 +185,7 @@ def lower(model: Transformer, spec: Spec, kept: StageCache, count: Count) -> Low
     ranges: dict[str, int | str] = {"tokens": f"1..{step(spec)}", "past": f"0..{spec.context - 1}", "total": f"1..{spec.context}"}
     ranges |= {slots_name(layer.window): size for layer, size in zip(model.config.layers, slots(spec, model.config), strict=True)}
     inputs, outputs = ([_port(value, ranges) for value in ports] for ports in (graph.inputs, graph.outputs))
-    delegation = Delegation(PROVIDER, 1, dict(sorted(taken.items())), dict(sorted(left.items())))
+    delegation = Delegation(PROVIDER, 1, dict(sorted(taken.items())), dict(sorted(left.items())), {})
     return Lowered((graph, spec, model.config), [Method("main", "step", inputs, outputs)], states(spec, model.config), delegation)
 
 
@@ -201,7 +203,7 @@ def states(spec: Spec, config: Config) -> list[State]:
     """The states: keys and values [1, K, positions, E] of every layer."""
     inside, sizes = in_place(spec, config), slots(spec, config)
     return [
-        State(before, after, "float32", [1, config.kv_heads, sizes[layer], config.head_dim], 2, config.layers[layer].window, inside)
+        State(before, after, "float32", [1, config.kv_heads, sizes[layer], config.head_dim], 2, config.layers[layer].window, inside, False)
         for layer in range(len(config.layers))
         for before, after in cache_names(layer)
     ]

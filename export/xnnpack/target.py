@@ -46,6 +46,7 @@ COSTS = Costs(
     seconds_per_parameter={"quantize": 11e-9, "lower": 12e-9, "write": 6e-9},
     seconds_per_part=0.85,
 )
+CHUNK = 512
 SLOW_GRAPH = True
 WORKSPACE = 16
 """Bytes of memory for each token of a chunk and each element of the feed-forward."""
@@ -72,6 +73,7 @@ def check(spec: Spec, config: Config) -> list[str]:
     """Every reason why XNNPACK through ExecuTorch cannot hold the model under the recipe."""
     recipe = spec.recipe
     problems = ["--portable is for target onnx: leave it out"] if spec.portable else []
+    problems += ["--soc is for target qnn: leave it out"] if spec.soc else []
     rows = [layer_plan for layer_plan in layer_plans(config, recipe) if layer_plan.rule]
     weight_only = [row.name for row in rows if row.rule and not row.rule.activation_bits and row.name != "embedding"]
     if weight_only:
@@ -240,7 +242,7 @@ def _delegation(parts: Parts, lowered: Mapping[str, LoweredPart]) -> Delegation:
         delegated.update(part.delegated)
         left.update(part.left)
         partitions += len(part.program.execution_plan[0].delegates)
-    return Delegation("XnnpackBackend", partitions, dict(sorted(delegated.items())), dict(sorted(left.items())))
+    return Delegation("XnnpackBackend", partitions, dict(sorted(delegated.items())), dict(sorted(left.items())), {})
 
 
 def write(lowered: Lowered, folder: Path, count: Count) -> list[FileEntry]:

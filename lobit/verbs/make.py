@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from lobit.verbs.calibrate import Calibration
 
 DEFAULT_CONTEXT = 2048
-DEFAULT_CHUNK = 512
 ScaleRule = Literal["least_squares", "range"]
 """The scale rules that compute scales from weights (`recipe.WeightGrid`)."""
 KEPT = "stages"
@@ -138,6 +137,7 @@ def export(
     portable: bool = False,
     all_logits: bool = False,
     threads: int = 0,
+    soc: str | None = None,
     command: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Manifest:
@@ -152,10 +152,11 @@ def export(
         recipe: how to quantize a float model.
         calibration: a text to round a float model on by GPTQ.
         context: positions to hold; None: the model's own, at most `DEFAULT_CONTEXT`.
-        chunk: the most tokens in one prefill call; None: the context, at most `DEFAULT_CHUNK`.
+        chunk: the most tokens in one prefill call; None: the target's default (`Target.CHUNK`).
         portable: whether the program has standard operators alone, where the target has others too.
         all_logits: whether the program returns the logits of every token of a call, not of the last alone.
         threads: how many the runtime uses unless it is told otherwise; 0: one per core.
+        soc: the chip to compile for, where the target has that choice; None: its default.
         command: the command line, for the record.
         progress: called as the whole export advances.
     """
@@ -167,13 +168,14 @@ def export(
     from lobit.export.target import Spec, check_target, find_target
     from lobit.quant_recipes.apply import check
     from lobit.quant_recipes.quantized import check_float, empty_model
-    from lobit.runtime.manifest import MOST_THREADS, Generation, Tokens
+    from lobit.runtime.manifest import Generation, Tokens
+    from lobit.runtime.manifest_problems import MOST_THREADS
     from lobit.stage_cache import StageCache, files_of
     from lobit.tokenizer_files import declared_generation
 
     source = resolve(model)
     config = load_config(source)
-    context, chunk = _sizes(config, context, chunk)
+    context, chunk = _sizes(config, target, context, chunk)
     check_place(out)
     bundle.check_context(config, context, chunk)
     if not 0 <= threads <= MOST_THREADS:
@@ -187,7 +189,7 @@ def export(
     tokens = Tokens(None, [], None, {})
     if tokenizer is not None:
         tokens = Tokens(tokenizer.bos, tokenizer.stop, tokenizer.chat_template, tokenizer.special)
-    spec = Spec(asked, context, chunk, portable, all_logits, tokens.bos, tuple(tokens.stop), threads)
+    spec = Spec(asked, context, chunk, portable, all_logits, tokens.bos, tuple(tokens.stop), threads, soc)
     check_target(target, spec, config)
     request = bundle.Request(source, out.name, target, tokens, Generation(**declared_generation(source)), spec, command)
     settings = {
@@ -219,6 +221,7 @@ def plan(
     chunk: int | None = None,
     portable: bool = False,
     all_logits: bool = False,
+    soc: str | None = None,
     detail: bool = False,
     bandwidth: float | None = None,
     progress: Progress | None = None,
@@ -233,6 +236,7 @@ def plan(
         chunk: the most tokens in one call; None: as `export` has it.
         portable: as `export` has it.
         all_logits: as `export` has it.
+        soc: as `export` has it.
         detail: whether to add speed and energy as the papers model them, and the entropy of the weights, which are read for it.
         bandwidth: that of the memory that decoding reads, in 10^9 bytes a second, for the detail; None: this machine's is measured.
         progress: called as the weights are read.
@@ -243,7 +247,7 @@ def plan(
 
     source = resolve(model)
     config, asked = load_config(source), _asked(source, recipe)
-    found = planning.plan(config, Spec(asked, *_sizes(config, context, chunk), portable, all_logits), target)
+    found = planning.plan(config, Spec(asked, *_sizes(config, target, context, chunk), portable, all_logits, soc=soc), target)
     return replace(found, detail=_detail(found, source, asked, bandwidth, progress)) if detail else found
 
 
@@ -264,10 +268,12 @@ def _detail(found: Plan, source: Path, recipe: Recipe, bandwidth: float | None, 
     )
 
 
-def _sizes(config: Config, context: int | None, chunk: int | None) -> tuple[int, int]:
+def _sizes(config: Config, target: str, context: int | None, chunk: int | None) -> tuple[int, int]:
     """Context and chunk, with defaults in the place of None."""
+    from lobit.export.target import find_target
+
     context = min(config.max_context, DEFAULT_CONTEXT) if context is None else context
-    return context, min(context, DEFAULT_CHUNK) if chunk is None else chunk
+    return context, min(context, find_target(target).CHUNK) if chunk is None else chunk
 
 
 def _asked(source: Path, recipe: Recipe | None) -> Recipe:

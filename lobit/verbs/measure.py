@@ -32,7 +32,8 @@ def bench(
 ) -> dict[str, Any]:
     """Measures prefill and decode speed, time to first token and memory: here each row in a process of its own, or on a phone.
 
-    On an emulated arm64 processor, instructions a token are counted instead.
+    On an emulated arm64 processor, instructions a token are counted instead; programs that only an emulator runs here are not timed, and
+    their sizes and the bytes that they read are given.
 
     Args:
         bundles: the bundles' folders.
@@ -63,7 +64,10 @@ def bench(
     if device != THIS_MACHINE:
         raise InputError(f"how long it takes on {device} says nothing of a phone: take --device adb, or leave it out for this machine")
     from lobit.runtime import bench as benchmark
+    from lobit.runtime.bench_compiled import bench_compiled, is_compiled
 
+    if any(map(is_compiled, bundles)):
+        return bench_compiled(list(bundles))
     return benchmark.bench(list(bundles), **common)
 
 

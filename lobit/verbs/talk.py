@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lobit.errors import BundleError, InputError
-from lobit.targets import THIS_MACHINE, Device
+from lobit.targets import THIS_MACHINE, Device, says_nothing_of_time
 
 if TYPE_CHECKING:
     from lobit.runtime.bundle import Bundle
@@ -101,7 +101,7 @@ def run(
         pieces.append(piece)
         if on_text:
             on_text(piece)
-    stats = {"load_seconds": seconds, **_speed(generation.stats)}
+    stats = {"load_seconds": seconds, **_speed(generation.stats, opened, device)}
     return {"prompt": prompt, "chat": chats, "text": "".join(pieces), "tokens": generation.tokens, "stats": stats}
 
 
@@ -121,12 +121,13 @@ def _loaded(bundle: Bundle, threads: int | None, device: Device) -> tuple[Engine
     return open_engine(bundle, threads, device), perf_counter() - start
 
 
-def _speed(stats: GenerationStats) -> dict[str, Any]:
-    """The counts, seconds and tokens per second of a generation."""
+def _speed(stats: GenerationStats, bundle: Bundle, device: Device) -> dict[str, Any]:
+    """The counts, seconds and tokens per second of a generation; `emulated`: whether these say nothing of a device."""
     import dataclasses
 
     rates = ("prefill_tokens_per_second", "decode_tokens_per_second")
-    return dataclasses.asdict(stats) | {name: getattr(stats, name) for name in rates}
+    emulated = says_nothing_of_time(bundle.manifest.target, device)
+    return dataclasses.asdict(stats) | {name: getattr(stats, name) for name in rates} | {"emulated": emulated}
 
 
 def chat(
@@ -188,4 +189,4 @@ def chat(
                 continue
             on_text("\n")
             if on_turn:
-                on_turn(_speed(conversation.stats))
+                on_turn(_speed(conversation.stats, opened, device))

@@ -88,6 +88,63 @@ def with_states() -> dict[str, Any]:
     return values
 
 
+def with_client() -> dict[str, Any]:
+    """The client looks up embeddings, gives rotary tables and masks, and keeps the rows that two methods of fixed shapes put out."""
+    values = plain() | {"target": "qnn", "options": {"soc": "SM8650"}, "schema_version": "2.1", "chunk": 32}
+    caches = {"k.0": 128, "v.0": 128, "k.1": 32, "v.1": 32}
+    values["methods"] = [
+        {
+            "name": name,
+            "role": name,
+            "inputs": [
+                port("embeddings", "client", [1, tokens, 64], "float16"),
+                port("cos.0", "client", [1, tokens, 1, 8], "float16"),
+                port("sin.0", "client", [1, tokens, 1, 8], "float16"),
+                port("mask.0", "client", [1, 1, tokens, 32 + tokens], "float16"),
+                port("mask.1", "client", [1, 1, tokens, 128 + tokens], "float16"),
+                *([port("last", "client", [1, 1, tokens], "float16")] if tokens > 1 else []),
+                *(port(cache, "state", [1, 2, slots, 16], "float16") for cache, slots in caches.items()),
+            ],
+            "outputs": [
+                *(port(f"{cache[0]}_rows{cache[1:]}", "state", [1, 2, tokens, 16], "float16") for cache in caches),
+                port("logits", "logits", [1, 1, 512], "float16"),
+            ],
+        }
+        for name, tokens in (("prefill", 32), ("decode", 1))
+    ]
+    values["states"] = [
+        {
+            "input": cache,
+            "output": f"{cache[0]}_rows{cache[1:]}",
+            "dtype": "float16",
+            "shape": [1, 2, slots, 16],
+            "axis": 2,
+            "window": None if slots == 128 else 32,
+            "in_place": False,
+            "rows": True,
+        }
+        for cache, slots in caches.items()
+    ]
+    client = {
+        "embedding": {"port": "embeddings", "file": "embedding.safetensors", "bits": 4, "factor": 1},
+        "rotary": [{"cos": "cos.0", "sin": "sin.0", "frequencies": [1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003], "factor": 1.0}],
+        "masks": [{"port": "mask.0", "window": 32, "hidden": -10000.0}, {"port": "mask.1", "window": None, "hidden": -10000.0}],
+        "last": "last",
+    }
+    values["files"].append({"path": "embedding.safetensors", "role": "embedding", "bytes": 20_000, "sha256": DIGESTS[3]})
+    values["delegation"] |= {"read_bytes": {"prefill": 300_000, "decode": 200_000}}
+    before = list(values).index("cache")
+    return dict([*list(values.items())[:before], ("client", client), *list(values.items())[before:]])
+
+
+def newer() -> dict[str, Any]:
+    """What a later version may write."""
+    values = plain() | {"schema_version": "2.7", "client": None, "adapters": []}
+    values["model"]["experts"] = 0
+    values["delegation"]["read_bytes"] = {}
+    return values
+
+
 def changed(edit: Callable[[dict[str, Any]], Any], make: Callable[[], dict[str, Any]] = plain) -> str:
     values = copy.deepcopy(make())
     edit(values)
@@ -97,7 +154,8 @@ def changed(edit: Callable[[dict[str, Any]], Any], make: Callable[[], dict[str, 
 CASES: dict[str, tuple[str, str]] = {
     "own-states": ("read", sealed(plain())),
     "handed-states": ("read", sealed(with_states())),
-    "newer-minor": ("read", changed(lambda values: (values.update(schema_version="2.7", adapters=[]), values["model"].update(experts=0)))),
+    "client-inputs": ("read", sealed(with_client())),
+    "newer-minor": ("read", sealed(newer())),
     "newer-major": ("version", changed(lambda values: values.update(schema_version="3.0"))),
     "older-major": ("version", changed(lambda values: values.update(schema_version=1))),
     "unknown-field": ("fields", changed(lambda values: values.update(surprise=1))),
@@ -115,6 +173,10 @@ CASES: dict[str, tuple[str, str]] = {
     "state-of-unknown-type": ("contradiction", changed(lambda values: values["states"][0].update(dtype="object"), with_states)),
     "state-axis-outside": ("contradiction", changed(lambda values: values["states"][0].update(axis=4), with_states)),
     "two-methods-of-a-role": ("contradiction", changed(lambda values: values["methods"].append(values["methods"][0]))),
+    "client-input-without-port": ("contradiction", changed(lambda values: values["client"]["masks"][0].update(port="mask"), with_client)),
+    "embedding-without-file": ("contradiction", changed(lambda values: values["client"]["embedding"].update(file="table"), with_client)),
+    "embedding-of-odd-bits": ("contradiction", changed(lambda values: values["client"]["embedding"].update(bits=5), with_client)),
+    "client-without-masks": ("fields", changed(lambda values: values["client"].pop("masks"), with_client)),
     "changed-digit": ("seal", sealed(plain()).replace('"threads": 0', '"threads": 1')),
     "other-layout": ("seal", json.dumps(json.loads(sealed(plain())))),
     "windows-line-ends": ("seal", sealed(plain()).replace("\n", "\r\n")),

@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 
 from lobit.errors import BundleError
-from lobit.runtime.manifest import Manifest
+from lobit.runtime.manifest import MAJOR, MINOR, Manifest
 from lobit.runtime.manifest_schema import schema
 from tests.golden.manifests import CASES, EXPECTED, FOLDER
 
@@ -46,7 +46,7 @@ def test_a_golden_manifest_is_read_or_refused_as_expected(name: str) -> None:
     if expected == "read":
         manifest = Manifest.from_json(data)
         assert manifest.name == "story" and "☺" in (manifest.tokens.chat_template or "")
-        if manifest.schema_version == "2.0":
+        if manifest.schema_version == f"{MAJOR}.{MINOR}":
             assert manifest.to_json().encode() == data
     else:
         with pytest.raises(BundleError, match=TOLD[expected]):

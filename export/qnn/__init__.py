@@ -1,0 +1,1 @@
+"""Target `qnn`: Qualcomm's neural processor (HTP) through ExecuTorch."""

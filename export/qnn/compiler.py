@@ -1,0 +1,168 @@
+"""Compiles graphs to a context binary for a chip, with Qualcomm's compiler: `python -m lobit.export.qnn.compiler GRAPHS OUT SOC SHARED`.
+
+It runs in a process of its own, as the vendor's libraries end the process where something is wrong, and print what they do.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from lobit.export.qnn.graph import SCALE, SIGNED, WEIGHTS_FILE, read_graphs
+from lobit.runtime.qnn_libraries import load_libraries
+
+PACKAGE = "qti.aisw"
+"""Name of the package of QNN's own operators."""
+CONTEXT, OPTIONS = "context.bin", "options"
+"""Files that are written: the context binary, and what ExecuTorch's delegate is opened with."""
+
+
+class _Wrapped:
+    """A graph in the objects of ExecuTorch's adaptor to QNN."""
+
+    def __init__(self, qnn: Any, described: dict[str, Any], weights: _Static) -> None:
+        self.qnn, self.described, self.weights = qnn, described, weights
+        self.tensors: dict[str, Any] = {}
+        # Inputs are sorted by the number in their names when the program runs (ExecuTorch's QnnExecuTorchBackend).
+        self.names = {port: f"input_{index}_{port}" for index, port in enumerate(described["inputs"])}
+        self.names |= {port: f"output_{port}" for port in described["outputs"]}
+
+    def operators(self) -> list[Any]:
+        """The operators in the order of execution."""
+        return [self._operator(told).GetOpWrapper() for told in self.described["operators"]]
+
+    def _operator(self, told: dict[str, Any]) -> Any:
+        node = self.qnn.PyQnnOpWrapper(told["name"], PACKAGE, told["kind"])
+        node.AddInputTensors([self._tensor(name) for name in told["inputs"]])
+        node.AddOutputTensors([self._tensor(name) for name in told["outputs"]])
+        types = self.qnn.Qnn_DataType_t
+        for name, value in told["parameters"].items():
+            if isinstance(value, list):
+                signed = name in SIGNED
+                array = np.array(value, np.int32 if signed else np.uint32)
+                node.AddTensorParam(
+                    name, types.QNN_DATATYPE_INT_32 if signed else types.QNN_DATATYPE_UINT_32, array.ndim, list(array.shape), array, True
+                )
+            elif isinstance(value, float):
+                node.AddScalarParam(name, types.QNN_DATATYPE_FLOAT_32, {"data": np.float32(value)})
+            else:
+                node.AddScalarParam(name, types.QNN_DATATYPE_UINT_32, {"data": np.uint32(value)})
+        return node
+
+    def _tensor(self, name: str) -> Any:
+        if name not in self.tensors:
+            kinds, values = self.qnn.Qnn_TensorType_t, self.described["values"]
+            if name not in values:
+                self.tensors[name] = self.weights.tensor(name)
+            else:
+                kind = kinds.QNN_TENSOR_TYPE_NATIVE
+                if name in self.described["inputs"]:
+                    kind = kinds.QNN_TENSOR_TYPE_APP_WRITE
+                elif name in self.described["outputs"]:
+                    kind = kinds.QNN_TENSOR_TYPE_APP_READ
+                self.tensors[name] = wrapped(self.qnn, self.names.get(name, name), kind, values[name])
+        return self.tensors[name]
+
+
+class _Static:
+    """Constants, read from their file; they live as long as this does, as QNN does not copy them."""
+
+    def __init__(self, qnn: Any, path: Path, bits: dict[str, int]) -> None:
+        self.qnn, self.bits = qnn, bits
+        self.file = cast(Any, safe_open)(path, framework="numpy")
+        self.kept: dict[str, tuple[NDArray[Any], NDArray[Any] | None]] = {}
+
+    def tensor(self, name: str) -> Any:
+        """A constant's wrapper, a new one for each graph."""
+        qnn, bits = self.qnn, self.bits.get(name)
+        if name not in self.kept:
+            self.kept[name] = self._read(name, bits)
+        values, pairs = self.kept[name]
+        kind = qnn.Qnn_TensorType_t.QNN_TENSOR_TYPE_STATIC
+        if bits is None:
+            return wrapped(qnn, name, kind, values.shape, values=values)
+        encodings = qnn.Qnn_QuantizationEncoding_t
+        told: dict[str, Any] = {"axis": 0, "scale_offset": pairs}
+        encoding = encodings.QNN_QUANTIZATION_ENCODING_AXIS_SCALE_OFFSET
+        if bits < 8:
+            encoding, told["bitwidth"] = encodings.QNN_QUANTIZATION_ENCODING_BW_AXIS_SCALE_OFFSET, bits
+        dtype = qnn.Qnn_DataType_t.QNN_DATATYPE_SFIXED_POINT_8
+        return wrapped(qnn, name, kind, values.shape, dtype, encoding, told, values)
+
+    def _read(self, name: str, bits: int | None) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        values = self.file.get_tensor(name)
+        if bits is None:
+            return values, None
+        scale = self.file.get_tensor(name + SCALE)
+        pairs = np.zeros(len(scale), dtype=[("scale", np.float32), ("offset", np.int32)])
+        pairs["scale"] = scale
+        return values & np.int8((1 << bits) - 1) if bits < 8 else values, pairs
+
+
+def wrapped(
+    qnn: Any,
+    name: str,
+    kind: Any,
+    shape: Any,
+    dtype: Any = None,
+    encoding: Any = None,
+    told: dict[str, Any] | None = None,
+    values: NDArray[Any] | None = None,
+) -> Any:
+    """A tensor in the adaptor's form: half floats unless a type is given."""
+    return qnn.TensorWrapper(
+        name,
+        kind,
+        qnn.Qnn_DataType_t.QNN_DATATYPE_FLOAT_16 if dtype is None else dtype,
+        qnn.Qnn_QuantizationEncoding_t.QNN_QUANTIZATION_ENCODING_UNDEFINED if encoding is None else encoding,
+        told or {},
+        len(shape),
+        list(shape),
+        [],  # no axis changes from call to call
+        np.array([]) if values is None else values,
+        False,
+    )
+
+
+def options(soc: str, shared: bool) -> bytes:
+    """What ExecuTorch's delegate is opened with, as it keeps it in a program (`QnnExecuTorchOptions`).
+
+    Args:
+        soc: the chip's name, one of `QcomChipset`.
+        shared: whether methods share their weights.
+    """
+    from executorch.backends.qualcomm.serialization.qc_schema import QcomChipset
+    from executorch.backends.qualcomm.utils.utils import generate_htp_compiler_spec, generate_qnn_executorch_compiler_spec
+
+    backend = generate_htp_compiler_spec(use_fp16=True, use_weight_sharing=shared)
+    (spec,) = generate_qnn_executorch_compiler_spec(soc_model=getattr(QcomChipset, soc), backend_options=backend)
+    return bytes(spec.value)
+
+
+def compile_graphs(folder: Path, out: Path, soc: str, shared: bool) -> None:
+    """Compiles the graphs in a folder, and writes `CONTEXT` and `OPTIONS` into the folder `out`."""
+    qnn = load_libraries()
+    graphs, bits = read_graphs(folder)
+    told = options(soc, shared)
+    weights = _Static(qnn, folder / WEIGHTS_FILE, bits)
+    operators = [_Wrapped(qnn, described, weights).operators() for described in graphs.values()]
+    manager = qnn.QnnManager(told)
+    for step in (manager.InitBackend, lambda: manager.InitContext(list(graphs))):
+        if step().value != 0:
+            raise SystemExit("QNN did not begin")
+    binary = manager.Compile(list(graphs), operators)
+    if not len(binary):
+        raise SystemExit("QNN gave no program")
+    (out / OPTIONS).write_bytes(told)
+    (out / CONTEXT).write_bytes(memoryview(binary))
+    manager.DestroyContext()
+    manager.Destroy()
+
+
+if __name__ == "__main__":
+    compile_graphs(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4] == "1")

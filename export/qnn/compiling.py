@@ -1,0 +1,111 @@
+"""Runs the compiler on the graphs of a model, once for a phone and once for the emulator, side by side."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lobit.errors import TargetError
+from lobit.export.qnn.compiler import CONTEXT, OPTIONS
+from lobit.export.qnn.graph import Graph, write_graphs
+from lobit.export.stages import Count
+from lobit.runtime.qnn_libraries import library_folder
+from lobit.stage_cache import StageCache
+
+GRAPHS = "graphs"
+VARIANTS = {"shared": True, "copied": False}
+"""Names of the variants, and whether methods share their weights: what ships does, and the emulator cannot load it."""
+SUMMARY, LOG = "summary.json", "log"
+WAIT = 0.1
+"""Seconds between two looks at the compilers."""
+READ = re.compile(r"DDR bandwidth summary =+.*?read_total_bytes=(\d+)", re.DOTALL)
+REFUSED = re.compile(r"<E>\s*(.+)|\b(?:\w*Error|terminating with[^:]*): (.+)|(QNN .+)")
+"""Lines of the compiler's log that say why it refuses a graph."""
+TOLD = 3
+"""Lines of the log that a message shows."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A context binary and what came with it."""
+
+    folder: Path
+
+    @property
+    def context(self) -> Path:
+        """The context binary."""
+        return self.folder / CONTEXT
+
+    @property
+    def options(self) -> bytes:
+        """What ExecuTorch's delegate is opened with."""
+        return (self.folder / OPTIONS).read_bytes()
+
+    @property
+    def read_bytes(self) -> list[int]:
+        """Bytes that each graph reads from memory in a call, as the compiler estimates it."""
+        found: list[int] = json.loads((self.folder / SUMMARY).read_text(encoding="utf-8"))
+        return found
+
+
+def compile_variants(graphs: Mapping[str, Graph], soc: str, kept: StageCache, count: Count) -> tuple[Compiled, Compiled]:
+    """The graphs compiled with shared weights and with copied ones; what an earlier run has finished is taken from there.
+
+    Raises:
+        MissingPartError: Qualcomm's libraries are not installed.
+        TargetError: the compiler refuses the graphs; the message has what it said.
+    """
+    library_folder()
+    missing = [name for name in VARIANTS if not kept.has(name)]
+    if missing:
+        with kept.making(GRAPHS) as folder:
+            folder.mkdir()
+            write_graphs(graphs, folder)
+        _compile(kept, missing, soc, count)
+    shared, copied = (Compiled(kept.folder / name) for name in VARIANTS)
+    return shared, copied
+
+
+def _compile(kept: StageCache, names: list[str], soc: str, count: Count) -> None:
+    """Compiles variants in a process each, and keeps each that ends well."""
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    folders = {name: kept.folder / f"{name}.compiling" for name in names}
+    try:
+        for name, folder in folders.items():
+            folder.mkdir(exist_ok=True)
+            told = [str(kept.folder / GRAPHS), str(folder), soc, str(int(VARIANTS[name]))]
+            command = [sys.executable, "-m", "lobit.export.qnn.compiler", *told]
+            with (folder / LOG).open("wb") as log:
+                running[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        while running:
+            count(len(names) - len(running), len(names))
+            ended = [name for name, process in running.items() if process.poll() is not None]
+            for name in ended:
+                _take(folders[name], running.pop(name).returncode, kept, name)
+            time.sleep(0 if ended else WAIT)
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
+
+
+def _take(folder: Path, code: int, kept: StageCache, name: str) -> None:
+    """Keeps what a compiler has written.
+
+    Raises:
+        TargetError: it has failed.
+    """
+    log = (folder / LOG).read_text(encoding="utf-8", errors="replace")
+    if code or not (folder / CONTEXT).is_file():
+        said = [next(filter(None, found.groups())).strip() for line in log.splitlines() if (found := REFUSED.search(line))]
+        told = "; ".join(dict.fromkeys(said[:TOLD])) or f"it ended with code {code}"
+        raise TargetError(f"Qualcomm's compiler does not take this model ({told}): choose another recipe, chip or context")
+    (folder / SUMMARY).write_text(json.dumps([int(found) for found in READ.findall(log)]), encoding="utf-8")
+    with kept.making(name) as made:
+        folder.rename(made)

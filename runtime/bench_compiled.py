@@ -1,0 +1,61 @@
+"""`lobit bench` for programs that an emulator runs here: what is true of them without a device, and no times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lobit.errors import InputError
+from lobit.runtime.bundle import Bundle, open_bundle
+from lobit.targets import TARGETS
+
+WHAT = (
+    "nothing is timed: the emulator's speed says nothing of a phone. A call reads so many bytes from memory, as Qualcomm's compiler "
+    "expects: divided by the memory's bandwidth, that is a bound on the time of a token which no device has confirmed."
+)
+
+
+def bench_compiled(folders: Sequence[Path | str]) -> dict[str, Any]:
+    """The sizes of programs, and the bytes that each of their methods reads.
+
+    Returns:
+        `{"kind": "compiled", "rows": [{"model", "recipe", "soc", "method", "tokens", "read_bytes", "operators", "delegates",
+        "program_bytes", "cache_bytes"}], "device", "what"}`, a row for each method.
+
+    Raises:
+        InputError: some bundles are for a target that is timed here.
+    """
+    opened = [open_bundle(folder) for folder in folders]
+    timed = [bundle.manifest.name for bundle in opened if not TARGETS[bundle.manifest.target].emulated]
+    if timed:
+        raise InputError(f"{', '.join(timed)} can be timed here and the others cannot: measure these in a call of their own")
+    rows = [row for bundle in opened for row in _rows(bundle)]
+    return {"kind": "compiled", "rows": rows, "device": str(TARGETS[opened[0].manifest.target].emulated), "what": WHAT}
+
+
+def is_compiled(folder: Path | str) -> bool:
+    """Whether a bundle's program runs in an emulator here."""
+    target = open_bundle(folder, hashes=False).manifest.target
+    return target in TARGETS and TARGETS[target].emulated is not None
+
+
+def _rows(bundle: Bundle) -> list[dict[str, Any]]:
+    manifest = bundle.manifest
+    common = {"model": manifest.name, "recipe": manifest.recipe["name"], "soc": manifest.options.get("soc")}
+    sizes = {
+        "operators": sum(manifest.delegation.delegated.values()),
+        "delegates": manifest.delegation.partitions,
+        "program_bytes": manifest.program_bytes,
+        "cache_bytes": manifest.cache.bytes,
+    }
+    return [
+        {
+            **common,
+            "method": method.name,
+            "tokens": manifest.chunk if method.role == "prefill" else 1,
+            "read_bytes": manifest.delegation.read_bytes.get(method.name),
+            **sizes,
+        }
+        for method in manifest.methods
+    ]
