@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,9 @@ class Kotlin:
         """What the reader makes of a manifest's bytes."""
         return self.ask({"manifest": base64.b64encode(data).decode("ascii")})
 
-    def open(self, folder: Path, hashes: bool = True) -> dict[str, Any]:
-        """What opening a bundle gives."""
-        return self.ask({"bundle": str(folder), "hashes": hashes})
+    def open(self, folder: Path, hashes: bool = True, backends: Sequence[str] = ()) -> dict[str, Any]:
+        """What opening a bundle gives where the app's library has such backends."""
+        return self.ask({"bundle": str(folder), "hashes": hashes, "backends": list(backends)})
 
     def unzip(self, archive: Path, into: Path) -> dict[str, Any]:
         """What unpacking a zip gives."""

@@ -18,7 +18,7 @@ from lobit.errors import BundleError
 from lobit.runtime.bundle import open_bundle
 from lobit.runtime.manifest import LARGEST_MANIFEST, Manifest, sealed
 from tests.android.kotlin_tool import kotlin
-from tests.golden.manifests import CASES, FOLDER, plain, with_states
+from tests.golden.manifests import CASES, FOLDER, plain, with_client, with_states
 from tests.mutations import Damage, every_single
 
 BY_MANIFEST = {"json", "version", "fields", "path", "contradiction", "seal"}
@@ -42,12 +42,25 @@ def test_a_manifest_is_read_with_its_values() -> None:
         "recipe={name=8da4w-g32, summary=INT4 in groups of 32 – weights, INT8 inputs}",
         "context=128, chunk=64, threads=0, options={provider=CPUExecutionProvider, portable=true}",
         "Port(name=input_ids, role=tokens, shape=[1, 1..64], dtype=int64)",
-        "State(input=past.ring, output=present.ring, dtype=float32, shape=[1, 2, 32, 16], axis=2, window=32, inPlace=true)",
+        "State(input=past.ring, output=present.ring, dtype=float32, shape=[1, 2, 32, 16], axis=2, window=32, inPlace=true, rows=false)",
+        "left={aten::embedding.out=1}, readBytes={})",
         "cache=CacheInfo(dtype=int8, slots=[128, 32], valueBytes=20480, scaleBytes=3200)",
         "tokens=Tokens(bos=1, stop=[2], chatTemplate={{ messages[0]['content'] }} ☺, special={eos_token=</s>})",
         "generation=Generation(temperature=0.7, topK=40, topP=null, repetitionPenalty=null)",
         "weights=[TensorGroup(kind=mlp, format=int4 group 32, parameters=100000, bytes=56250)]",
         "versions={lobit=0.1.0, torch=2.13.0}, schemaVersion=2.0",
+    ):
+        assert part in text
+
+
+def test_what_the_client_computes_is_read_with_its_values() -> None:
+    text = kotlin().manifest((FOLDER / "client-inputs.json").read_bytes())["text"]
+    for part in (
+        "states=[State(input=k.0, output=k_rows.0, dtype=float16, shape=[1, 2, 128, 16], axis=2, window=null, inPlace=false, rows=true)",
+        "client=ClientInputs(embedding=Lookup(port=embeddings, file=embedding.safetensors, bits=4, factor=1.0)",
+        "Rotary(cos=cos.0, sin=sin.0, frequencies=[1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 3.0E-4], factor=1.0)",
+        "Mask(port=mask.0, window=32, hidden=-10000.0), Mask(port=mask.1, window=null, hidden=-10000.0)], last=last)",
+        "readBytes={prefill=300000, decode=200000}",
     ):
         assert part in text
 
@@ -68,7 +81,7 @@ def assert_the_readers_agree(data: bytes) -> str:
     return expected
 
 
-@pytest.mark.parametrize("make", [plain, with_states])
+@pytest.mark.parametrize("make", [plain, with_states, with_client])
 def test_a_manifest_with_a_wrong_value_is_read_or_refused_by_both_readers(make: Callable[[], dict[str, Any]]) -> None:
     """With a seal that is right, as of someone who made it so."""
     damage, outcomes = Damage(1), []
@@ -133,7 +146,7 @@ def test_json_is_read_as_lobit_reads_it(old: bytes, new: bytes) -> None:
     assert_the_readers_agree(body + hashlib.sha256(body).hexdigest().encode("ascii") + b'"\n}\n')
 
 
-CONTENTS = {"model.pte": b"program" * 999, "tokenizer.json": b"{}"}
+CONTENTS = {"model.pte": b"program" * 999, "tokenizer.json": b"{}", "emulated.pte": b"twin", "embedding.safetensors": b"table"}
 
 
 @pytest.fixture
@@ -192,6 +205,25 @@ def test_a_bundle_for_another_target_or_release_is_refused_with_the_way_out(fold
     write(folder, plain(), executorch="9.9.9")
     answer = kotlin().open(folder)
     assert answer["outcome"] == "runtime" and "was made by ExecuTorch '9.9.9', this app runs programs of 1.5.1" in answer["error"]
+
+
+def test_a_bundle_for_qualcomm_is_refused_where_the_library_has_no_such_backend(folder: Path) -> None:
+    write(folder, with_client())
+    answer = kotlin().open(folder, backends=["XnnpackBackend"])
+    assert answer["outcome"] == "runtime", answer
+    assert "this app's library has no QnnBackend: build the app with the flavour for Qualcomm" in answer["error"]
+    assert kotlin().open(folder, backends=["XnnpackBackend", "QnnBackend"])["outcome"] == "read"
+
+
+def test_a_program_for_an_emulator_may_be_absent_but_not_changed(folder: Path, tmp_path: Path) -> None:
+    values = plain()
+    values["files"].append({"path": "emulated.pte", "role": "emulated", "bytes": 0, "sha256": ""})
+    write(folder, values)
+    (folder / "emulated.pte").write_bytes(b"niwt")
+    assert "emulated.pte has changed" in kotlin().open(folder)["error"]
+    (folder / "emulated.pte").unlink()
+    assert kotlin().open(folder)["outcome"] == "read"
+    assert kotlin().unzip(zipped(folder), tmp_path / "unpacked")["outcome"] == "read"
 
 
 def test_a_folder_that_is_no_bundle_and_a_manifest_that_is_too_large_are_refused(folder: Path, tmp_path: Path) -> None:

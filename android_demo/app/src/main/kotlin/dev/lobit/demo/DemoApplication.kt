@@ -6,6 +6,7 @@ import android.os.Looper
 import dev.lobit.core.ExecuTorch
 import dev.lobit.core.LobitException
 import dev.lobit.core.Runtime
+import dev.lobit.core.Supported
 import dev.lobit.demo.service.Listener
 import dev.lobit.demo.service.LocalListener
 import java.io.File
@@ -15,7 +16,7 @@ import org.pytorch.executorch.NativeLibraries
 /** The process: it has the one [Store]. Tests give it another runtime, and other sockets. */
 open class DemoApplication : Application() {
     private val handler by lazy { Handler(Looper.getMainLooper()) }
-    val library by lazy { Library(File(filesDir, "bundles"), assets) }
+    val library by lazy { Library(File(filesDir, "bundles"), assets, Supported(backends = { runtime().backends })) }
     val probe by lazy { PhoneProbe(this) }
     val store by lazy {
         val worker = Executors.newSingleThreadExecutor { Thread(it, "model") }

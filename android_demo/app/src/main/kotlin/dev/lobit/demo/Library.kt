@@ -7,6 +7,7 @@ import android.provider.DocumentsContract
 import dev.lobit.core.Bundle
 import dev.lobit.core.LobitException
 import dev.lobit.core.Progress
+import dev.lobit.core.Supported
 import java.io.File
 import java.io.IOException
 import java.io.InputStream
@@ -17,20 +18,21 @@ data class Entry(val folder: File, val bundle: Bundle?, val problem: String?) {
 }
 
 /** The bundles in the app's own folder. All functions read or write files: they are called on a background thread. */
-class Library(private val root: File, private val assets: AssetManager) {
+class Library(private val root: File, private val assets: AssetManager, private val supported: Supported) {
     /** All bundles, by name. Files are only measured here; their hashes are compared when one is loaded. */
     fun entries(): List<Entry> = root.listFiles { file -> file.isDirectory && !file.name.endsWith(PARTIAL) }.orEmpty()
         .sortedBy { it.name }
         .map { folder ->
             try {
-                Entry(folder, Bundle.open(folder, checkHashes = false), null)
+                Entry(folder, Bundle.open(folder, checkHashes = false, supported), null)
             } catch (error: LobitException) {
                 Entry(folder, null, error.message)
             }
         }
 
     /** Opens a bundle and compares the hashes of all of its files. */
-    fun checked(name: String, progress: Progress = { _, _ -> }): Bundle = Bundle.open(folder(name), progress = progress)
+    fun checked(name: String, progress: Progress = { _, _ -> }): Bundle =
+        Bundle.open(folder(name), supported = supported, progress = progress)
 
     /** The folder of a bundle. Names of folders elsewhere are refused. */
     private fun folder(name: String): File {
@@ -61,7 +63,7 @@ class Library(private val root: File, private val assets: AssetManager) {
     fun takeZip(resolver: ContentResolver, uri: Uri, progress: Progress): String {
         val name = nameOf(resolver, uri).removeSuffix(".zip")
         val stream = resolver.openInputStream(uri) ?: throw LobitException("$name cannot be read: pick it again")
-        stream.use { Bundle.unzip(it, free(name), progress = progress) }
+        stream.use { Bundle.unzip(it, free(name), supported, progress) }
         return name
     }
 
@@ -122,7 +124,7 @@ class Library(private val root: File, private val assets: AssetManager) {
         partial.deleteRecursively()
         try {
             fill(partial)
-            Bundle.open(partial, progress = progress)
+            Bundle.open(partial, supported = supported, progress = progress)
             if (!partial.renameTo(place)) throw LobitException("$name cannot be put into the app's folder")
             return name
         } catch (error: IOException) {

@@ -8,8 +8,22 @@ import java.security.MessageDigest
 /** Told of work that takes long: bytes done, and bytes in all, or 0 while these are not known. It may throw in order to cancel. */
 typealias Progress = (done: Long, total: Long) -> Unit
 
-/** What the app can run: names of targets, and releases of ExecuTorch whose programs its library loads. */
-data class Supported(val targets: Set<String> = setOf("xnnpack"), val releases: Set<String> = setOf("1.5.1"))
+/**
+ * What the app can run: names of targets, and releases of ExecuTorch whose programs its library loads.
+ *
+ * [backends] gives the names of the library's backends ([Runtime.backends]); it is asked where a bundle is for target `qnn`, which needs
+ * [QNN_BACKEND], and may throw [LobitException].
+ */
+data class Supported(
+    val targets: Set<String> = setOf("xnnpack"),
+    val releases: Set<String> = setOf("1.5.1"),
+    val backends: () -> List<String> = { emptyList() },
+) {
+    companion object {
+        const val QNN = "qnn"
+        const val QNN_BACKEND = "QnnBackend"
+    }
+}
 
 /** A folder that `lobit export` wrote. */
 class Bundle(val folder: File, val manifest: Manifest) {
@@ -17,8 +31,13 @@ class Bundle(val folder: File, val manifest: Manifest) {
     fun file(role: String): File = File(folder, manifest.file(role).path)
 
     companion object {
+        private const val EMULATED = "emulated"
+
         /**
          * Reads a bundle and checks that this app runs it and that its files are those that export wrote.
+         *
+         * Programs for an emulator (files of role `emulated`) may be absent, since no phone needs them; where they are there, they must be
+         * those that export wrote too.
          *
          * Without [checkHashes] only presence and size of the files are compared. Throws [LobitException].
          */
@@ -51,7 +70,12 @@ class Bundle(val folder: File, val manifest: Manifest) {
 
         /** Refuses a bundle whose program this app does not run. */
         fun checkRuns(manifest: Manifest, supported: Supported) {
-            if (manifest.target !in supported.targets) {
+            if (manifest.target == Supported.QNN) {
+                if (Supported.QNN_BACKEND !in supported.backends()) {
+                    val told = "bundle ${manifest.name} is for target 'qnn', this app's library has no ${Supported.QNN_BACKEND}"
+                    throw refusal(Reason.RUNTIME, "$told: build the app with the flavour for Qualcomm (android_demo/README.md)")
+                }
+            } else if (manifest.target !in supported.targets) {
                 val targets = supported.targets.joinToString()
                 val told = "bundle ${manifest.name} is for target ${shown(manifest.target)}, this app runs $targets"
                 throw refusal(Reason.RUNTIME, "$told: export it for that")
@@ -66,7 +90,7 @@ class Bundle(val folder: File, val manifest: Manifest) {
         }
 
         /**
-         * Unpacks a zip with a bundle's files at its top or in one folder, and opens the bundle.
+         * Unpacks a zip with a bundle's files at its top or in one folder, and opens the bundle, as [open] says.
          *
          * [into] appears only when all of it is there and checked; until then its files lie in a folder with `.partial` after its name.
          */
@@ -78,6 +102,7 @@ class Bundle(val folder: File, val manifest: Manifest) {
             return try {
                 when {
                     !file.canonicalFile.startsWith(folder.canonicalFile) -> "${entry.path} is a link that leaves the bundle"
+                    entry.role == EMULATED && !file.exists() -> null
                     !file.isFile -> "${entry.path} is missing"
                     file.length() != entry.bytes -> "${entry.path} has ${file.length()} bytes instead of ${entry.bytes}"
                     checkHashes && sha256(file, progress) != entry.sha256 -> "${entry.path} has changed, its sha256 is not the manifest's"

@@ -23,7 +23,7 @@ class ExecuTorch(private val scratch: File) : Runtime {
     override fun engine(bundle: Bundle, threads: Int): Engine = told(bundle) {
         val manifest = bundle.manifest
         val count = if (threads > 0) threads else manifest.threads
-        ModuleEngine(bundle.file("program").path, manifest.step, manifest.context, manifest.chunk, count)
+        ModuleEngine(bundle.file("program").path, manifest.method("step").name, manifest.context, manifest.chunk, count)
     }
 
     override fun textEngine(bundle: Bundle): TextEngine = told(bundle) {

@@ -1,7 +1,10 @@
 package dev.lobit.core
 
 /** The members of a JSON object, each of which must be asked for by its name and type; nothing is converted to another type. */
-internal class Fields(private val values: Map<*, *>, val place: String, private val more: Boolean) {
+internal class Fields(private val values: Map<*, *>, val place: String, private val age: Age) {
+    /** How the minor version that wrote the file compares with the reader's. */
+    enum class Age { OLDER, SAME, NEWER }
+
     private val asked = HashSet<String>()
 
     private fun wrong(name: String, needed: String): Nothing = throw Wrong("$place: $name is ${shown(values[name])}: $needed is needed")
@@ -35,19 +38,25 @@ internal class Fields(private val values: Map<*, *>, val place: String, private 
         if (fits) (value as Number).toDouble() else wrong(name, "a number")
     }
 
+    fun number(name: String): Double = numberOrNull(name) ?: wrong(name, "a number")
+
     fun <T> list(name: String, read: Fields.(String) -> T): List<T> {
         val found = any(name) as? List<*> ?: wrong(name, "a list")
         val items = found.withIndex().associate { (index, item) -> "$index" to item }
-        return Fields(items, "$place: $name", more).run { items.keys.map { read(it) } }
+        return Fields(items, "$place: $name", age).run { items.keys.map { read(it) } }
     }
 
     fun <T> map(name: String, read: Fields.(String) -> T): Map<String, T> {
         val found = any(name) as? Map<*, *> ?: wrong(name, "an object")
-        return Fields(found, "$place: $name", more).run { found.keys.associate { "$it" to read("$it") } }
+        return Fields(found, "$place: $name", age).run { found.keys.associate { "$it" to read("$it") } }
     }
 
     /** An object with the members that [read] asks for, and no others unless a newer minor version wrote the file. */
-    fun <T> fields(name: String, read: Fields.() -> T): T = of(any(name), "$place: $name", more, read)
+    fun <T> fields(name: String, read: Fields.() -> T): T = of(any(name), "$place: $name", age, read)
+
+    /** A member that an older minor version does not have: without it such a file means [missing]. */
+    fun <T> later(name: String, missing: T, read: Fields.(String) -> T): T =
+        if (age == Age.OLDER && !values.containsKey(name)) missing else read(name)
 
     /** A value of a plain type, one of those that [fits] takes. */
     fun plain(name: String, needed: String, fits: (Any?) -> Boolean): Any = any(name).takeIf(fits) ?: wrong(name, needed)
@@ -57,11 +66,11 @@ internal class Fields(private val values: Map<*, *>, val place: String, private 
     companion object {
         private const val LARGEST = 9223372036854775808.0
 
-        fun <T> of(value: Any?, place: String, more: Boolean, read: Fields.() -> T): T {
-            val fields = Fields(value as? Map<*, *> ?: throw Wrong("$place is ${shown(value)}: an object is needed"), place, more)
+        fun <T> of(value: Any?, place: String, age: Age, read: Fields.() -> T): T {
+            val fields = Fields(value as? Map<*, *> ?: throw Wrong("$place is ${shown(value)}: an object is needed"), place, age)
             val made = fields.read()
             val unknown = value.keys - fields.asked
-            if (unknown.isNotEmpty() && !more) throw Wrong("$place has ${shown(unknown.first())}, which is unknown")
+            if (unknown.isNotEmpty() && age != Age.NEWER) throw Wrong("$place has ${shown(unknown.first())}, which is unknown")
             return made
         }
 

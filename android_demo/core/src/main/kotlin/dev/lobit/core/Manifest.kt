@@ -1,19 +1,31 @@
 package dev.lobit.core
 
-/** A file of the bundle. [role] is `program`, `weights`, `tokenizer` or `config`. */
+/** A file of the bundle. [role] is `program`, `weights`, `embedding`, `emulated`, `tokenizer` or `config`. */
 data class FileEntry(val path: String, val role: String, val bytes: Long, val sha256: String)
 
 /** An input or output of a method. Axes of [shape] are numbers (Long), or ranges such as `1..128`. */
 data class Port(val name: String, val role: String, val shape: List<Any>, val dtype: String)
 
-/** A function of the program. The one with role `step` reads tokens and gives logits. */
+/** A function of the program. Those with role `step`, or `prefill` and `decode`, read tokens and give logits. */
 data class Method(val name: String, val role: String, val inputs: List<Port>, val outputs: List<Port>)
 
-/** A tensor that the client keeps from call to call for the program. */
+/** A tensor that the client keeps from call to call for the program; with [rows] the program puts out the call's own entries alone. */
 data class State(
     val input: String, val output: String, val dtype: String, val shape: List<Long>, val axis: Long?, val window: Long?,
-    val inPlace: Boolean,
+    val inPlace: Boolean, val rows: Boolean,
 )
+
+/** A table of embeddings in [file], whose entries have so many [bits]; the client gives the rows of the tokens to [port]. */
+data class Lookup(val port: String, val file: String, val bits: Long, val factor: Double)
+
+/** A rotary embedding; the ports [cos] and [sin] take factor · cos(position · frequency) and factor · sin(position · frequency). */
+data class Rotary(val cos: String, val sin: String, val frequencies: List<Double>, val factor: Double)
+
+/** A mask: 0 where a token sees an entry, [hidden] where it does not. */
+data class Mask(val port: String, val window: Long?, val hidden: Double)
+
+/** What the client computes for every call; the port [last] chooses the token with logits. */
+data class ClientInputs(val embedding: Lookup, val rotary: List<Rotary>, val masks: List<Mask>, val last: String?)
 
 /** Size of the program's key-value cache; [slots] has the positions that each layer's cache holds. */
 data class CacheInfo(val dtype: String, val slots: List<Long>, val valueBytes: Long, val scaleBytes: Long) {
@@ -27,7 +39,11 @@ data class Tokens(val bos: Long?, val stop: List<Long>, val chatTemplate: String
 data class Generation(val temperature: Double?, val topK: Long?, val topP: Double?, val repetitionPenalty: Double?)
 
 /** Where the program's operators run: how many of each on [backend], and how many of each elsewhere. */
-data class Delegation(val backend: String, val partitions: Long, val delegated: Map<String, Long>, val left: Map<String, Long>)
+data class Delegation(
+    val backend: String, val partitions: Long, val delegated: Map<String, Long>, val left: Map<String, Long>,
+    /** Bytes that a call of each method reads from memory, as the backend's compiler expects. */
+    val readBytes: Map<String, Long>,
+)
 
 /** The weights of one kind and format in the program. */
 data class TensorGroup(val kind: String, val format: String, val parameters: Long, val bytes: Long)
@@ -52,6 +68,8 @@ data class Manifest(
     val options: Map<String, Any>,
     val methods: List<Method>,
     val states: List<State>,
+    /** Null where the program needs tokens and positions alone. */
+    val client: ClientInputs?,
     val cache: CacheInfo,
     val tokens: Tokens,
     val generation: Generation,
@@ -64,14 +82,14 @@ data class Manifest(
     val recipeName: String get() = recipe["name"] as? String ?: ""
     val recipeSummary: String get() = recipe["summary"] as? String ?: ""
 
-    /** Name of the method that reads tokens. */
-    val step: String get() = (methods.find { it.role == "step" } ?: throw lacking("method for step")).name
-
     /** Bytes of the program's file and of its weights' file, where there is one. */
     val programBytes: Long get() = files.filter { it.role == "program" || it.role == "weights" }.sumOf { it.bytes }
 
     /** The first file of a role. */
     fun file(role: String): FileEntry = files.find { it.role == role } ?: throw lacking(role)
+
+    /** The method of a role. */
+    fun method(role: String): Method = methods.find { it.role == role } ?: throw lacking("method for $role")
 
     private fun lacking(what: String) = refusal(Reason.CONTRADICTION, "bundle $name has no $what: export it again")
 

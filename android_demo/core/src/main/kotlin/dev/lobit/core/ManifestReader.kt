@@ -7,7 +7,7 @@ import java.security.MessageDigest
 /** Takes and refuses the same files as lobit's `Manifest.from_json`; `tests/golden/manifests` is for both. */
 internal object ManifestReader {
     private const val MAJOR = 2
-    private const val MINOR = 0
+    private const val MINOR = 1
     private const val MOST_THREADS = 1024
     private const val LONGEST_PATH = 80
     private const val SEAL = "sha256"
@@ -16,6 +16,7 @@ internal object ManifestReader {
     private val BEFORE_SEAL = ",\n  \"$SEAL\": \"".toByteArray()
     private val AFTER_SEAL = "\"\n}\n".toByteArray()
     private val VERSION = Regex("([0-9]{1,9})\\.([0-9]{1,9})")
+    private val TABLE_BITS = listOf(4L, 8L, 16L, 32L)
     private val DTYPES = listOf("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
 
     fun read(data: ByteArray): Manifest {
@@ -28,13 +29,14 @@ internal object ManifestReader {
             throw refusal(Reason.JSON, "manifest.json is not JSON (${error.message}): $AGAIN")
         }
         val minor = minor((values as? Map<*, *>)?.get("schema_version"))
+        val age = if (minor < MINOR) Fields.Age.OLDER else if (minor > MINOR) Fields.Age.NEWER else Fields.Age.SAME
         val manifest = try {
-            Fields.of((values as Map<*, *>) - SEAL, Manifest.FILE_NAME, minor > MINOR) { manifest() }
+            Fields.of((values as Map<*, *>) - SEAL, Manifest.FILE_NAME, age) { manifest() }
         } catch (error: Fields.Wrong) {
             throw refusal(Reason.FIELDS, "${error.message}, $AGAIN")
         }
         manifest.files.forEach { checkPath(it.path) }
-        val problems = problems(manifest) + stateProblems(manifest)
+        val problems = problems(manifest) + stateProblems(manifest) + clientProblems(manifest)
         problems.firstOrNull()?.let { first ->
             val others = problems.count() - 1
             val more = if (others > 0) ", and $others more" else ""
@@ -67,6 +69,7 @@ internal object ManifestReader {
         map("options") { name -> plain(name, "a text, whole number or truth") { it is String || it is Boolean || Fields.isCount(it) } },
         list("methods") { fields(it) { Method(text("name"), text("role"), ports("inputs"), ports("outputs")) } },
         list("states") { fields(it) { state() } },
+        later("client", null) { name -> any(name)?.let { fields(name) { clientInputs() } } },
         fields("cache") { CacheInfo(text("dtype"), counts("slots"), count("value_bytes"), count("scale_bytes")) },
         fields("tokens") {
             Tokens(countOrNull("bos"), counts("stop"), textOrNull("chat_template"), map("special") { name -> text(name) })
@@ -75,7 +78,10 @@ internal object ManifestReader {
             Generation(numberOrNull("temperature"), countOrNull("top_k"), numberOrNull("top_p"), numberOrNull("repetition_penalty"))
         },
         fields("delegation") {
-            Delegation(text("backend"), count("partitions"), map("delegated") { count(it) }, map("left") { count(it) })
+            Delegation(
+                text("backend"), count("partitions"), map("delegated") { count(it) }, map("left") { count(it) },
+                later("read_bytes", emptyMap()) { name -> map(name) { count(it) } },
+            )
         },
         list("weights") { fields(it) { TensorGroup(text("kind"), text("format"), count("parameters"), count("bytes")) } },
         list("files") { fields(it) { FileEntry(text("path"), text("role"), count("bytes"), text("sha256")) } },
@@ -95,6 +101,14 @@ internal object ManifestReader {
 
     private fun Fields.state() = State(
         text("input"), text("output"), text("dtype"), counts("shape"), countOrNull("axis"), countOrNull("window"), flag("in_place"),
+        later("rows", false) { flag(it) },
+    )
+
+    private fun Fields.clientInputs() = ClientInputs(
+        fields("embedding") { Lookup(text("port"), text("file"), count("bits"), number("factor")) },
+        list("rotary") { fields(it) { Rotary(text("cos"), text("sin"), list("frequencies") { turn -> number(turn) }, number("factor")) } },
+        list("masks") { fields(it) { Mask(text("port"), countOrNull("window"), number("hidden")) } },
+        textOrNull("last"),
     )
 
     /** Refuses a path that leaves the bundle or is no usable name of a file. */
@@ -144,6 +158,16 @@ internal object ManifestReader {
                 yield("state ${shown(state.input)} has its positions on axis $axis of ${shown(state.shape)}, context ${manifest.context}")
             }
         }
+    }
+
+    private fun clientProblems(manifest: Manifest): Sequence<String> = sequence {
+        val client = manifest.client ?: return@sequence
+        val inputs = manifest.methods.flatMap { it.inputs }.map { it.name }.toSet()
+        val named = listOf(client.embedding.port) + client.rotary.flatMap { listOf(it.cos, it.sin) } + client.masks.map { it.port }
+        for (name in named + listOfNotNull(client.last)) if (name !in inputs) yield("the client's input ${shown(name)} is no port")
+        val file = client.embedding.file
+        if (manifest.files.none { it.path == file }) yield("the embedding's file ${shown(file)} is none of the files")
+        if (client.embedding.bits !in TABLE_BITS) yield("the embedding has ${client.embedding.bits} bits")
     }
 
     /** Whether the file ends with the sha256 of all bytes before that digest. */

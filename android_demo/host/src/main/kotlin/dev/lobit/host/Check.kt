@@ -4,6 +4,7 @@ import dev.lobit.core.Bundle
 import dev.lobit.core.Json
 import dev.lobit.core.LobitException
 import dev.lobit.core.Manifest
+import dev.lobit.core.Supported
 import dev.lobit.core.reason
 import dev.lobit.core.template.ChatTemplate
 import java.io.File
@@ -14,7 +15,7 @@ import org.json.JSONObject
  * Answers questions about what the app's code does, for tests in Python: one JSON object a line on stdin, one a line on stdout.
  *
  * - `{"manifest": BASE64}`: what the reader makes of these bytes.
- * - `{"bundle": FOLDER, "hashes": true}`: what opening a folder gives.
+ * - `{"bundle": FOLDER, "hashes": true, "backends": [...]}`: what opening a folder gives where the library has such backends.
  * - `{"zip": FILE, "into": FOLDER}`: what unpacking a zip gives.
  * - `{"template": SOURCE, "messages": [...], "special": {...}, "prompt": true}`: the rendered text.
  *
@@ -34,7 +35,10 @@ fun main() {
 private fun answer(question: Map<*, *>): JSONObject {
     val text = when {
         "manifest" in question -> about(Manifest.read(Base64.getDecoder().decode(question["manifest"] as String)))
-        "bundle" in question -> about(Bundle.open(File(question["bundle"] as String), question["hashes"] as Boolean).manifest)
+        "bundle" in question -> {
+            val supported = Supported(backends = { (question["backends"] as List<*>).map { "$it" } })
+            about(Bundle.open(File(question["bundle"] as String), question["hashes"] as Boolean, supported).manifest)
+        }
         "zip" in question -> File(question["zip"] as String).inputStream().use { zip ->
             about(Bundle.unzip(zip, File(question["into"] as String)).manifest)
         }
