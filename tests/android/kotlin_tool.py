@@ -1,4 +1,4 @@
-"""The app's own Kotlin code in a process that answers questions (`android_demo/host`, Check.kt)."""
+"""The app's own Kotlin code in a process that answers questions (`android_demo/host`, Check.kt and Calls.kt)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from lobit.android.artifacts import SOURCES, fetched
 from lobit.android.kotlin import compiled
 
 CORE = SOURCES / "core/src/main/kotlin/dev/lobit/core"
-NAMES = ("Engine", "Json", "Fields", "Refusal", "Manifest", "ManifestReader", "Bundle", "BundleZip")
+NAMES = (
+    *("Engine", "Json", "Fields", "Refusal", "Manifest", "ManifestReader", "Bundle", "BundleZip"),
+    *("Half", "SafeTensors", "EmbeddingTable", "CallInputs", "CachedEngine"),
+)
 """The files of the core that the questions need; the others need the phone's library."""
 CLASS = "dev.lobit.host.CheckKt"
 
@@ -26,7 +29,7 @@ class Kotlin:
     def __init__(self) -> None:
         used = [path for path in (*fetched("jvm"), *fetched("kotlin")) if path.name.startswith(("json-", "kotlin-stdlib"))]
         files = [*(CORE / f"{name}.kt" for name in NAMES), *sorted((CORE / "template").glob("*.kt"))]
-        files.append(SOURCES / "host/src/main/kotlin/dev/lobit/host/Check.kt")
+        files += [SOURCES / f"host/src/main/kotlin/dev/lobit/host/{name}.kt" for name in ("Check", "Calls")]
         classes = os.pathsep.join(map(str, [compiled("check", files, used), *used]))
         command = ["java", "-Xmx512m", "-cp", classes, CLASS]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="ascii")

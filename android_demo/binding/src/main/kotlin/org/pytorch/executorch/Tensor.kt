@@ -21,8 +21,15 @@ class Tensor private constructor(@JvmField val shape: LongArray, private val dat
         return FloatArray(floats.remaining()).also(floats::get)
     }
 
+    /** The half floats of a tensor, in the native order; they are the tensor's own memory. */
+    fun halves(): ByteBuffer {
+        check(dtype == HALF) { "the tensor has elements of type $dtype, not float16" }
+        return data.duplicate().order(ByteOrder.nativeOrder())
+    }
+
     companion object {
         private const val INT64 = 4
+        private const val HALF = 5
         private const val FLOAT = 6
 
         /** An int64 tensor that holds a copy of [values]. */
@@ -31,6 +38,9 @@ class Tensor private constructor(@JvmField val shape: LongArray, private val dat
             data.asLongBuffer().put(values)
             return Tensor(shape, data, INT64)
         }
+
+        /** A float16 tensor over a direct buffer of the native order. */
+        fun ofHalves(data: ByteBuffer, vararg shape: Long): Tensor = Tensor(shape, data, HALF)
 
         /** Called by the native library. The buffer is the method's own memory: it holds until the next call. */
         @JvmStatic

@@ -31,6 +31,28 @@ interface Engine : AutoCloseable {
     fun reset()
 }
 
+/** An [Engine] made of [step] alone. */
+abstract class ChunkedEngine(final override val context: Int, final override val chunk: Int) : Engine {
+    final override var position = 0
+        private set
+
+    override fun prefill(tokens: LongArray): FloatArray {
+        require(tokens.isNotEmpty()) { "there are no tokens to read" }
+        require(position + tokens.size <= context) { "${position + tokens.size} tokens are more than the context of $context" }
+        var logits = FloatArray(0)
+        for (start in tokens.indices step chunk) {
+            val part = tokens.copyOfRange(start, minOf(start + chunk, tokens.size))
+            logits = step(part, position.toLong())
+            position += part.size
+        }
+        return logits
+    }
+
+    override fun reset() {
+        position = 0
+    }
+}
+
 /**
  * A program with its tokenizer that continues text. What it has read and written stays in its cache from call to call, until [reset].
  *

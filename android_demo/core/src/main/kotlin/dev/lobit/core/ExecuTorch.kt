@@ -1,6 +1,7 @@
 package dev.lobit.core
 
 import java.io.File
+import java.nio.ByteBuffer
 import org.json.JSONArray
 import org.json.JSONException
 import org.json.JSONObject
@@ -13,7 +14,7 @@ import org.pytorch.executorch.extension.llm.LlmCallback
 import org.pytorch.executorch.extension.llm.LlmModule
 
 /**
- * Bundles for target `xnnpack`; [scratch] is a folder for temporary files.
+ * Bundles for targets `xnnpack` and, where the library has its backend, `qnn`; [scratch] is a folder for temporary files.
  *
  * The native libraries must be loaded (`NativeLibraries.load`).
  */
@@ -22,11 +23,26 @@ class ExecuTorch(private val scratch: File) : Runtime {
 
     override fun engine(bundle: Bundle, threads: Int): Engine = told(bundle) {
         val manifest = bundle.manifest
+        val path = bundle.file("program").path
         val count = if (threads > 0) threads else manifest.threads
-        ModuleEngine(bundle.file("program").path, manifest.method("step").name, manifest.context, manifest.chunk, count)
+        if (isCached(manifest)) cachedEngine(bundle, ModuleProgram(path, manifest.methods, count))
+        else ModuleEngine(path, manifest.method("step").name, manifest.context, manifest.chunk, count)
+    }
+
+    private fun isCached(manifest: Manifest) = manifest.methods.any { it.role == "decode" }
+
+    private fun cachedEngine(bundle: Bundle, program: Program): Engine = try {
+        CachedEngine(bundle, program)
+    } catch (error: LobitException) {
+        program.close()
+        throw error
     }
 
     override fun textEngine(bundle: Bundle): TextEngine = told(bundle) {
+        if (isCached(bundle.manifest)) {
+            val why = "ExecuTorch's runner cannot keep its caches"
+            throw LobitException("this app measures and checks bundle ${bundle.manifest.name}, and does not chat with it: $why")
+        }
         val tokenizer = bundle.file("tokenizer")
         val text = tokenizer.readText()
         val module = LlmModule(bundle.file("program").path, (streamable(text) ?: tokenizer).path, 0f).also { it.load() }
@@ -69,30 +85,38 @@ private val ADDED = Regex("\"added_tokens\"\\s*:\\s*\\[")
 private val STRIP = Regex("\"type\"\\s*:\\s*\"Strip\"")
 
 /** [Engine] over a method of a program that takes tokens [1, T] and a position [1]. */
-class ModuleEngine(path: String, private val method: String, override val context: Int, override val chunk: Int, threads: Int) : Engine {
+class ModuleEngine(path: String, private val method: String, context: Int, chunk: Int, threads: Int) : ChunkedEngine(context, chunk) {
     private val module = Module(path, threads).also { it.load(method) }
-    override var position = 0
-        private set
-
-    override fun prefill(tokens: LongArray): FloatArray {
-        require(tokens.isNotEmpty()) { "there are no tokens to read" }
-        require(position + tokens.size <= context) { "${position + tokens.size} tokens are more than the context of $context" }
-        var logits = FloatArray(0)
-        for (start in tokens.indices step chunk) {
-            val part = tokens.copyOfRange(start, minOf(start + chunk, tokens.size))
-            logits = step(part, position.toLong())
-            position += part.size
-        }
-        return logits
-    }
 
     override fun step(tokens: LongArray, position: Long): FloatArray {
         val arguments = arrayOf(EValue.from(Tensor.of(tokens, 1, tokens.size.toLong())), EValue.from(Tensor.of(longArrayOf(position), 1)))
         return module.execute(method, *arguments)[0].toTensor().floats()
     }
 
-    override fun reset() {
-        position = 0
+    override fun close() = module.close()
+}
+
+/** [Program] over ExecuTorch, whose methods take and give values in the order of their ports. */
+private class ModuleProgram(path: String, methods: List<Method>, threads: Int) : Program {
+    private val module = Module(path, threads)
+
+    init {
+        try {
+            for (method in methods) module.load(method.name)
+        } catch (error: RuntimeException) {
+            module.close()
+            throw error
+        }
+    }
+
+    override fun run(method: Method, inputs: Map<String, ByteBuffer>): Map<String, ByteBuffer> {
+        val arguments = method.inputs.map { port ->
+            val shape = LongArray(port.shape.size) { port.shape[it] as Long }
+            EValue.from(Tensor.ofHalves(inputs.getValue(port.name), *shape))
+        }
+        val results = module.execute(method.name, *arguments.toTypedArray())
+        check(results.size == method.outputs.size) { "method ${method.name} has ${results.size} results, not ${method.outputs.size}" }
+        return method.outputs.zip(results).associate { (port, result) -> port.name to result.toTensor().halves() }
     }
 
     override fun close() = module.close()

@@ -18,6 +18,7 @@ import org.json.JSONObject
  * - `{"bundle": FOLDER, "hashes": true, "backends": [...]}`: what opening a folder gives where the library has such backends.
  * - `{"zip": FILE, "into": FOLDER}`: what unpacking a zip gives.
  * - `{"template": SOURCE, "messages": [...], "special": {...}, "prompt": true}`: the rendered text.
+ * - those of Calls.kt.
  *
  * An answer has `outcome`, `read` or the name of the reason for a refusal, and `text` or `error`.
  */
@@ -42,6 +43,8 @@ private fun answer(question: Map<*, *>): JSONObject {
         "zip" in question -> File(question["zip"] as String).inputStream().use { zip ->
             about(Bundle.unzip(zip, File(question["into"] as String)).manifest)
         }
+        "calls" in question -> recordedCalls(question)
+        "floats" in question -> convertedFloats(question)
         else -> rendered(question)
     }
     return JSONObject().put("outcome", "read").put("text", text)

@@ -1,0 +1,104 @@
+"""The app's engine for programs of fixed shapes on the phone's own library: it takes and gives half floats, in the order of the ports."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lobit.android.host import runtime
+from lobit.runtime.client import CachedProgram, Ports
+from lobit.runtime.manifest import Manifest
+from tests.android.test_cached_engine import VOCABULARY, bundle, called, table
+
+CALLS = [[5, 6, 7, 8, 9], [10], [11], [], list(range(20, 90)), [3]]
+
+
+class Mixing(nn.Module):
+    """Uses every input of a method in a way of its own, and gives what the ports of `with_client` say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Parameter(torch.linspace(-1, 1, 64 * VOCABULARY).reshape(64, VOCABULARY).half(), requires_grad=False)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, narrow: Tensor, wide: Tensor, last: Tensor, *caches: Tensor
+    ) -> tuple[Tensor, ...]:
+        seen = [(narrow == 0).half(), (wide == 0).half()]
+        turned = x.reshape(1, -1, 8, 8) * cos + sin
+        rows = turned.reshape(1, -1, 4, 16)[:, :, :2].transpose(1, 2).contiguous()
+        past = [torch.matmul(seen[cache.shape[2] != 32][..., : cache.shape[2]], cache) / 64 for cache in caches]
+        kept = [rows + before * (index + 1) / 8 for index, before in enumerate(past)]
+        mixed = (kept[1] + kept[2]).transpose(1, 2).reshape(1, -1, 32)
+        return *kept, torch.matmul(torch.matmul(last, torch.cat([mixed, mixed], 2)), self.head)
+
+
+class Alone(Mixing):
+    """The same for one token, which has logits without being chosen."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, narrow: Tensor, wide: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        return super().forward(x, cos, sin, narrow, wide, torch.ones(1, 1, 1, dtype=torch.half), *caches)
+
+
+def write_program(methods: dict[str, nn.Module], manifest: Manifest, path: Path) -> None:
+    """A program of ExecuTorch's own kernels."""
+    from executorch.exir import to_edge
+
+    exported = {}
+    for method in manifest.methods:
+        inputs = tuple(torch.zeros([int(size) for size in entry.shape], dtype=torch.half) for entry in method.inputs)
+        exported[method.name] = torch.export.export(methods[method.name], inputs)
+    path.write_bytes(to_edge(exported).to_executorch().buffer)
+
+
+def read(folder: Path, work: Path, calls: list[list[int]]) -> tuple[NDArray[np.float32], str]:
+    """The logits of calls of a bundle's program, and what the app says where it refuses it."""
+    prepared, logits, answer = runtime("x86_64"), work / "logits", work / "answer"
+    texts = [",".join(map(str, tokens)) for tokens in calls]
+    command = [*prepared.command, "dev.lobit.host.ReadKt", prepared.libraries, folder, work / "scratch", logits, answer, *texts]
+    done = subprocess.run(
+        list(map(str, command)), env={**os.environ, **prepared.environment}, capture_output=True, text=True, errors="replace", check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = np.frombuffer(logits.read_bytes(), ">f4") if logits.is_file() else np.zeros(0, np.float32)
+    return found.astype(np.float32), answer.read_text(encoding="utf-8") if answer.is_file() else ""
+
+
+@pytest.fixture(scope="module")
+def methods() -> dict[str, nn.Module]:
+    return {"prefill": Mixing(), "decode": Alone()}
+
+
+def test_the_library_computes_what_pytorch_computes_from_the_same_inputs(
+    methods: dict[str, nn.Module], android_tools: Callable[[str], None], tmp_path: Path
+) -> None:
+    android_tools("native")
+    manifest = bundle(tmp_path / "story", lambda values: None, table(4))
+    write_program(methods, manifest, tmp_path / "story/model.pte")
+
+    def run(name: str, inputs: Ports) -> Any:
+        method = next(method for method in manifest.methods if method.name == name)
+        results = methods[name](*(torch.from_numpy(inputs[entry.name]) for entry in method.inputs))
+        return {entry.name: result.numpy() for entry, result in zip(method.outputs, results, strict=True)}
+
+    expected = called(CachedProgram.of(manifest, tmp_path / "story", run), manifest, CALLS)
+    found, said = read(tmp_path / "story", tmp_path, CALLS)
+    assert said == "this app measures and checks bundle story, and does not chat with it: ExecuTorch's runner cannot keep its caches"
+    assert np.allclose(found, np.concatenate(expected), rtol=0, atol=4e-3 * np.abs(expected).max())
+    assert len({row.tobytes() for row in expected}) == len(expected), "every call's logits differ"
+
+
+def test_a_program_that_the_library_refuses_is_told_with_a_sentence(android_tools: Callable[[str], None], tmp_path: Path) -> None:
+    android_tools("native")
+    bundle(tmp_path / "story", lambda values: None, table(4))
+    (tmp_path / "story/model.pte").write_bytes(b"no program" * 100)
+    _, said = read(tmp_path / "story", tmp_path, [[1]])
+    assert said.startswith("story cannot be loaded (ExecuTorch error 0x") and said.endswith("export it with this app's lobit")
