@@ -95,6 +95,9 @@ class Target(Protocol):
     COSTS: Costs
     CHUNK: int
     """The most tokens in one call unless the user asks for another number."""
+    OPERATOR_ERROR: float
+    """Root mean square of an operator's errors relative to its results, where the device computes less exactly than `arithmetic` says;
+    0: it does not. Parity's limit reckons with it."""
     SLOW_GRAPH: bool
     """Whether `graph` runs so many operators one by one that a large model takes minutes."""
 

@@ -169,7 +169,7 @@ def _spoken(stats: dict[str, Any], device: targets.Device) -> str:
     from lobit.targets import PHONE
 
     if stats["emulated"]:
-        return f"emulated, on {device}: how long it takes says nothing of a phone"
+        return f"{device if device.is_emulated else 'emulated'}: how long it takes says nothing of a phone"
     through = ", with the way of every token's logits through adb: `lobit bench` leaves it out" if device.kind == PHONE else ""
     return tables.speed(stats) + through
 

@@ -316,8 +316,8 @@ class Manifest:
 
     @property
     def program_bytes(self) -> int:
-        """Bytes of the program's file and of its weights' file, where there is one."""
-        return sum(entry.bytes for entry in self.files if entry.role in ("program", "weights"))
+        """Bytes of the program's file, and of the files of its weights and of its embedding, where there are any."""
+        return sum(entry.bytes for entry in self.files if entry.role in ("program", "weights", "embedding"))
 
     def to_json(self) -> str:
         """The text of manifest.json."""

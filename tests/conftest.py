@@ -75,6 +75,18 @@ def android_tools() -> Callable[[str], None]:
 
 
 @pytest.fixture(scope="session")
+def qnn_libraries() -> None:
+    """The test needs Qualcomm's libraries for x86-64 Linux, or is skipped; where LOBIT_REQUIRE_SHARED is set it fails instead."""
+    from lobit.errors import MissingPartError
+    from lobit.runtime.qnn_libraries import library_folder
+
+    try:
+        library_folder()
+    except MissingPartError as error:
+        _give_up(str(error))
+
+
+@pytest.fixture(scope="session")
 def stories(shared: Callable[[str], Path]) -> Path:
     """A real trained Llama of 264 128 parameters, as a Hugging Face folder."""
     return shared("models/stories260k")

@@ -45,6 +45,7 @@ COSTS = Costs(
     seconds_per_part=0.1,
 )
 CHUNK = 512
+OPERATOR_ERROR = 0.0
 SLOW_GRAPH = False
 WORKSPACE = 40
 """Bytes of memory for each token of a chunk and each element of the widest activation."""

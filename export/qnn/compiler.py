@@ -1,10 +1,12 @@
-"""Compiles graphs to a context binary for a chip, with Qualcomm's compiler: `python -m lobit.export.qnn.compiler GRAPHS OUT SOC SHARED`.
+"""Compiles graphs to a context binary, with Qualcomm's compiler: `python -m lobit.export.qnn.compiler GRAPHS OUT`.
 
-It runs in a process of its own, as the vendor's libraries end the process where something is wrong, and print what they do.
+It runs in a process of its own, as the vendor's libraries end the process where something is wrong, and print what they do. It needs
+neither PyTorch nor ExecuTorch's exporter, which take longer to load than a small model to compile.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -13,13 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from lobit.export.qnn.graph import SCALE, SIGNED, WEIGHTS_FILE, read_graphs
 from lobit.runtime.qnn_libraries import load_libraries
 
 PACKAGE = "qti.aisw"
 """Name of the package of QNN's own operators."""
+GRAPHS_FILE, WEIGHTS_FILE, SCALE = "graphs.json", "weights.safetensors", ".scale"
+"""Files with the graphs and their weights, and what ends the name of a weight's scales (`graph.write_graphs`)."""
 CONTEXT, OPTIONS = "context.bin", "options"
-"""Files that are written: the context binary, and what ExecuTorch's delegate is opened with."""
+"""Files in the folder that is written to: the context binary, and what ExecuTorch's delegate is opened with, which is there before."""
+SIGNED = frozenset({"ranges"})
+"""Parameters that are int32; other whole numbers are uint32."""
 
 
 class _Wrapped:
@@ -129,40 +134,24 @@ def wrapped(
     )
 
 
-def options(soc: str, shared: bool) -> bytes:
-    """What ExecuTorch's delegate is opened with, as it keeps it in a program (`QnnExecuTorchOptions`).
-
-    Args:
-        soc: the chip's name, one of `QcomChipset`.
-        shared: whether methods share their weights.
-    """
-    from executorch.backends.qualcomm.serialization.qc_schema import QcomChipset
-    from executorch.backends.qualcomm.utils.utils import generate_htp_compiler_spec, generate_qnn_executorch_compiler_spec
-
-    backend = generate_htp_compiler_spec(use_fp16=True, use_weight_sharing=shared)
-    (spec,) = generate_qnn_executorch_compiler_spec(soc_model=getattr(QcomChipset, soc), backend_options=backend)
-    return bytes(spec.value)
-
-
-def compile_graphs(folder: Path, out: Path, soc: str, shared: bool) -> None:
-    """Compiles the graphs in a folder, and writes `CONTEXT` and `OPTIONS` into the folder `out`."""
+def compile_graphs(folder: Path, out: Path) -> None:
+    """Compiles the graphs in a folder as `OPTIONS` in the folder `out` says, and writes `CONTEXT` there."""
     qnn = load_libraries()
-    graphs, bits = read_graphs(folder)
-    told = options(soc, shared)
-    weights = _Static(qnn, folder / WEIGHTS_FILE, bits)
+    told = json.loads((folder / GRAPHS_FILE).read_text(encoding="utf-8"))
+    graphs = told["graphs"]
+    weights = _Static(qnn, folder / WEIGHTS_FILE, told["bits"])
     operators = [_Wrapped(qnn, described, weights).operators() for described in graphs.values()]
-    manager = qnn.QnnManager(told)
+    manager = qnn.QnnManager((out / OPTIONS).read_bytes())
     for step in (manager.InitBackend, lambda: manager.InitContext(list(graphs))):
         if step().value != 0:
             raise SystemExit("QNN did not begin")
     binary = manager.Compile(list(graphs), operators)
     if not len(binary):
         raise SystemExit("QNN gave no program")
-    (out / OPTIONS).write_bytes(told)
     (out / CONTEXT).write_bytes(memoryview(binary))
     manager.DestroyContext()
     manager.Destroy()
 
 
 if __name__ == "__main__":
-    compile_graphs(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4] == "1")
+    compile_graphs(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from lobit.errors import TargetError
-from lobit.export.qnn.compiler import CONTEXT, OPTIONS
+from lobit.export.qnn.compiler import CONTEXT, OPTIONS, WEIGHTS_FILE
 from lobit.export.qnn.graph import Graph, write_graphs
 from lobit.export.stages import Count
 from lobit.runtime.qnn_libraries import library_folder
@@ -22,10 +24,12 @@ GRAPHS = "graphs"
 VARIANTS = {"shared": True, "copied": False}
 """Names of the variants, and whether methods share their weights: what ships does, and the emulator cannot load it."""
 SUMMARY, LOG = "summary.json", "log"
+COMPILER_BYTES, COMPILER_COPIES = 1_000_000_000, 9
+"""Memory that the compiler takes, and for each byte of the weights' file; 10.3 GB were measured for one of 1.09 GB."""
 WAIT = 0.1
 """Seconds between two looks at the compilers."""
 READ = re.compile(r"DDR bandwidth summary =+.*?read_total_bytes=(\d+)", re.DOTALL)
-REFUSED = re.compile(r"<E>\s*(.+)|\b(?:\w*Error|terminating with[^:]*): (.+)|(QNN .+)")
+REFUSED = re.compile(r"<E>\s*(.+)|\b(?:\w*Error|terminating with[^:]*): (.+)|^(QNN (?:gave|did).+)")
 """Lines of the compiler's log that say why it refuses a graph."""
 TOLD = 3
 """Lines of the log that a message shows."""
@@ -73,18 +77,22 @@ def compile_variants(graphs: Mapping[str, Graph], soc: str, kept: StageCache, co
 
 
 def _compile(kept: StageCache, names: list[str], soc: str, count: Count) -> None:
-    """Compiles variants in a process each, and keeps each that ends well."""
+    """Compiles variants in a process each, side by side where there is memory for it, and keeps each that ends well."""
     running: dict[str, subprocess.Popen[bytes]] = {}
+    waiting = list(names)
     folders = {name: kept.folder / f"{name}.compiling" for name in names}
+    needed = COMPILER_BYTES + COMPILER_COPIES * (kept.folder / GRAPHS / WEIGHTS_FILE).stat().st_size
+    side_by_side = len(names) * needed < psutil.virtual_memory().available
     try:
-        for name, folder in folders.items():
-            folder.mkdir(exist_ok=True)
-            told = [str(kept.folder / GRAPHS), str(folder), soc, str(int(VARIANTS[name]))]
-            command = [sys.executable, "-m", "lobit.export.qnn.compiler", *told]
-            with (folder / LOG).open("wb") as log:
-                running[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        while running:
-            count(len(names) - len(running), len(names))
+        while running or waiting:
+            while waiting and (side_by_side or not running):
+                name = waiting.pop(0)
+                folders[name].mkdir(exist_ok=True)
+                (folders[name] / OPTIONS).write_bytes(options(soc, VARIANTS[name]))
+                command = [sys.executable, "-m", "lobit.export.qnn.compiler", str(kept.folder / GRAPHS), str(folders[name])]
+                with (folders[name] / LOG).open("wb") as log:
+                    running[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+            count(len(names) - len(running) - len(waiting), len(names))
             ended = [name for name, process in running.items() if process.poll() is not None]
             for name in ended:
                 _take(folders[name], running.pop(name).returncode, kept, name)
@@ -109,3 +117,18 @@ def _take(folder: Path, code: int, kept: StageCache, name: str) -> None:
     (folder / SUMMARY).write_text(json.dumps([int(found) for found in READ.findall(log)]), encoding="utf-8")
     with kept.making(name) as made:
         folder.rename(made)
+
+
+def options(soc: str, shared: bool) -> bytes:
+    """What ExecuTorch's delegate is opened with, as it keeps it in a program (`QnnExecuTorchOptions`).
+
+    Args:
+        soc: the chip's name, one of `QcomChipset`.
+        shared: whether methods share their weights.
+    """
+    from executorch.backends.qualcomm.serialization.qc_schema import QcomChipset
+    from executorch.backends.qualcomm.utils.utils import generate_htp_compiler_spec, generate_qnn_executorch_compiler_spec
+
+    backend = generate_htp_compiler_spec(use_fp16=True, use_weight_sharing=shared)
+    (spec,) = generate_qnn_executorch_compiler_spec(soc_model=getattr(QcomChipset, soc), backend_options=backend)
+    return bytes(spec.value)

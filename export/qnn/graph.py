@@ -12,21 +12,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lobit.export.qnn.compiler import GRAPHS_FILE, SCALE, WEIGHTS_FILE
 from lobit.export.qnn.weights import HtpLinear
 
-GRAPHS_FILE, WEIGHTS_FILE = "graphs.json", "weights.safetensors"
-SCALE = ".scale"
-"""Ends the name of the scales of a weight."""
+STATIC = "static."
+"""Begins the names of constants, which are then no names of values."""
 Parameter = float | int | list[int] | list[list[int]]
-"""float: float32; int: uint32; a list or a matrix: uint32, but for `SIGNED` parameters."""
-SIGNED = frozenset({"ranges"})
-"""Parameters that are int32."""
+"""float: float32; int: uint32; a list or a matrix: uint32, but for those in `compiler.SIGNED`."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +120,11 @@ class Graph:
 
     def constant(self, name: str, values: Tensor) -> Value:
         """Half floats, stored once however often they are used."""
-        return Value(self.weights.add(self._path(name), values), tuple(values.shape))
+        return Value(self.weights.add(STATIC + self._path(name), values), tuple(values.shape))
 
     def weight(self, linear: HtpLinear) -> Value:
         """The integers of a layer."""
-        name = self.weights.add(self._path("weight"), linear.integers, linear.bits, linear.scale)
+        name = self.weights.add(STATIC + self._path("weight"), linear.integers, linear.bits, linear.scale)
         return Value(name, tuple(linear.integers.shape))
 
     def counts(self) -> dict[str, int]:
@@ -161,12 +158,6 @@ def write_graphs(graphs: Mapping[str, Graph], folder: Path) -> None:
     }
     (folder / GRAPHS_FILE).write_text(json.dumps({"graphs": described, "bits": weights.bits}), encoding="utf-8")
     save_file({name: tensor.clone() if tensor._is_view() else tensor for name, tensor in weights.tensors.items()}, folder / WEIGHTS_FILE)
-
-
-def read_graphs(folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The graphs by name, as `write_graphs` has described them, and the bits of integers by the names of weights."""
-    values = json.loads((folder / GRAPHS_FILE).read_text(encoding="utf-8"))
-    return values["graphs"], values["bits"]
 
 
 def zeros(count: int) -> Tensor:

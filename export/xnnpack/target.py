@@ -47,6 +47,7 @@ COSTS = Costs(
     seconds_per_part=0.85,
 )
 CHUNK = 512
+OPERATOR_ERROR = 0.0
 SLOW_GRAPH = True
 WORKSPACE = 16
 """Bytes of memory for each token of a chunk and each element of the feed-forward."""

@@ -126,6 +126,7 @@ def parity(
     rounded = ReferenceEngine(model, recipe, manifest.context)
     exact = _in_arithmetic(rounded, manifest)
     arithmetic = exact.recipe or recipe
+    share = max(order_share(arithmetic), find_target(manifest.target).OPERATOR_ERROR)
     if progress:
         progress("parts", 0, 1)
     text_begins = [*([] if manifest.tokens.bos is None else [manifest.tokens.bos]), *ids]
@@ -148,7 +149,7 @@ def parity(
         lines=lines,
         window=manifest.model.largest_window if manifest.model.largest_window < manifest.context else 0,
         tried=_tried(recipe),
-        floor=comparison.Floor(exact, ReferenceEngine(moved(exact.model, order_share(arithmetic)), arithmetic, manifest.context)),
+        floor=comparison.Floor(exact, ReferenceEngine(moved(exact.model, share), arithmetic, manifest.context)),
         progress=progress,
     )
     described = {"name": manifest.name, "target": manifest.target, "recipe": recipe.name}

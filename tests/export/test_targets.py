@@ -14,11 +14,12 @@ from lobit.targets import TARGETS
 from lobit.verbs.make import converted
 
 
-@pytest.mark.parametrize("recipe", ["8da4w-g32", "bitnet"])
+@pytest.mark.parametrize("recipe", ["int4", "bitnet"])
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_model_is_the_same_after_every_verb_of_a_target(name, recipe, models, tmp_path: Path):
     """One converted model serves the export, parity's stages and whatever comes next."""
-    model, used = converted(models("llama"), verbs.choose_recipe(recipe))
+    chosen = recipe if recipe != "int4" else "w4-channel" if name == "qnn" else "8da4w-g32"
+    model, used = converted(models("llama"), verbs.choose_recipe(chosen))
     before = {path: (module, vars(module).get("rule")) for path, module in model.named_modules()}
     digests = {path: tensor.clone() for path, tensor in model.state_dict().items()}
     spec, target = Spec(used, 64, 16), find_target(name)
