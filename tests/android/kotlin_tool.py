@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lobit.android.artifacts import SOURCES, fetched
+from lobit.android.host import runtime
 from lobit.android.kotlin import compiled
 
 CORE = SOURCES / "core/src/main/kotlin/dev/lobit/core"
@@ -59,6 +60,16 @@ class Kotlin:
     def render(self, template: str, messages: list[Any], special: dict[str, str] | None = None, prompt: bool = False) -> dict[str, Any]:
         """What a chat template writes."""
         return self.ask({"template": template, "messages": messages, "special": special or {}, "prompt": prompt})
+
+
+def run_on_library(program: str, *arguments: Any) -> None:
+    """Runs a program of `android_demo/host` with the phone's library for x86-64, whose folder is its first argument."""
+    prepared = runtime("x86_64")
+    command = [*prepared.command, f"dev.lobit.host.{program}Kt", prepared.libraries, *arguments]
+    done = subprocess.run(
+        list(map(str, command)), env={**os.environ, **prepared.environment}, capture_output=True, text=True, errors="replace", check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @cache

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lobit.android.host import runtime
 from lobit.runtime.client import CachedProgram, Ports
 from lobit.runtime.manifest import Manifest
+from tests.android.kotlin_tool import run_on_library
 from tests.android.test_cached_engine import VOCABULARY, bundle, called, table
 
 CALLS = [[5, 6, 7, 8, 9], [10], [11], [], list(range(20, 90)), [3]]
@@ -61,13 +59,9 @@ def write_program(methods: dict[str, nn.Module], manifest: Manifest, path: Path)
 
 def read(folder: Path, work: Path, calls: list[list[int]]) -> tuple[NDArray[np.float32], str]:
     """The logits of calls of a bundle's program, and what the app says where it refuses it."""
-    prepared, logits, answer = runtime("x86_64"), work / "logits", work / "answer"
+    logits, answer = work / "logits", work / "answer"
     texts = [",".join(map(str, tokens)) for tokens in calls]
-    command = [*prepared.command, "dev.lobit.host.ReadKt", prepared.libraries, folder, work / "scratch", logits, answer, *texts]
-    done = subprocess.run(
-        list(map(str, command)), env={**os.environ, **prepared.environment}, capture_output=True, text=True, errors="replace", check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_on_library("Read", folder, work / "scratch", logits, answer, *texts)
     found = np.frombuffer(logits.read_bytes(), ">f4") if logits.is_file() else np.zeros(0, np.float32)
     return found.astype(np.float32), answer.read_text(encoding="utf-8") if answer.is_file() else ""
 

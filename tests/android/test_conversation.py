@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,19 +10,15 @@ from typing import Any
 import pytest
 
 from lobit import verbs
-from lobit.android.host import runtime
 from lobit.runtime.bundle import open_bundle
 from lobit.verbs.talk import bundle_tokenizer
+from tests.android.kotlin_tool import run_on_library
 
 
 def talked(bundle: Path, folder: Path, length: int, *texts: str) -> list[dict[str, Any]]:
     """The answers to texts, one after the other."""
-    prepared, answers = runtime("x86_64"), folder / "answers"
-    command = [*prepared.command, "dev.lobit.host.TalkKt", prepared.libraries, bundle, folder / "scratch", answers, length, *texts]
-    done = subprocess.run(
-        list(map(str, command)), env={**os.environ, **prepared.environment}, capture_output=True, text=True, errors="replace", check=False
-    )
-    assert answers.is_file(), done.stderr[-2000:]
+    answers = folder / "answers"
+    run_on_library("Talk", bundle, folder / "scratch", answers, length, *texts)
     return [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
 
 
