@@ -100,7 +100,7 @@ TARGETS: dict[str, TargetEntry] = {
     "qnn": TargetEntry(
         "Qualcomm's neural processor, through ExecuTorch",
         "lobit.export.qnn.target",
-        {HOST: "lobit.runtime.qnn"},
+        {HOST: "lobit.runtime.qnn", PHONE: "lobit.runtime.phone"},
         ("executorch", "onnxruntime-qnn"),
         proof="lobit.export.qnn.proof",
         emulated="the emulator of the HTP",

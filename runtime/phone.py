@@ -155,7 +155,7 @@ def open_engine(bundle: Bundle, threads: int, device: Device) -> SteppingEngine:
     """Brings a bundle to a phone and runs its program there.
 
     Args:
-        bundle: a bundle for target xnnpack.
+        bundle: a bundle whose target the app on the phone runs: xnnpack, or qnn where its library has that backend.
         threads: of the runtime. What is the default here, one per core of this computer, is left to the phone.
         device: kind `adb`, with the phone's serial number.
 

@@ -43,7 +43,7 @@ def send_bundle(phone: Phone, bundle: Bundle, progress: Progress | None = None) 
     Raises:
         LobitError: the phone is gone, has no space, or what arrives there is not what was sent.
     """
-    files = {entry.path: entry.sha256 for entry in bundle.manifest.files}
+    files = {entry.path: entry.sha256 for entry in bundle.manifest.files if entry.role != "emulated"}
     files[FILE_NAME] = sha256_of(bundle.folder / FILE_NAME)
     name = folder_name(bundle.manifest.name)
     if _hashes(phone, f"{BUNDLES}/{name}") == files:

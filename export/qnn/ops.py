@@ -103,6 +103,18 @@ class HtpOps(Composed[V]):
         """See `walk.Ops`: the client marks the token that gets logits, as a call may read fewer tokens than it has room for."""
         return x if self.all_logits else self.build.matmul(self.chosen, x)
 
+    def activate(self, x: V) -> V:
+        """See `walk.Ops`. SiLU is x · sigmoid(x) = h + h · tanh(h) with h = x / 2.
+
+        For one token Qualcomm's compiler joins a product and the SiLU of its result, written with a sigmoid, to one operator that is
+        coarse: the logits of a model of four layers were off by 1.2e-2 with it, by 3.7e-3 in this form.
+        """
+        if self.config.activation != "silu":
+            return super().activate(x)
+        build = self.build
+        half = build.multiply(x, build.number(0.5))
+        return build.add(half, build.multiply(half, build.tanh(half)))
+
     def scope(self, name: str) -> AbstractContextManager[None]:
         """See `walk.Ops`."""
         return self.build.scope(name)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lobit.progress_callback import Progress
-from lobit.targets import PHONE, Device
+from lobit.targets import PHONE, TARGETS, Device
 
 if TYPE_CHECKING:
     from lobit.android.signing import Key
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 DEMO, DEMO_RECIPE = "demo", "8da4w-g32"
 """The model inside the app, which is also the name of its bundle, and its recipe."""
 TARGET = "xnnpack"
-"""The target whose bundles the app runs."""
+"""The target whose bundles an app that is built here runs; another's library may have more backends."""
 PHONE_ALONE = Device(PHONE)
 """The only phone that is connected."""
 
@@ -96,13 +96,13 @@ def install(
 
     if device.kind != PHONE:
         raise InputError(f"the app is for a phone, not for device {device}: name one with --device adb:SERIAL, or leave it out")
-    opened = [_open_for_app(folder) for folder in bundles]
+    opened = [_open_for_app(folder, [name for name, target in TARGETS.items() if PHONE in target.engines]) for folder in bundles]
     found = find_phone(device.detail)
     return {"phone": found.name, "app": apk is not None, "bundles": phone.install(found, apk, opened, progress)}
 
 
-def _open_for_app(folder: Path) -> Bundle:
-    """A bundle that the app runs.
+def _open_for_app(folder: Path, targets: Sequence[str]) -> Bundle:
+    """A bundle for one of the targets that the app runs.
 
     Raises:
         BundleError: the bundle is incomplete or changed, or for another target.
@@ -111,8 +111,8 @@ def _open_for_app(folder: Path) -> Bundle:
     from lobit.runtime.bundle import open_bundle
 
     opened = open_bundle(folder)
-    if opened.manifest.target != TARGET:
-        told = f"{folder} is for target {opened.manifest.target}, and the app runs {TARGET}"
+    if opened.manifest.target not in targets:
+        told = f"{folder} is for target {opened.manifest.target}, and the app runs {', '.join(targets)}"
         raise BundleError(f"{told}: export the model with --target {TARGET}")
     return opened
 
@@ -125,6 +125,6 @@ def _bundle_files(folder: Path) -> dict[str, Path]:
     """
     from lobit.runtime.manifest import FILE_NAME
 
-    manifest = _open_for_app(folder).manifest
+    manifest = _open_for_app(folder, [TARGET]).manifest
     names = [FILE_NAME, *(entry.path for entry in manifest.files)]
     return {f"bundles/{folder.resolve().name}/{name}": folder / name for name in names}

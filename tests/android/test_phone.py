@@ -37,7 +37,7 @@ def test_app_and_bundles_are_installed_in_one_call(connect, tmp_path):
 
 
 def test_a_bundle_for_another_target_is_not_installed(tmp_path):
-    with pytest.raises(BundleError, match="is for target onnx, and the app runs xnnpack: export"):
+    with pytest.raises(BundleError, match="is for target onnx, and the app runs xnnpack, qnn: export"):
         android.install(None, [make_bundle(tmp_path / "story", "onnx")])
 
 
