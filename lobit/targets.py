@@ -6,7 +6,7 @@ A new target needs its modules and an entry here; its extra in pyproject.toml ha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lobit.errors import InputError
 
@@ -73,6 +73,8 @@ class TargetEntry:
     """Modules with `open_engine(bundle, threads, device)`, by the kind of device that they run a bundle on."""
     packages: tuple[str, ...]
     """The packages that exporting to it and running its bundles need."""
+    exact: Mapping[str, str] = field(default_factory=dict)
+    """Versions of packages that it needs exactly, where pip's own requirement is not enough to be sure of them."""
     proof: str | None = None
     """The module that reads back what its compiled programs hold, where these cannot be taken apart; None: `read_program` does."""
     emulated: str | None = None
@@ -102,6 +104,7 @@ TARGETS: dict[str, TargetEntry] = {
         "lobit.export.qnn.target",
         {HOST: "lobit.runtime.qnn", PHONE: "lobit.runtime.phone"},
         ("executorch", "onnxruntime-qnn"),
+        {"onnxruntime-qnn": "2.5.0"},  # 2.3 and 2.4 find no device, 2.6 and 2.7 do not know the chips
         proof="lobit.export.qnn.proof",
         emulated="the emulator of the HTP",
     ),

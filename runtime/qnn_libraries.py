@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lobit.errors import MissingPartError
+from lobit.targets import TARGETS
 
-PACKAGE, VERSION = "onnxruntime-qnn", "2.5.0"
-"""Versions around it find no device, or do not know the chips (2.3, 2.4, 2.6, 2.7)."""
+PACKAGE = "onnxruntime-qnn"
+VERSION = TARGETS["qnn"].exact[PACKAGE]
 NEEDED = ("libunwind-*", "libc++abi-*", "libc++-*", "libQnnSystem.so", "libQnnHtp.so")
 """The libraries in the order in which they need each other."""
 

@@ -62,7 +62,10 @@ def doctor(what: str | None = None) -> dict[str, Any]:
                 found: str | None = metadata.version(package)
             except metadata.PackageNotFoundError:
                 found = None
-            rows.append({"for": name, "part": package, "found": found, "way_out": f"pip install 'lobit{extra}'"})
+            way_out, needed = f"pip install 'lobit{extra}'", TARGETS[name].exact.get(package) if name in TARGETS else None
+            if found and needed and found != needed:
+                way_out, found = f"{found} is installed and does not work: pip install {package}=={needed}", None
+            rows.append({"for": name, "part": package, "found": found, "way_out": way_out})
     rows.append({"for": "lobit", "part": "processor cores", "found": str(usable_cores()), "way_out": ""})
     return {"parts": rows, "passed": all(row["found"] for row in rows)}
 

@@ -1,5 +1,7 @@
 """Bundles on their way into lobit's app: what is sent, what is in place, and what is said where that fails."""
 
+from dataclasses import replace
+
 import pytest
 
 from lobit.errors import LobitError
@@ -21,6 +23,19 @@ def test_a_bundle_arrives_whole_and_nothing_is_left_on_the_way(phone, tmp_path):
     assert content(phone.bundle("story")) == content(bundle.folder)
     assert [path.name for path in phone.bundle("").iterdir()] == ["story"]
     assert list(phone.tmp.iterdir()) == []
+
+
+def test_what_an_emulator_alone_needs_is_not_sent(phone, tmp_path):
+    """A program for target qnn has a twin for the emulator, which is larger than itself."""
+    bundle = write_bundle(tmp_path / "story", {"emulated.pte": b"twin" * 1000})
+    files = [replace(entry, role="emulated") if entry.path == "emulated.pte" else entry for entry in bundle.manifest.files]
+    bundle = replace(bundle, manifest=replace(bundle.manifest, files=files))
+    send_bundle(find_phone(None), bundle)
+    there = content(phone.bundle("story"))
+    assert "emulated.pte" not in there and "model.bin" in there
+    sent(phone)
+    send_bundle(find_phone(None), bundle)
+    assert sent(phone) == 0
 
 
 def test_an_unchanged_bundle_is_not_sent_again(phone, tmp_path):

@@ -1,6 +1,7 @@
 """The command line: results on stdout, one message for a mistake, exit codes, options that do what they say."""
 
 import importlib
+import importlib.metadata
 import json
 import os
 import re
@@ -108,7 +109,7 @@ def test_recipes_shows_what_it_does_to_every_layer(lobit: Lobit) -> None:
 def test_doctor_tells_versions_and_ways_out(lobit: Lobit) -> None:
     answer = lobit("doctor", "--json")
     assert answer.code == DONE
-    rows = {row["part"]: row for row in answer.json["parts"]}
+    rows = {row["part"]: row for row in reversed(answer.json["parts"])}
     assert rows["torch"]["found"].startswith("2.13")
     assert rows["executorch"]["for"] == "xnnpack"
     assert rows["executorch"]["way_out"] == "pip install 'lobit[xnnpack]'"
@@ -120,6 +121,15 @@ def test_doctors_ways_out_are_what_the_package_offers(lobit: Lobit) -> None:
     commands = {row["way_out"] for row in lobit("doctor", "--json").json["parts"] if row["way_out"]}
     extras = {extra for command in commands for extra in re.findall(r"\[(.+)\]", command)}
     assert extras <= set(project["optional-dependencies"])
+
+
+def test_doctor_names_a_version_that_does_not_work(lobit: Lobit, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.7.0" if name == "onnxruntime-qnn" else version(name))
+    answer = lobit("doctor", "qnn", "--json")
+    row = next(row for row in answer.json["parts"] if row["part"] == "onnxruntime-qnn")
+    assert answer.code == MISTAKE
+    assert row["found"] is None and "pip install onnxruntime-qnn==2.5.0" in row["way_out"] and "2.7.0" in row["way_out"]
 
 
 def test_doctor_names_what_is_missing_and_fails(lobit: Lobit, monkeypatch: pytest.MonkeyPatch) -> None:
