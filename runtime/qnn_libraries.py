@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import platform
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ def library_folder() -> Path:
     """The package's folder.
 
     Raises:
-        MissingPartError: it is not installed, or in another version.
+        MissingPartError: it is not installed, in another version, or not for this machine.
     """
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        raise MissingPartError(f"target qnn is compiled and emulated on x86-64 Linux, not on {platform.system()}: use such a machine")
     found = importlib.util.find_spec("onnxruntime_qnn")
     if found is None or not found.submodule_search_locations:
         raise MissingPartError(f"target qnn needs {PACKAGE} {VERSION}, which is not installed: pip install 'lobit[qnn]'")

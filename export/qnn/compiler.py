@@ -6,7 +6,9 @@ neither PyTorch nor ExecuTorch's exporter, which take longer to load than a smal
 
 from __future__ import annotations
 
+import ctypes
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +19,8 @@ from safetensors import safe_open
 
 from lobit.runtime.qnn_libraries import load_libraries
 
+PR_SET_PDEATHSIG = 1
+"""Option of prctl(2), from <linux/prctl.h>."""
 PACKAGE = "qti.aisw"
 """Name of the package of QNN's own operators."""
 GRAPHS_FILE, WEIGHTS_FILE, SCALE = "graphs.json", "weights.safetensors", ".scale"
@@ -153,5 +157,11 @@ def compile_graphs(folder: Path, out: Path) -> None:
     manager.Destroy()
 
 
+def end_with_parent() -> None:
+    """Lets the system end this process where the one that started it ends, so that nobody writes where a later run works."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 if __name__ == "__main__":
+    end_with_parent()
     compile_graphs(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -43,6 +43,7 @@ from lobit.runtime.manifest import (
     State,
     TensorGroup,
 )
+from lobit.runtime.qnn_libraries import PACKAGE, library_folder
 from lobit.runtime.qnn_ports import EMBEDDINGS, LAST, LOGITS, cache_names, mask_name, rotary_names
 from lobit.stage_cache import StageCache
 
@@ -72,8 +73,13 @@ SLOW_GRAPH = True
 
 
 def versions() -> dict[str, str]:
-    """Versions of ExecuTorch, to whose release a program is tied, and of the package with Qualcomm's compiler."""
-    return {name: metadata.version(name) for name in ("executorch", "onnxruntime-qnn")}
+    """Versions of ExecuTorch, to whose release a program is tied, and of the package with Qualcomm's compiler.
+
+    Raises:
+        MissingPartError: the package is missing, or in a version that does not work.
+    """
+    library_folder()
+    return {name: metadata.version(name) for name in ("executorch", PACKAGE)}
 
 
 def soc_of(spec: Spec) -> str:

@@ -162,6 +162,9 @@ def _converted_like(source: Path, recipe: Recipe, bundle: Bundle) -> Transformer
     """The model of a checkpoint, or of a float model under the recipe, with the bundle's integers where these were rounded on a text.
 
     The fingerprint of the whole model tells whether those are the checkpoint's.
+
+    Raises:
+        InputError: the integers are in the program alone, and it cannot be taken apart.
     """
     import torch
 
@@ -172,6 +175,11 @@ def _converted_like(source: Path, recipe: Recipe, bundle: Bundle) -> Transformer
 
     if is_checkpoint(source) or not recipe.is_calibrated:
         return converted_like(source, recipe)[0]
+    if TARGETS[bundle.manifest.target].proof:
+        raise InputError(
+            f"bundle {bundle.folder} was rounded on a text, and a program for target {bundle.manifest.target} cannot be taken apart: give "
+            "the quantized checkpoint that it was exported from (parity: --checkpoint)"
+        )
     model, _ = converted_like(source, recipe.to_nearest())
     for part, values, scale in paired(read_program(bundle).layers(), stored_layers(model)):
         rule = recipe.rule_for(part.name)

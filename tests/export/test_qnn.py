@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -13,25 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor, nn
 
 from lobit import verbs
 from lobit.demo import TERNARY_FOLDER, held_out_text
 from lobit.errors import BundleError, InputError, TargetError
 from lobit.export.qnn import compiling
-from lobit.export.qnn.builder import EagerHtpBuilder, QnnBuilder
 from lobit.export.qnn.compiling import compile_variants
-from lobit.export.qnn.graph import Graph, Weights
-from lobit.export.qnn.program import write_pte
-from lobit.export.qnn.target import OPERATOR_ERROR, SOCS
-from lobit.export.qnn.weights import HtpLinear
-from lobit.quant_recipes.integer import IntegerLinear, quantize_linear
-from lobit.quant_recipes.recipe import Rule, WeightGrid
+from lobit.export.qnn.target import SOCS
 from lobit.runtime.bundle import open_bundle
 from lobit.runtime.client import CachedProgram
 from lobit.runtime.engine import open_engine
-from lobit.runtime.manifest import FILE_NAME, Method, Port, sealed, sha256_of
+from lobit.runtime.manifest import FILE_NAME, sealed, sha256_of
 from lobit.stage_cache import StageCache
 from lobit.verbs import prove
 from tests.small_models import FAMILIES
@@ -42,8 +33,6 @@ TEXT = "".join(chr(code) for code in np.random.default_rng(0).integers(32, 127, 
 """For models with a tokenizer of bytes."""
 NEAR = 0.1
 """Of logits from -10 to 10 that two methods compute, each in half floats of its own order."""
-RELATIVE = 3e-3
-"""Of an operator's largest result: half floats keep 5e-4, and sums inside an operator may be half floats too."""
 
 
 def exported(model: Any, out: Path, recipe: str, *, context: int = CONTEXT, **options: Any) -> Path:
@@ -54,104 +43,6 @@ def exported(model: Any, out: Path, recipe: str, *, context: int = CONTEXT, **op
 @pytest.fixture(scope="module")
 def demo(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return exported(models("demo"), tmp_path_factory.mktemp("qnn") / "demo", "w4-channel", context=128)
-
-
-# --- operators ----------------------------------------------------------------------------------------------------------------------
-
-
-def integer_linear(out: int, inner: int, bits: Any, bias: bool) -> HtpLinear:
-    grid = WeightGrid(bits, None, "absmean" if bits <= 2 else "least_squares")
-    weight = torch.randn(out, inner, generator=torch.Generator().manual_seed(bits))
-    return HtpLinear(IntegerLinear(*quantize_linear(weight, grid), torch.randn(out) if bias else None, Rule(("*",), grid)))
-
-
-PRODUCTS = [(bits, inner, bias) for bits in (1, 2, 3, 4, 6, 8) for inner, bias in ((64, False), (172, True))]
-"""172 inputs are no multiple of 8 or 16: without zeros behind them the HTP would compute something else."""
-
-
-def every_operator(build: Any, x: Any, wide: Any, norm: Tensor, layers: list[nn.Module]) -> None:
-    """Calls each operation of the builder once, on x [1, 4, 64] and wide [1, 4, 172]."""
-    heads = build.reshape(x, 4, 16)
-    for name, value in {
-        "add": build.add(x, x),
-        "number": build.multiply(x, build.number(0.37)),
-        "subtract": build.subtract(x, build.sigmoid(x)),
-        "divide": build.divide(x, build.number(3.0)),
-        "tanh": build.tanh(x),
-        "relu": build.relu(x),
-        "softmax": build.softmax(x),
-        "matmul": build.matmul(build.transpose(heads, [0, 2, 1, 3]), build.transpose(heads, [0, 2, 3, 1])),
-        "rms_norm": build.rms_norm(x, norm, 1e-5),
-        "rms_norm_of_heads": build.rms_norm(heads, norm[:16], 1e-5),
-        "split": build.join(*reversed(build.split(x, [10, 22, 32]))),
-        "append": build.append(1, x, x),
-        **{f"product_{index}": build.product(layer, wide if index % 2 else x) for index, layer in enumerate(layers[:-1])},
-        "float_product": build.product(layers[-1], x),
-    }.items():
-        build.output(value, name)
-
-
-def run_alone(graph: Graph, inputs: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """What the emulator gives for one graph."""
-    from safetensors.torch import load_file, save_file
-
-    _, copied = compile_variants({"decode": graph}, SOCS[0], StageCache(folder), lambda done, total: None)
-    ports = [[Port(name, "client", list(graph.values[name]), "float16") for name in names] for names in (graph.inputs, graph.outputs)]
-    write_pte([Method("decode", "decode", *ports)], copied.context, copied.options, folder / "x.pte")
-    save_file({f"{index:04}": inputs[name].half() for index, name in enumerate(graph.inputs)}, folder / "in")
-    command = [sys.executable, "-m", "lobit.export.qnn.probe", *(str(folder / name) for name in ("x.pte", "in", "out"))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return dict(zip(graph.outputs, (found.float() for _, found in sorted(load_file(folder / "out").items())), strict=True))
-
-
-def test_every_operator_computes_on_the_emulator_what_pytorch_does(tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, wide = (torch.randn(1, 4, size, generator=generator).half().float() for size in (64, 172))
-    layers: list[nn.Module] = [integer_linear(24, inner, bits, bias) for bits, inner, bias in PRODUCTS]
-    layers.append(nn.Linear(64, 24).requires_grad_(False))
-    norm = torch.rand(64, generator=generator)
-    eager = EagerHtpBuilder({})
-    every_operator(eager, x, wide, norm, layers)
-    graph = Graph(Weights())
-    build = QnnBuilder(graph)
-    every_operator(build, build.input("x", 1, 4, 64), build.input("wide", 1, 4, 172), norm, layers)
-    found = run_alone(graph, {"x": x, "wide": wide}, tmp_path)
-    assert found.keys() == eager.outputs.keys()
-    errors = {name: float((found[name] - expected).abs().max() / expected.abs().max()) for name, expected in eager.outputs.items()}
-    assert {name: f"{error:.1e}" for name, error in errors.items() if not error < RELATIVE} == {}
-
-
-def test_operators_are_as_exact_as_the_limit_of_parity_reckons_with(tmp_path: Path) -> None:
-    """Relative root mean square errors of the operators of attention and feed-forward, on inputs of several sizes."""
-    generator, graph, exact, inputs = torch.Generator().manual_seed(0), Graph(Weights()), {}, {}
-    build = QnnBuilder(graph)
-    for size in (3.0, 1.0, 0.3):
-        x = (size * torch.randn(1, 4, 24, 88, generator=generator)).half()
-        port, values = f"x{size:g}", x.double()
-        inputs[port] = x.float()
-        given = build.input(port, 1, 4, 24, 88)
-        for name, value, expected in [
-            ("softmax", build.softmax(given), values.softmax(-1)),
-            ("silu", build.multiply(given, build.sigmoid(given)), values * values.sigmoid()),
-            ("tanh", build.tanh(given), values.tanh()),
-            ("square", build.multiply(build.relu(given), build.relu(given)), values.relu() ** 2),
-            ("norm", build.rms_norm(given, torch.ones(88), 1e-5), torch.nn.functional.rms_norm(values, (88,), eps=1e-5)),
-            ("matmul", build.matmul(given, build.transpose(given, [0, 1, 3, 2])), values @ values.transpose(2, 3)),
-        ]:
-            build.output(value, f"{name}.{size:g}")
-            exact[f"{name}.{size:g}"] = expected
-    found = run_alone(graph, inputs, tmp_path)
-    errors = {name: float((found[name] - expected).norm() / expected.norm()) for name, expected in exact.items()}
-    assert OPERATOR_ERROR / 3 < max(errors.values()) < OPERATOR_ERROR, errors
-
-
-def test_an_operator_that_is_not_known_is_one_message(tmp_path: Path) -> None:
-    graph = Graph(Weights())
-    x = graph.input("x", 1, 4, 8)
-    graph.output(graph.op("Frobnicate", [x], (1, 4, 8))[0], "y")
-    with pytest.raises(TargetError, match="Qualcomm's compiler does not take this model"):
-        compile_variants({"decode": graph}, SOCS[0], StageCache(tmp_path / "kept"), lambda done, total: None)
 
 
 # --- bundles ------------------------------------------------------------------------------------------------------------------------
@@ -321,6 +212,17 @@ def test_an_emulator_that_ends_is_one_message(demo: Path, tmp_path: Path) -> Non
         open_engine(open_bundle(folder)).prefill([1, 2, 3])
 
 
+def test_without_its_checkpoint_a_model_that_was_rounded_on_a_text_is_not_proved(stories: Path, tmp_path: Path) -> None:
+    from lobit.verbs.calibrate import Calibration
+
+    recipe, text = verbs.choose_recipe("8da8w"), "Once upon a time there was a little girl. " * 40
+    verbs.quantize(str(stories), recipe, tmp_path / "checkpoint", calibration=Calibration(text, 4, 16))
+    verbs.export(str(tmp_path / "checkpoint"), "qnn", tmp_path / "bundle", context=CONTEXT)
+    with pytest.raises(InputError, match=r"was rounded on a text.* give the quantized checkpoint"):
+        verbs.verify(tmp_path / "bundle", str(stories))
+    assert verbs.verify(tmp_path / "bundle", str(tmp_path / "checkpoint"))["passed"]
+
+
 def test_a_changed_byte_is_refused(demo: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(demo, tmp_path / "bundle"))
     data = bytearray((folder / "model.pte").read_bytes())
@@ -360,8 +262,7 @@ def test_the_plan_says_what_the_files_and_the_memory_are(another_process: Callab
     peak = int(another_process(EXPORT, tmp_path / "bundle").stdout.split()[-1])
     plan = verbs.plan("demo", verbs.choose_recipe("w4-channel"), "qnn", context=192)
     assert plan.file_bytes == pytest.approx(open_bundle(tmp_path / "bundle").manifest.program_bytes, rel=0.03)
-    assert peak < 1.25 * plan.host_peak_bytes
-    assert resource.RUSAGE_SELF is not None
+    assert plan.host_peak_bytes == pytest.approx(peak, rel=0.25)
 
 
 def test_what_was_compiled_before_a_kill_is_not_compiled_again(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,122 @@
+"""Operators of target qnn, each alone on the emulator of the HTP."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lobit.errors import TargetError
+from lobit.export.qnn.builder import EagerHtpBuilder, QnnBuilder
+from lobit.export.qnn.compiling import compile_variants
+from lobit.export.qnn.graph import Graph, Weights
+from lobit.export.qnn.program import write_pte
+from lobit.export.qnn.target import OPERATOR_ERROR, SOCS
+from lobit.export.qnn.weights import HtpLinear
+from lobit.quant_recipes.integer import IntegerLinear, quantize_linear
+from lobit.quant_recipes.recipe import Rule, WeightGrid
+from lobit.runtime.manifest import Method, Port
+from lobit.stage_cache import StageCache
+
+pytestmark = [pytest.mark.usefixtures("qnn_libraries", "one_thread"), pytest.mark.slow]
+RELATIVE = 3e-3
+"""Of an operator's largest result: half floats keep 5e-4, and sums inside an operator may be half floats too."""
+
+
+def integer_linear(out: int, inner: int, bits: Any, bias: bool) -> HtpLinear:
+    grid = WeightGrid(bits, None, "absmean" if bits <= 2 else "least_squares")
+    weight = torch.randn(out, inner, generator=torch.Generator().manual_seed(bits))
+    return HtpLinear(IntegerLinear(*quantize_linear(weight, grid), torch.randn(out) if bias else None, Rule(("*",), grid)))
+
+
+PRODUCTS = [(bits, inner, bias) for bits in (1, 2, 3, 4, 6, 8) for inner, bias in ((64, False), (172, True))]
+"""172 inputs are no multiple of 8 or 16: without zeros behind them the HTP would compute something else."""
+
+
+def every_operator(build: Any, x: Any, wide: Any, norm: Tensor, layers: list[nn.Module]) -> None:
+    """Calls each operation of the builder once, on x [1, 4, 64] and wide [1, 4, 172]."""
+    heads = build.reshape(x, 4, 16)
+    for name, value in {
+        "add": build.add(x, x),
+        "number": build.multiply(x, build.number(0.37)),
+        "subtract": build.subtract(x, build.sigmoid(x)),
+        "divide": build.divide(x, build.number(3.0)),
+        "tanh": build.tanh(x),
+        "relu": build.relu(x),
+        "softmax": build.softmax(x),
+        "matmul": build.matmul(build.transpose(heads, [0, 2, 1, 3]), build.transpose(heads, [0, 2, 3, 1])),
+        "rms_norm": build.rms_norm(x, norm, 1e-5),
+        "rms_norm_of_heads": build.rms_norm(heads, norm[:16], 1e-5),
+        "split": build.join(*reversed(build.split(x, [10, 22, 32]))),
+        "append": build.append(1, x, x),
+        **{f"product_{index}": build.product(layer, wide if index % 2 else x) for index, layer in enumerate(layers[:-1])},
+        "float_product": build.product(layers[-1], x),
+    }.items():
+        build.output(value, name)
+
+
+def run_alone(graph: Graph, inputs: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """What the emulator gives for one graph."""
+    _, copied = compile_variants({"decode": graph}, SOCS[0], StageCache(folder), lambda done, total: None)
+    ports = [[Port(name, "client", list(graph.values[name]), "float16") for name in names] for names in (graph.inputs, graph.outputs)]
+    write_pte([Method("decode", "decode", *ports)], copied.context, copied.options, folder / "x.pte")
+    save_file({f"{index:04}": inputs[name].half() for index, name in enumerate(graph.inputs)}, folder / "in")
+    command = [sys.executable, "-m", "lobit.export.qnn.probe", *(str(folder / name) for name in ("x.pte", "in", "out"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(zip(graph.outputs, (found.float() for _, found in sorted(load_file(folder / "out").items())), strict=True))
+
+
+def test_every_operator_computes_on_the_emulator_what_pytorch_does(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, wide = (torch.randn(1, 4, size, generator=generator).half().float() for size in (64, 172))
+    layers: list[nn.Module] = [integer_linear(24, inner, bits, bias) for bits, inner, bias in PRODUCTS]
+    layers.append(nn.Linear(64, 24).requires_grad_(False))
+    norm = torch.rand(64, generator=generator)
+    eager = EagerHtpBuilder({})
+    every_operator(eager, x, wide, norm, layers)
+    graph = Graph(Weights())
+    build = QnnBuilder(graph)
+    every_operator(build, build.input("x", 1, 4, 64), build.input("wide", 1, 4, 172), norm, layers)
+    found = run_alone(graph, {"x": x, "wide": wide}, tmp_path)
+    assert found.keys() == eager.outputs.keys()
+    errors = {name: float((found[name] - expected).abs().max() / expected.abs().max()) for name, expected in eager.outputs.items()}
+    assert {name: f"{error:.1e}" for name, error in errors.items() if not error < RELATIVE} == {}
+
+
+def test_operators_are_as_exact_as_the_limit_of_parity_reckons_with(tmp_path: Path) -> None:
+    """Relative root mean square errors of the operators of attention and feed-forward, on inputs of several sizes."""
+    generator, graph, exact, inputs = torch.Generator().manual_seed(0), Graph(Weights()), {}, {}
+    build = QnnBuilder(graph)
+    for size in (3.0, 1.0, 0.3):
+        x = (size * torch.randn(1, 4, 24, 88, generator=generator)).half()
+        port, values = f"x{size:g}", x.double()
+        inputs[port] = x.float()
+        given = build.input(port, 1, 4, 24, 88)
+        for name, value, expected in [
+            ("softmax", build.softmax(given), values.softmax(-1)),
+            ("silu", build.multiply(given, build.sigmoid(given)), values * values.sigmoid()),
+            ("tanh", build.tanh(given), values.tanh()),
+            ("square", build.multiply(build.relu(given), build.relu(given)), values.relu() ** 2),
+            ("norm", build.rms_norm(given, torch.ones(88), 1e-5), torch.nn.functional.rms_norm(values, (88,), eps=1e-5)),
+            ("matmul", build.matmul(given, build.transpose(given, [0, 1, 3, 2])), values @ values.transpose(2, 3)),
+        ]:
+            build.output(value, f"{name}.{size:g}")
+            exact[f"{name}.{size:g}"] = expected
+    found = run_alone(graph, inputs, tmp_path)
+    errors = {name: float((found[name] - expected).norm() / expected.norm()) for name, expected in exact.items()}
+    assert OPERATOR_ERROR / 3 < max(errors.values()) < OPERATOR_ERROR, errors
+
+
+def test_an_operator_that_is_not_known_is_one_message(tmp_path: Path) -> None:
+    graph = Graph(Weights())
+    x = graph.input("x", 1, 4, 8)
+    graph.output(graph.op("Frobnicate", [x], (1, 4, 8))[0], "y")
+    with pytest.raises(TargetError, match="Qualcomm's compiler does not take this model"):
+        compile_variants({"decode": graph}, SOCS[0], StageCache(tmp_path / "kept"), lambda done, total: None)
