@@ -17,7 +17,7 @@ LARGEST_RESULT = 64 << 20
 """Bytes that a file may have; a larger one is not read."""
 COLOURS = 8
 """Number of bundles that have a colour of their own; the ninth has the first one's again."""
-ACCEPTED = "the JSON of `lobit parity`, `lobit bench`, `lobit verify` and `lobit export`, and a bundle's manifest.json"
+ACCEPTED = "the JSON of `lobit parity`, `lobit bench` (where it timed), `lobit verify` and `lobit export`, and a bundle's manifest.json"
 
 _BUNDLE = {"name": str, "target": str, "recipe": object}
 _METRICS = {"kl_mean": float, "kl_p99": float, "top1_agreement": float, "perplexity": float}
@@ -45,6 +45,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "verify": {
         "bundle": _BUNDLE, "tensors": int, **_COUNTS, "checkpoint_matches?": bool, "layers": [{"name": str, **_COUNTS}], "passed": bool,
+        "compiled?": [{"file": str, "bytes": int, "differing_bytes": int}],
     },
     "build": {"bundle": str, "command": str, "stages": [{"name": str, "seconds": float, "peak_rss_bytes?": int}]},
 }  # fmt: skip

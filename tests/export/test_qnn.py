@@ -48,7 +48,7 @@ def demo(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- bundles ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_demo_is_exported_verified_and_proved(demo: Path) -> None:
+def test_the_demo_is_exported_verified_and_proved(demo: Path, tmp_path: Path) -> None:
     verified = verbs.verify(demo, "demo")
     assert verified["passed"] and verified["integers"] > 0
     assert [(row["file"], row["differing_bytes"]) for row in verified["compiled"]] == [("model.pte", 0), ("emulated.pte", 0)]
@@ -56,6 +56,10 @@ def test_the_demo_is_exported_verified_and_proved(demo: Path) -> None:
     assert result["passed"] and result["emulated"], result["limits"]
     assert [row["name"] for row in result["stages"]] == ["fake_quant", "graph", "artifact"]
     assert result["phases"]["wrapped"] is not None
+    for name, values in {"verify": verified, "parity": result}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(values), encoding="utf-8")
+    page = verbs.report([demo / FILE_NAME, *tmp_path.glob("*.json")], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "layers were read back from the emulator, and the model was compiled anew" in page
 
 
 def test_nothing_is_left_behind_and_each_method_is_one_delegate(demo: Path) -> None:
