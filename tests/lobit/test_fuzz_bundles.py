@@ -18,13 +18,17 @@ from lobit.runtime.bundle import Bundle, open_bundle
 from lobit.runtime.manifest import (
     FILE_NAME,
     CacheInfo,
+    ClientInputs,
     Delegation,
     FileEntry,
     Generation,
+    Lookup,
     Manifest,
+    Mask,
     Method,
     ModelInfo,
     Port,
+    Rotary,
     State,
     TensorGroup,
     Tokens,
@@ -64,11 +68,17 @@ def manifest_of(folder: Path) -> Manifest:
                 [Port("logits", "logits", [1, VOCABULARY], "float32"), Port("now", "state", [1, 2, 16, 4], "float32")],
             )
         ],
-        states=[State("past", "now", "float32", [1, 2, 16, 4], 2, 16, True)],
+        states=[State("past", "now", "float32", [1, 2, 16, 4], 2, 16, True, False)],
+        client=ClientInputs(
+            Lookup("tokens", "parts/tokenizer.json", 8, 1.0),
+            [Rotary("past", "tokens", [1.0, 0.5], 1.0)],
+            [Mask("past", 16, -1e4)],
+            "tokens",
+        ),
         cache=CacheInfo("int8", [64, 16], 7200, 100),
         tokens=Tokens(1, [2], "{{ messages[0].content }}", {"eos_token": "</s>"}),
         generation=Generation(0.5, 40, 0.9, None),
-        delegation=Delegation("XNNPACK", 1, {"linear": 14}, {"add": 2}),
+        delegation=Delegation("XNNPACK", 1, {"linear": 14}, {"add": 2}, {"forward": 100}),
         weights=[TensorGroup("mlp", "int4 group 32", 100, 3000)],
         files=[FileEntry.of(folder, "model.pte", "program"), FileEntry.of(folder, "parts/tokenizer.json", "tokenizer")],
         versions={"torch": "2.13.0"},
@@ -331,5 +341,3 @@ def test_a_template_that_refuses_is_the_users_error(folder: Path) -> None:
     tokenizer.chat_template = TEMPLATE
     with pytest.raises(InputError, match="refuses these 1 messages"):
         tokenizer.render_chat([{"role": "system", "content": "x"}])
-
-

@@ -84,10 +84,11 @@ def manifest_of(folder: Path, target: str, **changes: Any) -> Manifest:
         options={},
         methods=[],
         states=[],
+        client=None,
         cache=CacheInfo("float32", [CONTEXT, 8], 7200, 0),
         tokens=Tokens(None, [], None, {}),
         generation=Generation(),
-        delegation=Delegation("none", 0, {}, {}),
+        delegation=Delegation("none", 0, {}, {}, {}),
         weights=[
             TensorGroup("embedding", "int4 group 32", 100, 1 << 20),
             TensorGroup("tables", "float32", 100, 1 << 19),
