@@ -83,7 +83,12 @@ class TargetEntry:
 
 def says_nothing_of_time(target: str, device: Device) -> bool:
     """Whether a bundle for a target runs in an emulator there."""
-    return device.is_emulated or (device == THIS_MACHINE and TARGETS[target].emulated is not None)
+    return device.is_emulated or (device == THIS_MACHINE and target in TARGETS and TARGETS[target].emulated is not None)
+
+
+def proof_of(target: str) -> str | None:
+    """The module that reads back what compiled programs for a target hold; None: they can be taken apart, or the target is unknown."""
+    return TARGETS[target].proof if target in TARGETS else None
 
 
 TARGETS: dict[str, TargetEntry] = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lobit.errors import InputError
 from lobit.progress_callback import Progress
-from lobit.targets import TARGETS, THIS_MACHINE, Device, says_nothing_of_time
+from lobit.targets import THIS_MACHINE, Device, proof_of, says_nothing_of_time
 from lobit.verbs.make import converted_like
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def verify(bundle: Path, checkpoint: str, *, every: bool = False, progress: Prog
     opened = open_bundle(bundle)
     recipe = Recipe.from_json(opened.manifest.recipe)
     model = _converted_like(resolve(checkpoint), recipe, opened)
-    if proof := TARGETS[opened.manifest.target].proof:
+    if proof := proof_of(opened.manifest.target):
         with quiet_python():
             reader = importlib.import_module(proof)
         rows, files = reader.read_back(opened, model, _spec(recipe, opened.manifest), every, progress)
@@ -175,7 +175,7 @@ def _converted_like(source: Path, recipe: Recipe, bundle: Bundle) -> Transformer
 
     if is_checkpoint(source) or not recipe.is_calibrated:
         return converted_like(source, recipe)[0]
-    if TARGETS[bundle.manifest.target].proof:
+    if proof_of(bundle.manifest.target):
         raise InputError(
             f"bundle {bundle.folder} was rounded on a text, and a program for target {bundle.manifest.target} cannot be taken apart: give "
             "the quantized checkpoint that it was exported from (parity: --checkpoint)"
