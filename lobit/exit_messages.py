@@ -131,26 +131,30 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 def _interruption(error: BaseException) -> int | None:
     """The signal's number where the error, or one that led to it, is an interruption; else None."""
-    first: BaseException | None = error
-    while first is not None:
-        if isinstance(first, KeyboardInterrupt):
-            return first.args[0] if first.args else signal.SIGINT
-        told = INTERRUPTED.search(str(first)) if isinstance(first, (TypeError, RuntimeError)) else None
+    for one in _causes(error):
+        if isinstance(one, KeyboardInterrupt):
+            return one.args[0] if one.args else signal.SIGINT
+        told = INTERRUPTED.search(str(one)) if isinstance(one, (TypeError, RuntimeError)) else None
         if told:
             return int(told[1] or signal.SIGINT)
-        first = first.__cause__ or first.__context__
     return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yields the error, then the one that led to it, and so on."""
+    one: BaseException | None = error
+    while one is not None:
+        yield one
+        one = one.__cause__ or one.__context__
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
     """Whether the error, or one that led to it, is a lack of memory: libraries, and lobit, raise other errors in its place."""
-    first: BaseException | None = error
-    while first is not None:
-        if isinstance(first, MemoryError) or (isinstance(first, OSError) and first.errno == errno.ENOMEM):
+    for one in _causes(error):
+        if isinstance(one, MemoryError) or (isinstance(one, OSError) and one.errno == errno.ENOMEM):
             return True
-        if isinstance(first, (RuntimeError, ImportError, SystemError)) and NO_MEMORY.search(str(first)):
+        if isinstance(one, (RuntimeError, ImportError, SystemError)) and NO_MEMORY.search(str(one)):
             return True
-        first = first.__cause__ or first.__context__
     return False
 
 
