@@ -5,25 +5,22 @@ What it computes is what the phone computes. How long it takes says nothing abou
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
-import weakref
-from typing import BinaryIO
 
 from lobit.android.host import CPUS, runtime, serve_command
 from lobit.errors import BundleError
 from lobit.runtime.bundle import Bundle
 from lobit.runtime.engine import SteppingEngine
 from lobit.runtime.executorch import read_program as read_program
-from lobit.runtime.service import Service, service_engine
+from lobit.runtime.service import ServedProcess, service_engine
 from lobit.targets import Device
 
 LAST_WORDS = 2000
 """Characters of the process's last messages that an error repeats."""
 
 
-class Server:
+class Server(ServedProcess):
     """A process that runs the program of a bundle (`android_demo/host`, Server.kt).
 
     Args:
@@ -51,18 +48,11 @@ class Server:
             answers=f"/proc/self/fd/{theirs}",
         )
         environment = {**os.environ, **prepared.environment}
-        self.process = subprocess.Popen(
+        process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, pass_fds=(theirs,), env=environment
         )
         os.close(theirs)
-        assert self.process.stdin is not None
-        answers = os.fdopen(ours, "rb")
-        self.close = weakref.finalize(self, _end, self.process, answers)
-        self.service = Service(self.process.stdin, answers, self)
-
-    def step(self, tokens: list[int], position: int) -> bytes:
-        """See `Service.step`."""
-        return self.service.step(tokens, position)
+        super().__init__(process, os.fdopen(ours, "rb"))
 
     def refused(self, message: str) -> BundleError:
         """See `Peer.refused`."""
@@ -74,19 +64,6 @@ class Server:
         assert self.process.stderr is not None
         said = self.process.stderr.read().decode("utf-8", "replace")[-LAST_WORDS:].strip() or f"exit code {self.process.returncode}"
         return BundleError(f"the process with the phone's library ended ({said}): report it with this message")
-
-
-def _end(process: subprocess.Popen[bytes], answers: BinaryIO) -> None:
-    """Ends the process by the end of its input, or by force."""
-    assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):
-        process.stdin.close()
-    answers.close()
-    try:
-        process.wait(timeout=10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def open_engine(bundle: Bundle, threads: int, device: Device) -> SteppingEngine:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
+import subprocess
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, Protocol
 
@@ -106,6 +108,49 @@ class Service:
         if not isinstance(values, dict):
             raise self._peer.refused("its answer is no JSON object")
         return values
+
+
+class ServedProcess:
+    """A process with a service, as the other side of it (`Peer`); a subclass says what is wrong in words of its own.
+
+    Args:
+        process: the process; its input takes the requests.
+        answers: where its answers come from.
+
+    Raises:
+        LobitError: the program cannot be run.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], answers: IO[bytes]) -> None:
+        assert process.stdin is not None
+        self.process = process
+        self.close = weakref.finalize(self, _end, process, answers)
+        self.service = Service(process.stdin, answers, self)
+
+    def step(self, tokens: Sequence[int], position: int) -> bytes:
+        """See `Service.step`."""
+        return self.service.step(tokens, position)
+
+    def refused(self, message: str) -> LobitError:
+        """See `Peer.refused`."""
+        raise NotImplementedError
+
+    def ended(self) -> LobitError:
+        """See `Peer.ended`."""
+        raise NotImplementedError
+
+
+def _end(process: subprocess.Popen[bytes], answers: IO[bytes]) -> None:
+    """Ends the process by the end of its input, or by force."""
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+    answers.close()
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def service_engine(bundle: Bundle, step: Callable[[list[int], int], bytes]) -> SteppingEngine:
