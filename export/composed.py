@@ -21,6 +21,16 @@ MASKED = -1e9
 EPS = float(torch.finfo(torch.float32).eps)
 
 
+def ropes(config: Config) -> list[Rope]:
+    """The rotary embeddings of a model's layers, each once."""
+    return sorted({layer.rope for layer in config.layers if layer.rope}, key=repr)
+
+
+def windows(config: Config) -> list[int | None]:
+    """The attention windows of a model's layers, each once; None: a layer that sees the whole context."""
+    return sorted({layer.window for layer in config.layers}, key=str)
+
+
 class Composed(Generic[V]):
     """Implements most of `walk.Ops` in small operations; a target adds how it stores weights and keeps states, and its own operators.
 
@@ -32,7 +42,7 @@ class Composed(Generic[V]):
 
     def __init__(self, build: Builder[V], config: Config, all_logits: bool) -> None:
         self.build, self.config, self.all_logits = build, config, all_logits
-        self.ropes = sorted({layer.rope for layer in config.layers if layer.rope}, key=repr)
+        self.ropes = ropes(config)
         self.tables: dict[Rope, tuple[V, V]] = {}
         """Cosine and sine [T, 1, dim / 2] of each rotary embedding."""
         self.rounded: dict[tuple[V, str], V] = {}
@@ -74,7 +84,7 @@ class Composed(Generic[V]):
         """Fills `masks`: which keys, at positions [S], the queries, at positions [T], see."""
         build = self.build
         distance = build.subtract(build.unsqueeze(positions, 1), keys)
-        for window in sorted({layer.window for layer in self.config.layers}, key=str):
+        for window in windows(self.config):
             hidden = build.less(distance, build.integer(0))
             if window is not None:
                 hidden = build.either(hidden, build.at_least(distance, build.integer(window)))

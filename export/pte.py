@@ -16,6 +16,7 @@ from executorch.exir import schema
 from executorch.exir._serialize._flatbuffer_program import _program_to_flatbuffer
 from executorch.exir._serialize._program import _ExtendedHeader, _insert_flatbuffer_header
 from executorch.exir._serialize.padding import aligned_size
+from executorch.exir.version import EXECUTORCH_SCHEMA_VERSION
 from torch import Tensor
 
 from lobit.export.stages import Count
@@ -79,6 +80,20 @@ class _Layout:
         """Adds a segment for a range of the data and returns its number."""
         self.segments.append(schema.DataSegment(offset=offset, size=size))
         return len(self.segments) - 1
+
+
+def program_of(plans: Sequence[schema.ExecutionPlan], version: int = EXECUTORCH_SCHEMA_VERSION) -> schema.Program:
+    """A program of these methods, without data."""
+    return schema.Program(
+        version=version,
+        execution_plan=list(plans),
+        constant_buffer=[],
+        backend_delegate_data=[],
+        segments=[],
+        constant_segment=schema.SubsegmentOffsets(segment_index=0, offsets=[]),
+        mutable_data_segments=[],
+        named_data=[],
+    )
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

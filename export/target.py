@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lobit.errors import MissingPartError, TargetError, listed
 from lobit.export.stages import Count
-from lobit.model import Config, Transformer
-from lobit.quant_recipes.recipe import Recipe
+from lobit.model import Config, Transformer, twin
+from lobit.quant_recipes.integer import IntegerLinear
+from lobit.quant_recipes.recipe import Recipe, Rule
 from lobit.quiet import quiet_python
 from lobit.runtime.manifest import CacheInfo, ClientInputs, Delegation, FileEntry, Method, State, TensorGroup
 from lobit.stage_cache import StageCache
@@ -142,6 +143,16 @@ class Target(Protocol):
 
     def write(self, lowered: Lowered, folder: Path, count: Count) -> list[FileEntry]:
         """Writes the target's files into the folder."""
+
+
+def with_rules(model: Transformer, change: Callable[[Rule], Rule]) -> Transformer:
+    """A twin of a converted model, each of whose products has its rule changed; the model itself where none changes."""
+    changed, other = twin(model), False
+    for module in changed.modules():
+        if isinstance(module, IntegerLinear):
+            rule = change(module.rule)
+            other, module.rule = other or rule != module.rule, rule
+    return changed if other else model
 
 
 def find_target(name: str) -> Target:

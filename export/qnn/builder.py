@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -12,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lobit.export.eager import TorchBuilder
-from lobit.export.qnn.graph import Graph, Value, zeros
-from lobit.export.qnn.ops import split_at
+from lobit.export.qnn.graph import Graph, Value
 from lobit.export.qnn.weights import HtpLinear
 from lobit.model import bias_of, weight_of
 
@@ -30,7 +31,7 @@ class QnnBuilder:
         return self.graph.scope(name)
 
     def composing(self) -> AbstractContextManager[None]:
-        return self.graph.scope("")
+        return contextlib.nullcontext()  # nothing of it stands for an operator that the HTP lacks
 
     def input(self, name: str, *shape: int) -> Value:
         return self.graph.input(name, *shape)
@@ -79,7 +80,7 @@ class QnnBuilder:
 
     def split(self, x: Value, sizes: Sequence[int]) -> Sequence[Value]:
         shapes = [(*x.shape[:-1], size) for size in sizes]
-        return self.graph.op("Split", [x], *shapes, split_index=split_at(sizes), axis=len(x.shape) - 1)
+        return self.graph.op("Split", [x], *shapes, split_index=list(itertools.accumulate(sizes[:-1])), axis=len(x.shape) - 1)
 
     def append(self, axis: int, *parts: Value) -> Value:
         shape = list(parts[0].shape)
@@ -93,7 +94,7 @@ class QnnBuilder:
         """RMSNorm of at most three axes: that of four is silently wrong on the HTP where there are several tokens."""
         size = x.shape[-1]
         rows = self.view(x, 1, math.prod(x.shape[:-1]), size) if len(x.shape) > 3 else x
-        bias = self.graph.constant("no_bias", self._biases.setdefault(size, zeros(size)))
+        bias = self.graph.constant("no_bias", self._biases.setdefault(size, torch.zeros(size)))
         inputs = [rows, self.graph.constant("norm", weight), bias]
         y = self._one("RmsNorm", inputs, rows.shape, epsilon=float(eps), axes=[len(rows.shape) - 1])
         return self.view(y, *x.shape) if y.shape != x.shape else y

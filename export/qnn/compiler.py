@@ -27,8 +27,6 @@ GRAPHS_FILE, WEIGHTS_FILE, SCALE = "graphs.json", "weights.safetensors", ".scale
 """Files with the graphs and their weights, and what ends the name of a weight's scales (`graph.write_graphs`)."""
 CONTEXT, OPTIONS = "context.bin", "options"
 """Files in the folder that is written to: the context binary, and what ExecuTorch's delegate is opened with, which is there before."""
-SIGNED = frozenset({"ranges"})
-"""Parameters that are int32; other whole numbers are uint32."""
 
 
 class _Wrapped:
@@ -39,7 +37,7 @@ class _Wrapped:
         self.tensors: dict[str, Any] = {}
         # Inputs are sorted by the number in their names when the program runs (ExecuTorch's QnnExecuTorchBackend).
         self.names = {port: f"input_{index}_{port}" for index, port in enumerate(described["inputs"])}
-        self.names |= {port: f"output_{port}" for port in described["outputs"]}
+        self.names |= {value: f"output_{port}" for port, value in described["outputs"].items()}
 
     def operators(self) -> list[Any]:
         """The operators in the order of execution."""
@@ -52,11 +50,8 @@ class _Wrapped:
         types = self.qnn.Qnn_DataType_t
         for name, value in told["parameters"].items():
             if isinstance(value, list):
-                signed = name in SIGNED
-                array = np.array(value, np.int32 if signed else np.uint32)
-                node.AddTensorParam(
-                    name, types.QNN_DATATYPE_INT_32 if signed else types.QNN_DATATYPE_UINT_32, array.ndim, list(array.shape), array, True
-                )
+                array = np.array(value, np.uint32)
+                node.AddTensorParam(name, types.QNN_DATATYPE_UINT_32, array.ndim, list(array.shape), array, True)
             elif isinstance(value, float):
                 node.AddScalarParam(name, types.QNN_DATATYPE_FLOAT_32, {"data": np.float32(value)})
             else:
@@ -72,7 +67,7 @@ class _Wrapped:
                 kind = kinds.QNN_TENSOR_TYPE_NATIVE
                 if name in self.described["inputs"]:
                     kind = kinds.QNN_TENSOR_TYPE_APP_WRITE
-                elif name in self.described["outputs"]:
+                elif name in self.names:
                     kind = kinds.QNN_TENSOR_TYPE_APP_READ
                 self.tensors[name] = wrapped(self.qnn, self.names.get(name, name), kind, values[name])
         return self.tensors[name]

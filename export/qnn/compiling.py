@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from lobit.runtime.qnn_libraries import library_folder
 from lobit.stage_cache import StageCache
 
 GRAPHS = "graphs"
-VARIANTS = {"shared": True, "copied": False}
+SHARED, COPIED = "shared", "copied"
+VARIANTS = {SHARED: True, COPIED: False}
 """Names of the variants, and whether methods share their weights: what ships does, and the emulator cannot load it."""
 SUMMARY, LOG = "summary.json", "log"
 COMPILER_BYTES, COMPILER_COPIES = 1_000_000_000, 9
@@ -58,22 +59,30 @@ class Compiled:
         return found
 
 
-def compile_variants(graphs: Mapping[str, Graph], soc: str, kept: StageCache, count: Count) -> tuple[Compiled, Compiled]:
-    """The graphs compiled with shared weights and with copied ones; what an earlier run has finished is taken from there.
+def compile_variants(
+    graphs: Mapping[str, Graph], soc: str, kept: StageCache, count: Count = lambda done, total: None, names: Sequence[str] = tuple(VARIANTS)
+) -> list[Compiled]:
+    """The graphs, compiled in some variants; what an earlier run has finished is taken from there.
+
+    Args:
+        graphs: the graphs by the names of their methods.
+        soc: the chip to compile for.
+        kept: where the work is done, and what is finished is kept.
+        count: called with how many variants are finished, and how many there are.
+        names: of the variants (`VARIANTS`).
 
     Raises:
         MissingPartError: Qualcomm's libraries are not installed.
         TargetError: the compiler refuses the graphs; the message has what it said.
     """
     library_folder()
-    missing = [name for name in VARIANTS if not kept.has(name)]
+    missing = [name for name in names if not kept.has(name)]
     if missing:
         with kept.making(GRAPHS) as folder:
             folder.mkdir()
             write_graphs(graphs, folder)
         _compile(kept, missing, soc, count)
-    shared, copied = (Compiled(kept.folder / name) for name in VARIANTS)
-    return shared, copied
+    return [Compiled(kept.folder / name) for name in names]
 
 
 def _compile(kept: StageCache, names: list[str], soc: str, count: Count) -> None:

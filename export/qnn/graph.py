@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from lobit.export.qnn.weights import HtpLinear
 STATIC = "static."
 """Begins the names of constants, which are then no names of values."""
 Parameter = float | int | list[int] | list[list[int]]
-"""float: float32; int: uint32; a list or a matrix: uint32, but for those in `compiler.SIGNED`."""
+"""float: float32; whole numbers, also in a list or a matrix: uint32."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,7 @@ class Weights:
     bits: dict[str, int] = field(default_factory=dict)
     """Bits in which integers are stored, by name."""
     _names: dict[int, str] = field(default_factory=dict)
+    _alike: Counter[str] = field(default_factory=Counter)
     _kept: list[Tensor] = field(default_factory=list)
 
     def add(self, name: str, tensor: Tensor, bits: int | None = None, scale: Tensor | None = None) -> str:
@@ -61,8 +61,8 @@ class Weights:
         if id(tensor) in self._names:
             return self._names[id(tensor)]
         self._kept.append(tensor)  # an id is that of a tensor that lives
-        alike = sum(1 for known in self.tensors if known == name or known.startswith(f"{name}#"))
-        name = f"{name}#{alike}" if alike else name
+        self._alike[name] += 1
+        name = name if self._alike[name] == 1 else f"{name}#{self._alike[name]}"
         self._names[id(tensor)] = name
         self.tensors[name] = tensor.detach().contiguous() if bits else tensor.detach().half().contiguous()
         if bits and scale is not None:
@@ -82,7 +82,7 @@ class Graph:
         self.weights = weights
         self.values: dict[str, tuple[int, ...]] = {}
         self.inputs: list[str] = []
-        self.outputs: list[str] = []
+        self.outputs: dict[str, str] = {}
         self.operators: list[Operator] = []
         self._scope: list[str] = []
         self._names: Counter[str] = Counter()
@@ -110,13 +110,8 @@ class Graph:
         return results
 
     def output(self, value: Value, name: str) -> None:
-        """Makes a value an output of the graph, under another name."""
-        maker = next(operator for operator in reversed(self.operators) if value.name in operator.outputs)
-        for operator in self.operators:
-            operator.inputs = [name if used == value.name else used for used in operator.inputs]
-        maker.outputs = [name if made == value.name else made for made in maker.outputs]
-        self.values[name] = self.values.pop(value.name)
-        self.outputs.append(name)
+        """Makes a value an output of the graph."""
+        self.outputs[name] = value.name
 
     def constant(self, name: str, values: Tensor) -> Value:
         """Half floats, stored once however often they are used."""
@@ -127,9 +122,13 @@ class Graph:
         name = self.weights.add(STATIC + self._path("weight"), linear.integers, linear.bits, linear.scale)
         return Value(name, tuple(linear.integers.shape))
 
-    def counts(self) -> dict[str, int]:
+    def shape(self, port: str) -> list[int]:
+        """The shape of an input or an output."""
+        return list(self.values[self.outputs.get(port, port)])
+
+    def counts(self) -> Counter[str]:
         """Number of each kind of operator."""
-        return dict(sorted(Counter(operator.kind for operator in self.operators).items()))
+        return Counter(operator.kind for operator in self.operators)
 
     def _value(self, name: str, shape: Sequence[int]) -> Value:
         self.values[name] = tuple(shape)
@@ -149,7 +148,7 @@ def write_graphs(graphs: Mapping[str, Graph], folder: Path) -> None:
     weights = next(iter(graphs.values())).weights
     described = {
         name: {
-            "inputs": {port: graph.values[port] for port in graph.inputs},
+            "inputs": graph.inputs,
             "outputs": graph.outputs,
             "values": graph.values,
             "operators": [asdict(operator) for operator in graph.operators],
@@ -157,9 +156,9 @@ def write_graphs(graphs: Mapping[str, Graph], folder: Path) -> None:
         for name, graph in graphs.items()
     }
     (folder / GRAPHS_FILE).write_text(json.dumps({"graphs": described, "bits": weights.bits}), encoding="utf-8")
-    save_file({name: tensor.clone() if tensor._is_view() else tensor for name, tensor in weights.tensors.items()}, folder / WEIGHTS_FILE)
+    save_file({name: _alone(tensor) for name, tensor in weights.tensors.items()}, folder / WEIGHTS_FILE)
 
 
-def zeros(count: int) -> Tensor:
-    """Half floats of 0."""
-    return torch.zeros(count, dtype=torch.float16)
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it is a part of a larger one: safetensors writes no memory twice."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

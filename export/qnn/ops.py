@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
@@ -10,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lobit.export.builder import Builder
-from lobit.export.composed import Composed
+from lobit.export.composed import Composed, windows
 from lobit.model import Block, Config, RMSNorm
-from lobit.rope import Rope
 from lobit.runtime.qnn_ports import EMBEDDINGS, LAST, LOGITS, cache_names, mask_name, rotary_names
 
 V = TypeVar("V")
@@ -40,16 +38,6 @@ class HtpBuilder(Builder[V], Protocol[V]):
         """The product of x and a layer's weight, plus the bias, where there is one."""
 
 
-def windows(config: Config) -> list[int | None]:
-    """The attention windows of a model's layers, each once; None: a layer that sees the whole context."""
-    return sorted({layer.window for layer in config.layers}, key=str)
-
-
-def ropes(config: Config) -> list[Rope]:
-    """The rotary embeddings of a model's layers, each once."""
-    return sorted({layer.rope for layer in config.layers if layer.rope}, key=repr)
-
-
 class HtpOps(Composed[V]):
     """One call of a model that reads `tokens` tokens; the client looks up embeddings and gives masks and rotary tables.
 
@@ -72,7 +60,7 @@ class HtpOps(Composed[V]):
         """See `walk.Ops`; returns the embeddings."""
         build, config, tokens = self.build, self.config, self.tokens
         embeddings = build.input(EMBEDDINGS, 1, tokens, config.hidden_size)
-        for index, rope in enumerate(ropes(config)):
+        for index, rope in enumerate(self.ropes):
             cos, sin = (build.input(name, 1, tokens, 1, rope.dim // 2) for name in rotary_names(index))
             self.tables[rope] = cos, sin
         for index, window in enumerate(windows(config)):
@@ -146,8 +134,3 @@ class HtpOps(Composed[V]):
     def score(self, head: nn.Module, x: V) -> None:
         """See `walk.Ops`."""
         self.build.output(self.logits(head, x), LOGITS)
-
-
-def split_at(sizes: Sequence[int]) -> list[int]:
-    """Where pieces of these sizes begin, but for the first."""
-    return [sum(sizes[:count]) for count in range(1, len(sizes))]

@@ -12,14 +12,17 @@ from safetensors.torch import load_file, save_file
 
 from lobit.runtime.qnn_libraries import load_libraries
 
+PROBE = "probe"
+"""Name of the method."""
+
 
 def run(program: Path, inputs: Path, outputs: Path) -> None:
-    """Runs method `decode` of a program once."""
+    """Runs method `PROBE` of a program once."""
     given = load_file(inputs)
     load_libraries()
     from executorch.runtime import Runtime
 
-    method = Runtime.get().load_program(program).load_method("decode")
+    method = Runtime.get().load_program(program).load_method(PROBE)
     found = method.execute([given[name] for name in sorted(given)])
     save_file({f"{index:04}": tensor.contiguous() for index, tensor in enumerate(found)}, outputs)
 

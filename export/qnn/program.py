@@ -8,9 +8,8 @@ from pathlib import Path
 
 from executorch.exir import schema
 from executorch.exir.scalar_type import ScalarType
-from executorch.exir.version import EXECUTORCH_SCHEMA_VERSION
 
-from lobit.export.pte import Linked, write_program
+from lobit.export.pte import Linked, program_of, write_program
 from lobit.export.stages import Count
 from lobit.runtime.manifest import Method, Port
 
@@ -31,16 +30,7 @@ def write_pte(methods: Sequence[Method], context: Path, options: bytes, path: Pa
         path: the new file.
         count: as in `pte.write_program`.
     """
-    program = schema.Program(
-        version=EXECUTORCH_SCHEMA_VERSION,
-        execution_plan=[_plan(method, options) for method in methods],
-        constant_buffer=[],
-        backend_delegate_data=[],
-        segments=[],
-        constant_segment=schema.SubsegmentOffsets(segment_index=0, offsets=[]),
-        mutable_data_segments=[],
-        named_data=[],
-    )
+    program = program_of([_plan(method, options) for method in methods])
     write_program(Linked(program, {}, [context], {}), path, count)
 
 

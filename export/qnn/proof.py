@@ -13,7 +13,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.nn import functional
 
 from lobit.errors import BundleError
 from lobit.export.qnn.builder import QnnBuilder
-from lobit.export.qnn.compiling import compile_variants
+from lobit.export.qnn.compiling import COPIED, compile_variants
 from lobit.export.qnn.graph import Graph, Weights
+from lobit.export.qnn.probe import PROBE
 from lobit.export.qnn.program import write_pte
 from lobit.export.qnn.target import DTYPE, EMULATED_FILE, PROGRAM_FILE, graphs, soc_of
 from lobit.export.qnn.weights import HtpLinear
@@ -97,26 +99,42 @@ def _probe(layers: Sequence[tuple[str, IntegerLinear]], every: bool, soc: str, f
     folder.mkdir()
     graph = Graph(Weights())
     builder, inputs, chosen = QnnBuilder(graph), {}, []
-    for index, (name, linear) in enumerate(layers):
+    for name, linear in layers:
         inner = linear.integers.shape[1]
         columns = np.arange(inner) if every or inner <= COLUMNS else np.linspace(0, inner - 1, COLUMNS).astype(int)
         chosen.append(columns)
-        port = f"{index:04}"
-        inputs[port] = functional.one_hot(torch.from_numpy(columns), inner)[None].half()
+        inputs[f"one.{name}"] = functional.one_hot(torch.from_numpy(columns), inner)[None]
         bare = HtpLinear(IntegerLinear(linear.integers, linear.scale, None, linear.rule))
         with graph.scope(name):
-            builder.output(builder.product(bare, builder.input(port, 1, len(columns), inner)), f"column_{port}")
-    _, copied = compile_variants({"decode": graph}, soc, StageCache(folder / "stages"), lambda done, total: None)
-    ports = [[Port(name, "client", list(graph.values[name]), DTYPE) for name in names] for names in (graph.inputs, graph.outputs)]
-    write_pte([Method("decode", "decode", *ports)], copied.context, copied.options, folder / "probe.pte")
-    save_file(inputs, folder / "inputs")
+            builder.output(builder.product(bare, builder.input(f"one.{name}", 1, len(columns), inner)), name)
+    found = run_alone(graph, inputs, soc, folder)
+    for (name, linear), columns in zip(layers, chosen, strict=True):
+        yield _read_back(name, linear, found[name][0].float().numpy().T, columns)
+
+
+def run_alone(graph: Graph, inputs: Mapping[str, Tensor], soc: str, folder: Path) -> dict[str, Tensor]:
+    """What the emulator gives for one graph, by the names of its outputs, in half floats.
+
+    Args:
+        graph: the graph.
+        inputs: its inputs by name; they are rounded to half floats.
+        soc: the chip to compile for.
+        folder: an empty folder to work in.
+
+    Raises:
+        TargetError: the compiler refuses the graph.
+        BundleError: the emulator ended.
+    """
+    (copied,) = compile_variants({PROBE: graph}, soc, StageCache(folder / "stages"), names=[COPIED])
+    ports = [[Port(name, "client", [*graph.shape(name)], DTYPE) for name in names] for names in (graph.inputs, graph.outputs)]
+    write_pte([Method(PROBE, PROBE, *ports)], copied.context, copied.options, folder / "probe.pte")
+    save_file({f"{index:04}": inputs[name].half() for index, name in enumerate(graph.inputs)}, folder / "inputs")
     command = [sys.executable, "-m", "lobit.export.qnn.probe", *(str(folder / name) for name in ("probe.pte", "inputs", "outputs"))]
     done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode:
         raise BundleError(f"the emulator ended with code {done.returncode} while it read integers: install what `lobit doctor qnn` names")
     found = load_file(folder / "outputs")
-    for index, (name, linear) in enumerate(layers):
-        yield _read_back(name, linear, found[f"{index:04}"][0].float().numpy().T, chosen[index])
+    return {name: found[f"{index:04}"] for index, name in enumerate(graph.outputs)}
 
 
 def _read_back(name: str, linear: IntegerLinear, products: NDArray[np.float32], columns: NDArray[np.int64]) -> dict[str, Any]:
@@ -133,7 +151,7 @@ def _read_back(name: str, linear: IntegerLinear, products: NDArray[np.float32], 
 def _compiled_anew(bundle: Bundle, model: Transformer, spec: Spec, folder: Path) -> list[dict[str, Any]]:
     """Compiles the model again, and counts the bytes in which the bundle's files are others."""
     folder.mkdir()
-    compiled = compile_variants(graphs(model, spec), soc_of(spec), StageCache(folder / "stages"), lambda done, total: None)
+    compiled = compile_variants(graphs(model, spec), soc_of(spec), StageCache(folder / "stages"))
     rows = []
     for name, each in zip((PROGRAM_FILE, EMULATED_FILE), compiled, strict=True):
         write_pte(bundle.manifest.methods, each.context, each.options, folder / name)

@@ -13,15 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lobit.export.composed import ropes, windows
 from lobit.export.qnn.builder import EagerHtpBuilder, QnnBuilder
 from lobit.export.qnn.compiling import compile_variants
 from lobit.export.qnn.graph import Graph, Value, Weights
-from lobit.export.qnn.ops import HtpBuilder, HtpOps, ropes, windows
+from lobit.export.qnn.ops import HtpBuilder, HtpOps
 from lobit.export.qnn.program import BACKEND, write_pte
 from lobit.export.qnn.weights import HtpLinear, program_bytes, stored_bits, table_bits, table_bytes, write_table
 from lobit.export.size_groups import Tally, stored_as
 from lobit.export.stages import Count
-from lobit.export.target import Costs, Lowered, Needs, Spec
+from lobit.export.target import Costs, Lowered, Needs, Spec, with_rules
 from lobit.export.walk import walk
 from lobit.model import Config, Transformer, replace_layers, twin
 from lobit.quant_recipes.apply import LayerPlan, layer_plans
@@ -91,13 +92,7 @@ def arithmetic(model: Transformer, spec: Spec) -> tuple[Transformer, Recipe]:
     """See `Target.arithmetic`: inputs are half floats, whatever the recipe rounds them to, as are keys, values and all else."""
     rules = tuple(replace(rule, activation_bits=None) for rule in spec.recipe.rules)
     recipe = replace(spec.recipe, rules=rules, kv_bits=16, compute_bits=16)
-    if not any(rule.activation_bits for rule in spec.recipe.rules):
-        return model, recipe
-    changed = twin(model)
-    for module in changed.modules():
-        if isinstance(module, IntegerLinear):
-            module.rule = replace(module.rule, activation_bits=None)
-    return changed, recipe
+    return with_rules(model, lambda rule: replace(rule, activation_bits=None)), recipe
 
 
 def check(spec: Spec, config: Config) -> list[str]:
@@ -183,7 +178,7 @@ def methods(config: Config, graphs: dict[str, Graph]) -> list[Method]:
 
     def port(graph: Graph, name: str) -> Port:
         role = "logits" if name == LOGITS else "state" if name in caches else "client"
-        return Port(name, role, list(graph.values[name]), DTYPE)
+        return Port(name, role, [*graph.shape(name)], DTYPE)
 
     return [
         Method(name, name, [port(graph, each) for each in graph.inputs], [port(graph, each) for each in graph.outputs])
@@ -265,14 +260,12 @@ def lower(model: Transformer, spec: Spec, kept: StageCache, count: Count) -> Low
     """
     config = model.config
     made = graphs(model, spec)
-    compiled = compile_variants(made, soc_of(spec), kept, count)
-    told: Counter[str] = Counter()
-    for each in made.values():
-        told.update(each.counts())
-    read = dict(zip(made, compiled[0].read_bytes, strict=False))
+    shared, copied = compile_variants(made, soc_of(spec), kept, count)
+    told = sum((each.counts() for each in made.values()), Counter[str]())
+    read = dict(zip(made, shared.read_bytes, strict=False))
     delegation = Delegation(BACKEND, len(made), dict(sorted(told.items())), {}, read)
     ports = methods(config, made)
-    return Lowered((compiled, model, ports), ports, states(spec, config), delegation, client(spec, config))
+    return Lowered(((shared, copied), model, ports), ports, states(spec, config), delegation, client(spec, config))
 
 
 def write(lowered: Lowered, folder: Path, count: Count) -> list[FileEntry]:

@@ -18,7 +18,7 @@ from executorch.exir.scalar_type import ScalarType
 from torch import Tensor, nn
 
 from lobit.errors import TargetError, listed
-from lobit.export.pte import Linked
+from lobit.export.pte import Linked, program_of
 from lobit.export.stages import Count
 from lobit.export.xnnpack.lowering import LoweredPart
 from lobit.export.xnnpack.parts import INPUTS, OUTPUT, Choice, Parts, PerToken, Step, Value
@@ -120,16 +120,7 @@ class Linker:
             delegates=self.delegates,
             non_const_buffer_sizes=[0, self.size],
         )
-        program = schema.Program(
-            version=next(iter(self.lowered.values())).program.version,
-            execution_plan=[plan, *constant_methods],
-            constant_buffer=[],
-            backend_delegate_data=[],
-            segments=[],
-            constant_segment=schema.SubsegmentOffsets(segment_index=0, offsets=[]),
-            mutable_data_segments=[],
-            named_data=[],
-        )
+        program = program_of([plan, *constant_methods], next(iter(self.lowered.values())).program.version)
         return Linked(program, self.constants, self.blobs, self.weights)
 
     def _plan(self, step: Step) -> schema.ExecutionPlan:

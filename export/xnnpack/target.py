@@ -17,7 +17,7 @@ from lobit.errors import TargetError, listed
 from lobit.export.pte import write_program
 from lobit.export.size_groups import Tally
 from lobit.export.stages import Count
-from lobit.export.target import Costs, Lowered, Needs, Spec
+from lobit.export.target import Costs, Lowered, Needs, Spec, with_rules
 from lobit.export.xnnpack.attention import Caches
 from lobit.export.xnnpack.delegated import DelegatedLinear, DelegatedNorm, DelegatedTurn, PackedEmbedding, SharedHead
 from lobit.export.xnnpack.link import Linker
@@ -61,13 +61,7 @@ def versions() -> dict[str, str]:
 def arithmetic(model: Transformer, spec: Spec) -> tuple[Transformer, Recipe]:
     """See `Target.arithmetic`: XNNPACK's INT8 inputs have a zero point, also where the recipe has none, and its floats are float32."""
     recipe = replace(spec.recipe, kv_bits=8 if spec.recipe.kv_bits == 8 else None, compute_bits=32)
-    if not any(rule.activation_rule == "absmax" for rule in recipe.rules):
-        return model, recipe
-    changed = twin(model)
-    for module in changed.modules():
-        if isinstance(module, IntegerLinear):
-            module.rule = replace(module.rule, activation_rule="range")
-    return changed, recipe
+    return with_rules(model, lambda rule: replace(rule, activation_rule="range")), recipe
 
 
 def check(spec: Spec, config: Config) -> list[str]:

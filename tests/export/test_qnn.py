@@ -277,7 +277,7 @@ def test_what_was_compiled_before_a_kill_is_not_compiled_again(stories: Path, tm
     model = verbs.make.converted(stories, recipe)[0]
     made = graphs(model, Spec(recipe, CONTEXT, 8))
     kept = StageCache(tmp_path / "kept")
-    compile_variants(made, SOCS[0], kept, lambda done, total: None)
+    compile_variants(made, SOCS[0], kept)
     shutil.rmtree(kept.folder / "copied")
     started: list[str] = []
     popen = subprocess.Popen
@@ -287,7 +287,7 @@ def test_what_was_compiled_before_a_kill_is_not_compiled_again(stories: Path, tm
         return popen(command, **options)
 
     monkeypatch.setattr(compiling.subprocess, "Popen", counted)
-    compile_variants(made, SOCS[0], kept, lambda done, total: None)
+    compile_variants(made, SOCS[0], kept)
     assert started == ["copied.compiling"]
 
 
