@@ -17,7 +17,7 @@ from lobit.android.kotlin import compiled
 
 CORE = SOURCES / "core/src/main/kotlin/dev/lobit/core"
 NAMES = (
-    *("Engine", "Json", "Fields", "Refusal", "Manifest", "ManifestReader", "Bundle", "BundleZip"),
+    *("Engine", "Json", "Fields", "Refusal", "Manifest", "ManifestReader", "Pieces", "Bundle", "BundleZip"),
     *("Half", "SafeTensors", "EmbeddingTable", "CallInputs", "CachedEngine"),
 )
 """The files of the core that the questions need; the others need the phone's library."""

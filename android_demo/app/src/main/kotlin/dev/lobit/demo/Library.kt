@@ -8,6 +8,7 @@ import dev.lobit.core.Bundle
 import dev.lobit.core.LobitException
 import dev.lobit.core.Progress
 import dev.lobit.core.Supported
+import dev.lobit.core.forEachPiece
 import java.io.File
 import java.io.IOException
 import java.io.InputStream
@@ -136,16 +137,10 @@ class Library(private val root: File, private val assets: AssetManager, private 
 
     /** Copies a file; [progress] is told the bytes so far. Returns their number at the end. */
     private fun copy(from: InputStream, to: File, progress: (Long) -> Unit = {}): Long = to.outputStream().use { output ->
-        val buffer = ByteArray(1 shl 16)
-        var done = 0L
-        while (true) {
-            val size = from.read(buffer)
-            if (size < 0) break
+        from.forEachPiece { buffer, size, done ->
             output.write(buffer, 0, size)
-            done += size
             progress(done)
         }
-        done
     }
 
     companion object {

@@ -13,29 +13,12 @@ import org.junit.Assert.assertEquals
 import org.junit.Assert.assertNull
 import org.junit.Assert.assertThrows
 import org.junit.Assert.assertTrue
-import org.junit.Before
 import org.junit.Test
-import org.junit.runner.RunWith
 import org.robolectric.Robolectric
-import org.robolectric.RobolectricTestRunner
-import org.robolectric.RuntimeEnvironment
 import org.robolectric.Shadows.shadowOf
-import org.robolectric.annotation.Config
 
 /** Bundles come into the app whole, or not at all. */
-@RunWith(RobolectricTestRunner::class)
-@Config(sdk = [34], application = FakeApplication::class)
-class BundlesTest {
-    private val app get() = RuntimeEnvironment.getApplication() as FakeApplication
-    private val store get() = app.store
-    private val root get() = File(app.filesDir, "bundles")
-
-    @Before
-    fun readBundles() {
-        store.refresh()
-        await("the bundle is listed") { store.state.entries.isNotEmpty() }
-    }
-
+class BundlesTest : AppTest() {
     private fun zipped(change: (String, ByteArray) -> ByteArray = { _, bytes -> bytes }): ByteArray {
         val out = ByteArrayOutputStream()
         ZipOutputStream(out).use { zip ->
@@ -51,12 +34,10 @@ class BundlesTest {
         val uri = Uri.parse("content://picker/$name")
         shadowOf(app.contentResolver).registerInputStream(uri, ByteArrayInputStream(content))
         store.takeZip(app.contentResolver, uri)
-        await("it is copied or refused") { store.state.work == null && (store.state.problem != null || store.state.entries.size > 1) }
+        awaitCopy()
     }
 
     private fun changed(bytes: ByteArray) = bytes.clone().also { it[100] = (it[100] + 1).toByte() }
-
-    private fun names() = root.list().orEmpty().sorted()
 
     @Test
     fun `a zip that the user picks becomes a bundle of its name`() {

@@ -15,19 +15,11 @@ import org.junit.Assert.assertNull
 import org.junit.Assert.assertTrue
 import org.junit.Before
 import org.junit.Test
-import org.junit.runner.RunWith
 import org.robolectric.Robolectric
-import org.robolectric.RobolectricTestRunner
-import org.robolectric.RuntimeEnvironment
 import org.robolectric.android.controller.ActivityController
-import org.robolectric.annotation.Config
 
 /** What takes long can be cancelled at each of its stages, and begun again. */
-@RunWith(RobolectricTestRunner::class)
-@Config(sdk = [34], application = FakeApplication::class)
-class CancelTest {
-    private val app get() = RuntimeEnvironment.getApplication() as FakeApplication
-    private val store get() = app.store
+class CancelTest : AppTest() {
     private val gate = CountDownLatch(1)
 
     @Before

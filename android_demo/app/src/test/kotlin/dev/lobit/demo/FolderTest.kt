@@ -6,35 +6,22 @@ import org.junit.Assert.assertNull
 import org.junit.Assert.assertTrue
 import org.junit.Before
 import org.junit.Test
-import org.junit.runner.RunWith
-import org.robolectric.RobolectricTestRunner
-import org.robolectric.RuntimeEnvironment
 import org.robolectric.Shadows.shadowOf
-import org.robolectric.annotation.Config
 
 /** A folder that the user picks comes into the app whole, or not at all. */
-@RunWith(RobolectricTestRunner::class)
-@Config(sdk = [34], application = FakeApplication::class)
-class FolderTest {
-    private val app get() = RuntimeEnvironment.getApplication() as FakeApplication
-    private val store get() = app.store
-    private val root get() = File(app.filesDir, "bundles")
+class FolderTest : AppTest() {
     private lateinit var documents: FakeDocuments
 
     @Before
     fun fillFolder() {
         documents = FakeDocuments.installed()
         documents.children += bundleOf("lobit.bundle").listFiles()!!.filter { it.isFile }.map { it.name to it }
-        store.refresh()
-        await("the bundle is listed") { store.state.entries.isNotEmpty() }
     }
 
     private fun pick() {
         store.takeFolder(app.contentResolver, FakeDocuments.tree)
-        await("it is copied or refused") { store.state.work == null && (store.state.problem != null || store.state.entries.size > 1) }
+        awaitCopy()
     }
-
-    private fun names() = root.list().orEmpty().sorted()
 
     private fun temporary(name: String, content: ByteArray) = File(app.cacheDir, name).apply { writeBytes(content) }
 

@@ -19,28 +19,12 @@ import org.junit.Assert.assertFalse
 import org.junit.Assert.assertNotNull
 import org.junit.Assert.assertNull
 import org.junit.Assert.assertTrue
-import org.junit.Before
 import org.junit.Test
-import org.junit.runner.RunWith
 import org.robolectric.Robolectric
-import org.robolectric.RobolectricTestRunner
-import org.robolectric.RuntimeEnvironment
 import org.robolectric.Shadows.shadowOf
-import org.robolectric.annotation.Config
 import org.robolectric.shadows.ShadowDialog
 
-@RunWith(RobolectricTestRunner::class)
-@Config(sdk = [34], application = FakeApplication::class)
-class ScreensTest {
-    private val app get() = RuntimeEnvironment.getApplication() as FakeApplication
-    private val store get() = app.store
-
-    @Before
-    fun readBundles() {
-        store.refresh()
-        await("the bundle is listed") { store.state.entries.isNotEmpty() }
-    }
-
+class ScreensTest : AppTest() {
     private fun chat() = Robolectric.buildActivity(ChatActivity::class.java, ChatActivity.intent(app, "demo")).setup().also {
         await("the model is loaded") { store.state.open == "demo" && store.state.work == null }
     }

@@ -15,18 +15,10 @@ import org.junit.Assert.assertFalse
 import org.junit.Assert.assertTrue
 import org.junit.Before
 import org.junit.Test
-import org.junit.runner.RunWith
 import org.robolectric.Robolectric
-import org.robolectric.RobolectricTestRunner
-import org.robolectric.RuntimeEnvironment
-import org.robolectric.annotation.Config
 
 /** What a computer gets from the service, and who else gets nothing. */
-@RunWith(RobolectricTestRunner::class)
-@Config(sdk = [34], application = FakeApplication::class)
-class ServiceTest {
-    private val app get() = RuntimeEnvironment.getApplication() as FakeApplication
-
+class ServiceTest : AppTest() {
     @Before
     fun addSecondBundle() {
         bundleOf("lobit.bundle").copyRecursively(File(app.filesDir, "bundles/other"))

@@ -115,14 +115,9 @@ class Bundle(val folder: File, val manifest: Manifest) {
 
         private fun sha256(file: File, progress: (Long) -> Unit): String {
             val digest = MessageDigest.getInstance("SHA-256")
-            val buffer = ByteArray(1 shl 16)
-            var done = 0L
             file.inputStream().use { input ->
-                while (true) {
-                    val size = input.read(buffer)
-                    if (size < 0) break
+                input.forEachPiece { buffer, size, done ->
                     digest.update(buffer, 0, size)
-                    done += size
                     progress(done)
                 }
             }

@@ -89,16 +89,9 @@ internal class BundleZip(private val into: File, private val supported: Supporte
         written[path] = size
     }
 
-    private fun copy(from: InputStream, to: OutputStream, allowed: (Long) -> Boolean): Long {
-        val buffer = ByteArray(1 shl 16)
-        var size = 0L
-        while (true) {
-            val count = from.read(buffer)
-            if (count < 0) return size
-            size += count
-            if (!allowed(size)) refuse("the zip file unpacks to more than its bundle's files have: do not use it")
-            to.write(buffer, 0, count)
-        }
+    private fun copy(from: InputStream, to: OutputStream, allowed: (Long) -> Boolean): Long = from.forEachPiece { buffer, size, done ->
+        if (!allowed(done)) refuse("the zip file unpacks to more than its bundle's files have: do not use it")
+        to.write(buffer, 0, size)
     }
 
     private fun finished(): Bundle {
