@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -42,6 +42,22 @@ class Spec:
     """Threads that the runtime uses unless the user asks for another number; 0: one per core."""
     soc: str | None = None
     """The chip that the program is compiled for; None: the target's default, or the target has no such choice."""
+    float32: bool = False
+    """Whether to compute in float32, where the target computes in half precision otherwise."""
+    explicit_cache: bool = False
+    """Whether keys and values are inputs and outputs, where the target has states for them otherwise."""
+
+
+OWNERS = {"portable": ("--portable", "onnx"), "soc": ("--soc", "qnn")} | {
+    name: (f"--{name.replace('_', '-')}", "coreml") for name in ("float32", "explicit_cache")
+}
+"""Options of one target alone: their names on the command line, and the target."""
+
+
+def foreign_options(spec: Spec, target: str) -> list[str]:
+    """Reasons why a target cannot follow options that are another target's."""
+    foreign = [told for name, told in OWNERS.items() if told[1] != target and getattr(spec, name)]
+    return [f"{option} is for target {owner}: leave it out" for option, owner in foreign]
 
 
 RunGraph = Callable[[Tensor, Tensor], Tensor]
@@ -153,6 +169,12 @@ def with_rules(model: Transformer, change: Callable[[Rule], Rule]) -> Transforme
             rule = change(module.rule)
             other, module.rule = other or rule != module.rule, rule
     return changed if other else model
+
+
+def float_inputs(model: Transformer, recipe: Recipe) -> tuple[Transformer, Recipe]:
+    """A converted model and its recipe without the rounding of products' inputs, for targets that compute these as floats."""
+    rules = tuple(replace(rule, activation_bits=None) for rule in recipe.rules)
+    return with_rules(model, lambda rule: replace(rule, activation_bits=None)), replace(recipe, rules=rules)
 
 
 def find_target(name: str) -> Target:

@@ -75,6 +75,10 @@ FloatRecipe = Annotated[str | None, typer.Option("--recipe", help="For a float m
 Context = Annotated[int | None, typer.Option("--context", help="Tokens to hold; default: the model's, at most 2048.")]
 Chunk = Annotated[int | None, typer.Option("--chunk", help="Most tokens in one prefill call; default: 512, 32 for target qnn.")]
 Soc = Annotated[str | None, typer.Option("--soc", metavar="CHIP", help="Target qnn: to compile for, such as SM8650 (default), SM8750.")]
+Float32 = Annotated[bool, typer.Option("--float32", help="Target coreml: compute in float32, not in half precision.")]
+ExplicitCache = Annotated[
+    bool, typer.Option("--explicit-cache", help="Target coreml: keys and values as inputs and outputs, not as states.")
+]
 Portable = Annotated[bool, typer.Option("--portable", help="Target onnx: standard operators alone, for other tools to convert.")]
 AllLogits = Annotated[bool, typer.Option("--all-logits", help="Logits of every token of a call, not of the last alone: for evaluation.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub name, or 'demo'.")]

@@ -113,4 +113,5 @@ TARGETS: dict[str, TargetEntry] = {
         proof="lobit.export.qnn.proof",
         emulated="the emulator of the HTP",
     ),
+    "coreml": TargetEntry("Core ML on Apple's devices", "lobit.export.coreml.target", {HOST: "lobit.runtime.coreml"}, ("coremltools",)),
 }

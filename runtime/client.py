@@ -101,7 +101,7 @@ class CachedProgram:
         method = next(method for method in self.methods if method.role == role)
         outputs = self.run(method.name, self.inputs(method, tokens, position))
         for state in self.states:
-            self._keep(state, outputs[state.output], position, len(tokens))
+            keep(self.caches, state, outputs[state.output], position, len(tokens))
         name = next(port.name for port in method.outputs if port.role == "logits")
         return outputs[name][0, : len(tokens)].astype(np.float32)
 
@@ -124,13 +124,22 @@ class CachedProgram:
             found[client.last] = (np.arange(room) == len(tokens) - 1).reshape(shapes[client.last])
         return {port.name: np.ascontiguousarray(found[port.name], dtypes[port.name]) for port in method.inputs}
 
-    def _keep(self, state: State, rows: NDArray[Any], position: int, count: int) -> None:
-        """Writes the rows of a call's tokens into the cache; of those that fall into one slot the last one stays."""
-        assert state.axis is not None
-        slots = state.shape[state.axis]
-        first = max(0, count - slots)
-        cache, rows = np.moveaxis(self.caches[state.input], state.axis, 0), np.moveaxis(rows, state.axis, 0)
-        cache[(position + np.arange(first, count)) % slots] = rows[first:count]
+
+def keep(caches: Ports, state: State, rows: NDArray[Any], position: int, count: int) -> None:
+    """Writes the rows of a call's tokens into the cache; of those that fall into one slot the last one stays.
+
+    Args:
+        caches: the caches by the names of their inputs.
+        state: which of them.
+        rows: the call's rows, with those of tokens that are none.
+        position: that of the call's first token.
+        count: number of the call's tokens.
+    """
+    assert state.axis is not None
+    slots = state.shape[state.axis]
+    first = max(0, count - slots)
+    cache, rows = np.moveaxis(caches[state.input], state.axis, 0), np.moveaxis(rows, state.axis, 0)
+    cache[(position + np.arange(first, count)) % slots] = rows[first:count]
 
 
 def tables(rotary: Rotary, positions: NDArray[Any]) -> Ports:

@@ -52,8 +52,9 @@ class Port:
 
     name: str
     role: str
-    """`tokens`: the ids to read; `position`: that of the first id; `positions`: that of each id; `logits`; `state`: named in `states`;
-    `client`: an input named in `client`, which the client computes."""
+    """`tokens`: the ids to read; `position`: that of the first id; `positions`: that of each id; `last`: the index, in the call, of the
+    last id, after which a method of fixed shapes has room left; `logits`; `state`: named in `states`; `client`: an input named in
+    `client`, which the client computes."""
     shape: list[int | str]
     """The size of each axis: a number where it is fixed, a range such as `1..128` where it changes from call to call."""
     dtype: str
@@ -253,7 +254,8 @@ class Manifest:
 
     name: str
     target: str
-    """The runtime that the program is for: `xnnpack` (ExecuTorch), `onnx` (ONNX Runtime) or `qnn` (ExecuTorch on Qualcomm's HTP)."""
+    """The runtime that the program is for: `xnnpack` (ExecuTorch), `onnx` (ONNX Runtime), `qnn` (ExecuTorch on Qualcomm's HTP) or
+    `coreml` (Core ML)."""
     model: ModelInfo
     recipe: dict[str, Any]
     """The quantization recipe, as `Recipe.to_json` gives it."""

@@ -45,6 +45,8 @@ PARTS = {
     "lobit.runtime.manifest_problems": "manifest",
     "lobit.runtime.onnx_ports": "manifest",
     "lobit.runtime.qnn_ports": "manifest",
+    "lobit.runtime.coreml_ports": "manifest",
+    "lobit.runtime.coreml_proto": "manifest",
     "lobit.runtime.qnn_libraries": "manifest",
     "lobit.runtime.client": "manifest",
 }

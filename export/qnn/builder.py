@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lobit.export.eager import TorchBuilder
 from lobit.export.qnn.graph import Graph, Value
 from lobit.export.qnn.weights import HtpLinear
+from lobit.export.static import EagerStaticBuilder, whole_shape
 from lobit.model import bias_of, weight_of
 
 
@@ -26,6 +26,7 @@ class QnnBuilder:
         self.graph = graph
         self._numbers: dict[float, Tensor] = {}
         self._biases: dict[int, Tensor] = {}
+        self._ones: dict[int, Tensor] = {}
 
     def scope(self, name: str) -> AbstractContextManager[None]:
         return self.graph.scope(name)
@@ -73,7 +74,7 @@ class QnnBuilder:
         return self._one("Transpose", [x], [x.shape[axis] for axis in order], perm=list(order))
 
     def view(self, x: Value, *shape: int) -> Value:
-        return self._one("Reshape", [x], shape)
+        return self._one("Reshape", [x], whole_shape(math.prod(x.shape), shape))
 
     def reshape(self, x: Value, *sizes: int) -> Value:
         return self.view(x, 1, x.shape[1], *sizes)
@@ -90,10 +91,11 @@ class QnnBuilder:
     def join(self, *parts: Value) -> Value:
         return self.append(len(parts[0].shape) - 1, *parts)
 
-    def rms_norm(self, x: Value, weight: Tensor, eps: float) -> Value:
+    def rms_norm(self, x: Value, weight: Tensor | None, eps: float) -> Value:
         """RMSNorm of at most three axes: that of four is silently wrong on the HTP where there are several tokens."""
         size = x.shape[-1]
         rows = self.view(x, 1, math.prod(x.shape[:-1]), size) if len(x.shape) > 3 else x
+        weight = self._ones.setdefault(size, torch.ones(size)) if weight is None else weight  # the operator needs one
         bias = self.graph.constant("no_bias", self._biases.setdefault(size, torch.zeros(size)))
         inputs = [rows, self.graph.constant("norm", weight), bias]
         y = self._one("RmsNorm", inputs, rows.shape, epsilon=float(eps), axes=[len(rows.shape) - 1])
@@ -120,32 +122,13 @@ class QnnBuilder:
         return value
 
 
-class EagerHtpBuilder(TorchBuilder):
-    """An `ops.HtpBuilder` that computes at once, from inputs by name.
-
-    Args:
-        ports: the inputs.
-    """
-
-    def __init__(self, ports: Mapping[str, Tensor]) -> None:
-        self.ports, self.outputs = ports, dict[str, Tensor]()
+class EagerHtpBuilder(EagerStaticBuilder):
+    """An `ops.HtpBuilder` that computes at once, from inputs by name."""
 
     def input(self, name: str, *shape: int) -> Tensor:
         return self.ports[name]
 
-    def output(self, value: Tensor, name: str) -> None:
-        self.outputs[name] = value
-
-    def view(self, x: Tensor, *shape: int) -> Tensor:
-        return x.reshape(shape)
-
-    def append(self, axis: int, *parts: Tensor) -> Tensor:
-        return torch.cat(parts, axis)
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
-
     def product(self, module: nn.Module, x: Tensor) -> Tensor:
         if not isinstance(module, HtpLinear):
-            return F.linear(x, weight_of(module).float(), bias_of(module))
+            return super().product(module, x)
         return F.linear(F.pad(x, (0, module.extra)), module.integers.float() * module.scale[:, None], module.bias)

@@ -210,11 +210,10 @@ def _stages(asked: Sequence[str] | None, manifest: Manifest) -> Sequence[str]:
 
 def _spec(recipe: Recipe, manifest: Manifest) -> Spec:
     """The spec that a bundle's program was made for."""
-    from lobit.export.target import Spec
+    from lobit.export.target import OWNERS, Spec
 
-    soc = manifest.options.get("soc")
-    portable = bool(manifest.options.get("portable"))
-    return Spec(recipe, manifest.context, manifest.chunk, portable, manifest.all_logits, soc=str(soc) if soc else None)
+    told: dict[str, Any] = {name: value for name, value in manifest.options.items() if name in OWNERS}
+    return Spec(recipe, manifest.context, manifest.chunk, all_logits=manifest.all_logits, **told)
 
 
 def _in_arithmetic(rounded: ReferenceEngine, manifest: Manifest) -> ReferenceEngine:

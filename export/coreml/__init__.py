@@ -1,0 +1,1 @@
+"""Target `coreml`: packages for Apple's Core ML."""

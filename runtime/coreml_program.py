@@ -1,0 +1,159 @@
+"""Evaluates a Core ML package in NumPy: the program as it was saved, in float32, or rounded after every operation as a phone may do it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lobit.errors import BundleError
+from lobit.runtime.coreml_file import Array, Constant, Function, Operation, Package, Type
+from lobit.runtime.coreml_operators import MANY, OPERATORS, expand_blockwise, expand_table, expected_shape
+
+EXPANDERS = {
+    "constexpr_blockwise_shift_scale": (expand_blockwise, ("data", "scale")),
+    "constexpr_lut_to_dense": (expand_table, ("indices", "lut")),
+}
+"""Operations that make a weight of compressed parts, and the names of these."""
+KNOWN = {*OPERATORS, *EXPANDERS, "read_state", "write_state"}
+
+
+def as_half(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Values rounded to half precision; those beyond its largest become infinite."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16).astype(np.float32)
+
+
+class Evaluator:
+    """A package's functions, run operation by operation.
+
+    Args:
+        package: the package.
+        half: whether what every operation gives is rounded to half precision, where the program says that it is of half floats.
+
+    Attributes:
+        states: what each state holds.
+
+    Raises:
+        BundleError: the program has an operation that is not known here.
+    """
+
+    def __init__(self, package: Package, half: bool = False) -> None:
+        self.package, self.half = package, half
+        self.states: dict[str, NDArray[np.float32]] = {}
+        self._dense: dict[Any, Array] = {}
+        self._fixed: dict[str, dict[str, Any]] = {}
+        for function in package.functions.values():
+            unknown = sorted({operation.kind for operation in function.operations} - KNOWN)
+            if unknown:
+                told = ", ".join(unknown)
+                raise BundleError(f"function {function.name} has operations that are not known here ({told}): export it again")
+
+    def reset(self) -> None:
+        """Fills all states with zeros."""
+        self.states = {}
+
+    def run(self, name: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """The outputs of a function; states change.
+
+        Raises:
+            BundleError: an operation cannot be computed, or gives another shape than the program says.
+        """
+        function = self.package.functions[name]
+        values = dict(self._constants(function))
+        for port, kind in function.inputs.items():
+            if inputs[port].shape != kind.shape:
+                raise BundleError(f"input {port} of {name} has the shape {inputs[port].shape} instead of {kind.shape}: export it again")
+            values[port] = self._cast(inputs[port], kind)
+        for state, kind in function.states.items():
+            held = self.states.setdefault(state, np.zeros(kind.shape, np.float32))
+            if held.shape != kind.shape:
+                raise BundleError(f"state {state} of {name} has the shape {kind.shape}, in another function {held.shape}: export it again")
+        # An unknown number may come of what is not used, such as rows of tokens that are none.
+        with np.errstate(all="ignore"):
+            for operation in function.operations:
+                if operation.kind not in EXPANDERS:
+                    self._step(operation, values)
+        return {output: values[output] for output in function.outputs}
+
+    def _constants(self, function: Function) -> dict[str, Any]:
+        """The function's constants and expanded weights by name, made when it first runs."""
+        if function.name not in self._fixed:
+            found = {name: self._value(constant) for name, constant in function.constants.items()}
+            for operation in function.operations:
+                if operation.kind in EXPANDERS:
+                    (name, _), *_ = operation.outputs
+                    found[name] = self._expanded(operation, function)
+            self._fixed[function.name] = found
+        return self._fixed[function.name]
+
+    def _value(self, constant: Constant) -> Any:
+        """A constant as operators take it; arrays of the file of weights are shared by all functions."""
+        if isinstance(constant.array, str) or not isinstance(constant.key, tuple):
+            return constant.array if isinstance(constant.array, str) else self._cast(constant.array, constant.type)
+        if constant.key not in self._dense:
+            self._dense[constant.key] = self._cast(constant.array, constant.type)
+        return self._dense[constant.key]
+
+    def _expanded(self, operation: Operation, function: Function) -> Array:
+        expand, names = EXPANDERS[operation.kind]
+        if set(operation.inputs) != set(names):
+            raise self._failed(operation, f"inputs {', '.join(operation.inputs)}")
+        parts = [function.constants.get(each) if isinstance(each, str) else each for name in names for each in operation.inputs[name]]
+        arrays = [part.array for part in parts if part is not None and not isinstance(part.array, str)]
+        keys = tuple(part.key for part in parts if part is not None)
+        if keys not in self._dense:
+            try:
+                self._dense[keys] = expand(*arrays)
+            except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+                raise self._failed(operation, str(error)) from None
+            _, kind = operation.outputs[0]
+            if self._dense[keys].shape != kind.shape:
+                raise self._failed(operation, f"shape {self._dense[keys].shape} instead of {kind.shape}")
+        return self._dense[keys]
+
+    def _step(self, operation: Operation, values: dict[str, Any]) -> None:
+        """Runs one operation."""
+        inputs: dict[str, Any] = {}
+        for part, bound in operation.inputs.items():
+            if operation.kind in ("read_state", "write_state") and part == "input":
+                inputs[part] = bound[0]
+                continue
+            found = [values[each] if isinstance(each, str) else self._value(each) for each in bound]
+            inputs[part] = found if MANY.get(operation.kind) == part else found[0]
+        try:
+            results = self._computed(operation, inputs)
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+            raise self._failed(operation, str(error)) from None
+        for (name, kind), result in zip(operation.outputs, results, strict=True):
+            if result.shape != kind.shape:
+                raise self._failed(operation, f"shape {result.shape} instead of {kind.shape}")
+            values[name] = self._cast(result, kind, rounded=self.half)
+
+    def _computed(self, operation: Operation, inputs: dict[str, Any]) -> list[Array]:
+        match operation.kind:
+            case "read_state":
+                return [self.states[inputs["input"]]]
+            case "write_state":
+                held, data = self.states[inputs["input"]], inputs["data"]
+                if held.shape != data.shape:
+                    raise ValueError(f"shape {data.shape} for a state of {held.shape}")
+                self.states[inputs["input"]] = as_half(data)
+                return []
+        shape, kind = expected_shape(operation.kind, inputs), operation.outputs[0][1]
+        if shape is not None and shape != kind.shape:
+            raise ValueError(f"shape {shape} instead of {kind.shape}")
+        result = OPERATORS[operation.kind](**inputs)
+        return list(result) if isinstance(result, list) else [np.asarray(result)]
+
+    def _cast(self, array: Array, kind: Type, rounded: bool = False) -> Array:
+        """An array in the type that this evaluation has for a type of the program: float32 for all floats."""
+        if not kind.dtype.startswith("FLOAT"):
+            return array
+        single = array.astype(np.float32, copy=False)
+        return as_half(single) if rounded and kind.dtype == "FLOAT16" else single
+
+    def _failed(self, operation: Operation, why: str) -> BundleError:
+        return BundleError(f"operation {operation.name} ({operation.kind}) of the package cannot be computed ({why}): export it again")
