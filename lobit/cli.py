@@ -210,7 +210,7 @@ def parity(
     ] = None,
     checkpoint: Annotated[str | None, typer.Option("--checkpoint", metavar="CKPT", help="Where the model was trained.")] = None,
     stages: Annotated[
-        str | None, typer.Option("--stages", help="Of fake_quant, graph, artifact; default: all that the target has.")
+        str | None, typer.Option("--stages", help="Of fake_quant, graph, artifact, rounded; default: all that the target has.")
     ] = None,
     threads: Threads = None,
     device: Device = "host",

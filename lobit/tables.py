@@ -206,6 +206,7 @@ def parity(result: dict[str, Any]) -> Table:
     table = _table(title, "against the float model", *columns, right=columns)
     rows = [(row["name"], row) for row in result["stages"]]
     rows += [(f"  {name}", row) for name, row in result["phases"].items() if row]
+    rows += [(f"{row['name']} (not judged)", row) for row in result.get("beside", [])]
     for name, row in rows:
         figures = [f"{row['kl_mean']:.2e} ± {row['kl_se']:.0e}", *(f"{row[key]:.2e}" for key in ("kl_p99", "kl_step"))]
         table.add_row(name, *figures, f"{row['top1_agreement']:.2%}", f"{row['perplexity']:.3f}")

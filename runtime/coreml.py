@@ -20,6 +20,7 @@ from lobit.runtime.engine import Logits, SteppingEngine
 from lobit.runtime.manifest import Manifest, Method
 from lobit.targets import THIS_MACHINE, Device
 
+HALF_MAX = float(np.finfo(np.float16).max)
 Run = Callable[[str, Ports], dict[str, NDArray[Any]]]
 
 
@@ -69,12 +70,37 @@ def open_engine(bundle: Bundle, threads: int, device: Device = THIS_MACHINE) -> 
         MissingPartError: coremltools is not installed.
         BundleError: the package is damaged.
     """
-    return _engine(bundle, _core_ml(bundle) if sys.platform == "darwin" else evaluator(bundle).run)
+    manifest = bundle.manifest
+    step = StepByRole(manifest, _core_ml(bundle) if sys.platform == "darwin" else evaluator(bundle).run)
+    return SteppingEngine(step, manifest.context, manifest.chunk, manifest.model.vocab_size, min(manifest.cache.slots), manifest.all_logits)
 
 
-def open_rounded(bundle: Bundle) -> SteppingEngine | None:
-    """An engine that rounds what every operation gives to half precision, as a phone may do; None: the package computes in float32."""
-    return None if bundle.manifest.options.get("float32") else _engine(bundle, evaluator(bundle, half=True).run)
+class RoundedEngine(SteppingEngine):
+    """A package with what every operation gives rounded to half precision, as a phone may do it.
+
+    Args:
+        bundle: the package's bundle.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        manifest, self.program = bundle.manifest, evaluator(bundle, half=True)
+        step, sizes = StepByRole(manifest, self.program.run), (manifest.context, manifest.chunk, manifest.model.vocab_size)
+        super().__init__(step, *sizes, min(manifest.cache.slots), manifest.all_logits)
+
+    def warnings(self) -> list[dict[str, str]]:
+        """What half precision did not hold in all that was read, in the form of `verdict.warnings`."""
+        if not self.program.overflows:
+            return []
+        name, value = next(iter(self.program.overflows.items()))
+        told = f"half precision, which holds {HALF_MAX:g}, does not hold {value:.3g} in {name}"
+        count = len(self.program.overflows)
+        more = f" ({count} operations have such values)" if count > 1 else ""
+        return [{"what": told + more, "advice": "export with --float32"}]
+
+
+def open_rounded(bundle: Bundle) -> RoundedEngine | None:
+    """The engine for what a phone may do to a package's floats; None: it computes in float32."""
+    return None if bundle.manifest.options.get("float32") else RoundedEngine(bundle)
 
 
 def evaluator(bundle: Bundle, half: bool = False) -> Evaluator:
@@ -90,12 +116,6 @@ def evaluator(bundle: Bundle, half: bool = False) -> Evaluator:
         if function is None or {port.name for port in method.inputs} != set(function.inputs):
             raise BundleError(f"bundle {bundle.manifest.name} has no function {method.name} as its manifest tells: export it again")
     return found
-
-
-def _engine(bundle: Bundle, run: Run) -> SteppingEngine:
-    manifest = bundle.manifest
-    step = StepByRole(manifest, run)
-    return SteppingEngine(step, manifest.context, manifest.chunk, manifest.model.vocab_size, min(manifest.cache.slots), manifest.all_logits)
 
 
 def _core_ml(bundle: Bundle) -> Run:

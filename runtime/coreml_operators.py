@@ -42,13 +42,14 @@ def _reduce(function: Callable[..., Array]) -> Operator:
     return reduced
 
 
-def _where(begin: Array, end: Array) -> tuple[slice, ...]:
+def region(begin: Array, end: Array) -> tuple[slice, ...]:
+    """The part of an array between two corners."""
     return tuple(slice(int(first), int(last)) for first, last in zip(begin, end, strict=True))
 
 
 def _slice_update(x: Array, update: Array, begin: Array, end: Array) -> Array:
     y = x.copy()
-    y[_where(begin, end)] = update
+    y[region(begin, end)] = update
     return y
 
 
@@ -106,7 +107,7 @@ OPERATORS: Mapping[str, Operator] = {
     "rsqrt": lambda x, epsilon: 1 / np.sqrt(x + epsilon),
     "select": lambda cond, a, b: np.where(cond, a, b),
     "silu": _silu,
-    "slice_by_index": lambda x, begin, end: x[_where(begin, end)],
+    "slice_by_index": lambda x, begin, end: x[region(begin, end)],
     "slice_update": _slice_update,
     "softmax": _softmax,
     "split": _split,

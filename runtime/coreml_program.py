@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from lobit.errors import BundleError
 from lobit.runtime.coreml_file import Array, Constant, Function, Operation, Package, Type
-from lobit.runtime.coreml_operators import MANY, OPERATORS, expand_blockwise, expand_table, expected_shape
+from lobit.runtime.coreml_operators import MANY, OPERATORS, expand_blockwise, expand_table, expected_shape, region
 
 EXPANDERS = {
     "constexpr_blockwise_shift_scale": (expand_blockwise, ("data", "scale")),
@@ -35,6 +36,7 @@ class Evaluator:
 
     Attributes:
         states: what each state holds.
+        overflows: the largest value that an operation gave where half precision does not hold it, by the operation's name.
 
     Raises:
         BundleError: the program has an operation that is not known here.
@@ -43,8 +45,11 @@ class Evaluator:
     def __init__(self, package: Package, half: bool = False) -> None:
         self.package, self.half = package, half
         self.states: dict[str, NDArray[np.float32]] = {}
+        self.overflows: dict[str, float] = {}
         self._dense: dict[Any, Array] = {}
         self._fixed: dict[str, dict[str, Any]] = {}
+        self._checked: set[int] = set()
+        self._in_place = {id(operation) for function in package.functions.values() for operation in _updates(function)}
         for function in package.functions.values():
             unknown = sorted({operation.kind for operation in function.operations} - KNOWN)
             if unknown:
@@ -127,10 +132,15 @@ class Evaluator:
             results = self._computed(operation, inputs)
         except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
             raise self._failed(operation, str(error)) from None
+        if id(operation) in self._in_place:
+            values[operation.outputs[0][0]] = results[0]
+            return
         for (name, kind), result in zip(operation.outputs, results, strict=True):
             if result.shape != kind.shape:
                 raise self._failed(operation, f"shape {result.shape} instead of {kind.shape}")
-            values[name] = self._cast(result, kind, rounded=self.half)
+            values[name] = self._cast(result, kind)
+            if self.half and kind.dtype == "FLOAT16":
+                values[name] = self._rounded(name, values[name])
 
     def _computed(self, operation: Operation, inputs: dict[str, Any]) -> list[Array]:
         match operation.kind:
@@ -140,20 +150,52 @@ class Evaluator:
                 held, data = self.states[inputs["input"]], inputs["data"]
                 if held.shape != data.shape:
                     raise ValueError(f"shape {data.shape} for a state of {held.shape}")
-                self.states[inputs["input"]] = as_half(data)
+                if data is not held:
+                    self.states[inputs["input"]] = as_half(data)
                 return []
-        shape, kind = expected_shape(operation.kind, inputs), operation.outputs[0][1]
-        if shape is not None and shape != kind.shape:
-            raise ValueError(f"shape {shape} instead of {kind.shape}")
+            case "slice_update" if id(operation) in self._in_place:
+                inputs["x"][region(inputs["begin"], inputs["end"])] = as_half(inputs["update"])
+                return [inputs["x"]]
+        if id(operation) not in self._checked:  # shapes are the same in every call
+            shape, kind = expected_shape(operation.kind, inputs), operation.outputs[0][1]
+            if shape is not None and shape != kind.shape:
+                raise ValueError(f"shape {shape} instead of {kind.shape}")
+            self._checked.add(id(operation))
         result = OPERATORS[operation.kind](**inputs)
         return list(result) if isinstance(result, list) else [np.asarray(result)]
 
-    def _cast(self, array: Array, kind: Type, rounded: bool = False) -> Array:
+    def _rounded(self, name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        halves = as_half(values)
+        if not np.isfinite(halves).all() and np.isfinite(values).all():
+            self.overflows[name] = max(self.overflows.get(name, 0.0), float(np.abs(values).max()))
+        return halves
+
+    def _cast(self, array: Array, kind: Type) -> Array:
         """An array in the type that this evaluation has for a type of the program: float32 for all floats."""
-        if not kind.dtype.startswith("FLOAT"):
-            return array
-        single = array.astype(np.float32, copy=False)
-        return as_half(single) if rounded and kind.dtype == "FLOAT16" else single
+        return array.astype(np.float32, copy=False) if kind.dtype.startswith("FLOAT") else array
 
     def _failed(self, operation: Operation, why: str) -> BundleError:
         return BundleError(f"operation {operation.name} ({operation.kind}) of the package cannot be computed ({why}): export it again")
+
+
+def _updates(function: Function) -> list[Operation]:
+    """The operations that change a part of what a state holds, which then is written to the state and not used otherwise.
+
+    They are run in the state's own memory: a state has thousands of rows, of which a call changes a few.
+    """
+    bound = [each for operation in function.operations for part in operation.inputs.values() for each in part]
+    uses = Counter(each for each in bound if isinstance(each, str))
+    made = {name: operation for operation in function.operations for name, _ in operation.outputs}
+    writes = (operation.inputs for operation in function.operations if operation.kind == "write_state")
+    written = {inputs["data"][0]: inputs["input"][0] for inputs in writes if isinstance(inputs["data"][0], str)}
+    found = []
+    for operation in function.operations:
+        if operation.kind != "slice_update":
+            continue
+        (name, _), (source, *_) = operation.outputs[0], operation.inputs.get("x") or [""]
+        read = made.get(source) if isinstance(source, str) else None
+        if read is None or read.kind != "read_state" or name in function.outputs:
+            continue
+        if uses[name] == uses[read.outputs[0][0]] == 1 and written.get(name) == read.inputs["input"][0]:
+            found.append(operation)
+    return found

@@ -23,7 +23,7 @@ from lobit.runtime.verdict import judged, warnings
 
 PREFILL_LENGTHS = (16, 1, 7, 64, 2, 33, 3, 128, 5, 20)
 """Tokens of the prefill calls, in turn: short and long, odd and even, some longer than the chunk of a program with a short one."""
-COST = {"float": 1, "fake_quant": 2, "target": 2, "floor": 2, "graph": 2, "artifact": 3}
+COST = {"float": 1, "fake_quant": 2, "target": 2, "floor": 2, "graph": 2, "artifact": 3, "rounded": 6}
 """Time that a token takes in each stage, relative to the float model's, for the estimate of the time left."""
 STEPPED_GRAPH = 60
 """The same for a graph whose operators PyTorch runs one by one."""
@@ -192,6 +192,7 @@ def parity(
     lines: Sequence[int] = (),
     floor: Floor | None = None,
     tried: Collection[str] = (),
+    beside: Mapping[str, Engine] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compares the stages with the reference and with each other.
@@ -206,6 +207,7 @@ def parity(
         lines: as in `plan_passages`.
         floor: what the artifact should compute; None: the same as the reference, up to the order of float32 sums.
         tried: names of the advice that the recipe follows already (`verdict.ADVICE`).
+        beside: other runs of the artifact, which are compared and not judged; logits that are no numbers are taken as 0 there.
         progress: see `Progress`.
 
     Returns:
@@ -215,12 +217,14 @@ def parity(
         InputError: the text is too short.
         BundleError: a stage's logits are not finite.
     """
-    passages = plan_passages(tokens, context, bos, lines)
-    run = _Run(reference, stages, floor, _Progress(stages, floor, sum(len(plan.tokens) for plan in passages), progress))
+    passages, last = plan_passages(tokens, context, bos, lines), list(stages)[-1]
+    stages = {**stages, **(beside or {})}
+    run = _Run(reference, stages, set(beside or ()), floor, _Progress(stages, floor, sum(len(plan.tokens) for plan in passages), progress))
     for plan in passages:
         run.compare(plan)
     found = {name: [_joined(parts) for parts in compared] for name, compared in run.compared.items()}
-    rows: list[dict[str, Any]] = [{"name": name, **(_summary(parts) or {})} for name, parts in found.items()]
+    every: list[dict[str, Any]] = [{"name": name, **(_summary(parts) or {})} for name, parts in found.items()]
+    rows, others = ([row for row in every if (row["name"] in run.beside) is apart] for apart in (False, True))
     surprises, chaos = (np.concatenate(parts) for parts in (run.surprises, run.chaos))
     limit, measured = judged(chaos)
     return {
@@ -229,7 +233,8 @@ def parity(
         "positions": len(surprises),
         "reference_perplexity": _perplexity(surprises),
         "stages": rows,
-        "phases": _phases(passages, found[rows[-1]["name"]], window),
+        "beside": others,
+        "phases": _phases(passages, found[last], window),
         "floor": measured,
         "limits": {"kl_conversion": limit},
         "warnings": warnings(rows[-1], _perplexity(surprises), tried),
@@ -265,8 +270,10 @@ def _walked(name: str) -> int:
 class _Run:
     """Compares the stages passage by passage, and keeps the figures of every compared position."""
 
-    def __init__(self, reference: Scorer, stages: Mapping[str, Scorer | Engine], floor: Floor | None, progress: _Progress) -> None:
-        self.reference, self.stages, self.floor, self.progress = reference, stages, floor, progress
+    def __init__(
+        self, reference: Scorer, stages: Mapping[str, Scorer | Engine], beside: set[str], floor: Floor | None, progress: _Progress
+    ) -> None:
+        self.reference, self.stages, self.beside, self.floor, self.progress = reference, stages, beside, floor, progress
         self.compared: dict[str, list[list[Comparison]]] = {name: [] for name in stages}
         self.surprises: list[NDArray[np.float64]] = []
         self.chaos: list[NDArray[np.float64]] = []
@@ -286,7 +293,7 @@ class _Run:
         start, count = 0, 1
         while start < len(plan.positions):
             positions = plan.positions[start : start + count]
-            scores = {name: log_softmax(_finite(rows(positions), name)) for name, rows in readers.items()}
+            scores = {name: log_softmax(self._finite(rows(positions), name)) for name, rows in readers.items()}
             self._keep(plan, positions, scores, exact)
             start, count = start + count, max(1, COMPARED // scores["float"].shape[1])
 
@@ -299,6 +306,14 @@ class _Run:
             return rows
         rows_in_order = _steps(stage, plan, step)
         return lambda positions: np.stack(list(itertools.islice(rows_in_order, len(positions))))
+
+    def _finite(self, logits: Logits, name: str) -> Logits:
+        if np.isfinite(logits).all():
+            return logits
+        if name in self.beside:
+            return np.where(np.isfinite(logits), logits, np.float32(0))
+        way = "its values are beyond what its floats hold; take --activations float" if name == "fake_quant" else "export the model again"
+        raise BundleError(f"{np.size(logits) - np.isfinite(logits).sum()} logits of stage {name} are no numbers: {way}")
 
     def _keep(self, plan: Passage, positions: Sequence[int], scores: Mapping[str, NDArray[np.float64]], exact: str) -> None:
         base = before = scores["float"]
@@ -322,13 +337,6 @@ class _Run:
 
 def _surprise(scores: NDArray[np.float64], following: Sequence[int]) -> NDArray[np.float64]:
     return np.array([-scores[i, token] if token >= 0 else np.nan for i, token in enumerate(following)])
-
-
-def _finite(logits: Logits, name: str) -> Logits:
-    if not np.isfinite(logits).all():
-        way = "its values are beyond what its floats hold; take --activations float" if name == "fake_quant" else "export the model again"
-        raise BundleError(f"{np.size(logits) - np.isfinite(logits).sum()} logits of stage {name} are no numbers: {way}")
-    return logits
 
 
 def _joined(parts: Sequence[Comparison]) -> Comparison:

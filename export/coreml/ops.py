@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lobit.export.composed import windows
 from lobit.export.static import StaticBuilder, StaticOps
 from lobit.model import Config
+from lobit.rope import Rope
 from lobit.runtime.coreml_ports import LAST, LOGITS, POSITION, TOKENS, cache_names, row_names
 
 V = TypeVar("V")
@@ -87,6 +88,13 @@ def slots(config: Config, context: int, chunk: int, explicit: bool) -> list[int]
     return [min(rounded_up(layer.window + chunk), whole) if layer.window else whole for layer in config.layers]
 
 
+def rotary_tables(rope: Rope, count: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [count, dim / 2] of all positions: half floats would not hold the angles of large ones."""
+    frequencies, factor = rope.frequencies()
+    angles = torch.arange(count).float()[:, None] * frequencies
+    return torch.cos(angles) * factor, torch.sin(angles) * factor
+
+
 class CoreMlOps(StaticOps[V]):
     """One call of a model that knows the tokens and the position of the first (see `StaticOps`).
 
@@ -109,6 +117,7 @@ class CoreMlOps(StaticOps[V]):
         self.slots, self.explicit, self.chunk = slots(config, context, chunk, explicit), explicit, chunk
         self.whole, self.width = rounded_up(context + chunk - 1), rounded_up(config.kv_heads * config.head_dim)
         self.caches: list[tuple[Any, Any]] = []
+        self.angles = [rotary_tables(rope, context + chunk) for rope in self.ropes]
         self.rings: dict[int, tuple[V, V]] = {}
         """For a ring of so many slots, which of the call's tokens each slot takes [R], and whether there is one [1, R, 1]."""
 
@@ -140,16 +149,13 @@ class CoreMlOps(StaticOps[V]):
         return found
 
     def _rotary(self) -> None:
-        """Fills `tables` with rows of tables over all positions: half floats do not hold large angles."""
-        build, every = self.build, torch.arange(self.context + self.chunk)
-        for index, rope in enumerate(self.ropes):
-            frequencies, factor = rope.frequencies()
-            angles = every.float()[:, None] * frequencies
-            cos, sin = (
-                build.unsqueeze(build.gather(build.table(f"{name}_{index}", turn(angles) * factor), self.positions, 0), 0, 2)
-                for name, turn in (("cos", torch.cos), ("sin", torch.sin))
-            )
-            self.tables[rope] = cos, sin
+        """Fills `tables` with the rows of the call's positions."""
+        build = self.build
+        for rope, (cos, sin) in zip(self.ropes, self.angles, strict=True):
+            names = zip(("cos", "sin"), (cos, sin), strict=True)
+            told = [build.table(f"{name}_{len(self.tables)}", values) for name, values in names]
+            real, imaginary = (build.unsqueeze(build.gather(table, self.positions, 0), 0, 2) for table in told)
+            self.tables[rope] = real, imaginary
 
     def _masks(self) -> None:
         """Fills `masks` [T, S], as the keys lie in each layer's cache after `cached`."""

@@ -193,8 +193,9 @@ class EagerProgram:
             LAST: torch.tensor([count - 1]),
         } | {name: cache for name, (_, cache) in self.told.items()}
         builder = EagerMilBuilder(ports, self.states)
+        ops = CoreMlOps(builder, config, spec.context, room, spec.all_logits, spec.chunk, spec.explicit_cache)
         with computing(self.recipe):
-            walk(self.model, CoreMlOps(builder, config, spec.context, room, spec.all_logits, spec.chunk, spec.explicit_cache))
+            walk(self.model, ops)
         for output, cache in self.told.values():
             at = (int(input_pos) + torch.arange(max(0, count - cache.shape[1]), count)) % cache.shape[1]
             cache[:, at] = builder.outputs[output][:, max(0, count - cache.shape[1]) : count]

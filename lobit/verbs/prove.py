@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from lobit.runtime.manifest import Manifest
     from lobit.runtime.reference import ReferenceEngine
 
-STAGES = ("fake_quant", "graph", "artifact")
+STAGES = ("fake_quant", "graph", "artifact", "rounded")
+"""What parity compares with the float model. `rounded` is the artifact with what every operation gives rounded to half precision, as a
+phone may do it: only target coreml has it, and it is not judged."""
 TOKENS, EMULATED_TOKENS = 2048, 256
 """Tokens of a text that parity reads by default; an emulator takes seconds for some of them."""
 QUICK_GRAPH = 20_000_000
@@ -140,6 +142,7 @@ def parity(
     engines["artifact"] = open_engine(opened, threads)
     if device != THIS_MACHINE:
         engines[str(device)] = open_engine(opened, threads, device)
+    rounding = _rounded(opened, stages) if "rounded" in chosen else None
     result = comparison.parity(
         ReferenceEngine(load_model(source, config), None, manifest.context),
         engines,
@@ -149,10 +152,12 @@ def parity(
         lines=lines,
         window=manifest.model.largest_window if manifest.model.largest_window < manifest.context else 0,
         tried=_tried(recipe),
+        beside={"rounded": rounding} if rounding else None,
         floor=comparison.Floor(exact, ReferenceEngine(moved(exact.model, share), arithmetic, manifest.context)),
         progress=progress,
     )
     described = {"name": manifest.name, "target": manifest.target, "recipe": recipe.name}
+    result["warnings"] += rounding.warnings() if rounding else []
     passed = result["passed"] and (parts is None or parts["passed"])
     told = {"device": str(device), "emulated": says_nothing_of_time(manifest.target, device)} | ({"parts": parts} if parts else {})
     return {**result, "passed": passed, "bundle": described, "model": reference, "entropy": None, **told}
@@ -206,6 +211,21 @@ def _stages(asked: Sequence[str] | None, manifest: Manifest) -> Sequence[str]:
         return asked
     slow = find_target(manifest.target).SLOW_GRAPH and manifest.model.parameters > QUICK_GRAPH
     return [stage for stage in STAGES if not (slow and stage == "graph")]
+
+
+def _rounded(bundle: Bundle, asked: Sequence[str] | None) -> Any:
+    """The engine of stage `rounded`; None: the bundle has none.
+
+    Raises:
+        InputError: the stage was asked for.
+    """
+    from lobit.runtime.engine import target_module
+
+    found = getattr(target_module(bundle), "open_rounded", lambda _: None)(bundle)
+    if found is None and asked is not None:
+        name = bundle.manifest.name
+        raise InputError(f"bundle {name} has no stage rounded, packages for target coreml in half precision have one: leave it out")
+    return found
 
 
 def _spec(recipe: Recipe, manifest: Manifest) -> Spec:
