@@ -219,7 +219,7 @@ def parity(result: dict[str, Any]) -> Table:
         right, count = len(parts["all"]) - len(parts["faults"]), len(parts["all"])
         nearest = f"{parts['worst'][0]} is at {parts['nearest']:.0%} of its limit"
         notes.append(f"{right} of {count} parts are the reference's, given the same inputs; {nearest}")
-    notes += ["the artifact ran in an emulator"] if result["emulated"] else []
+    notes += ["the artifact did not run on a device, but on what stands for one here"] if result["emulated"] else []
     notes += [limit["reason"] for limit in result["limits"].values()]
     notes += [f"{warning['what']}. What helps, in this order: {warning['advice']}" for warning in result["warnings"]]
     table.caption, table.caption_justify, table.caption_style = "\n".join(notes), "left", ""

@@ -5,6 +5,7 @@ A new target needs its modules and an entry here; its extra in pyproject.toml ha
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -79,6 +80,8 @@ class TargetEntry:
     """The module that reads back what its compiled programs hold, where these cannot be taken apart; None: `read_program` does."""
     emulated: str | None = None
     """What runs its bundles on this machine in the place of the device, so that the time says nothing; None: the runtime itself."""
+    parity_tokens: int = 2048
+    """Tokens of a text that parity reads by default on this machine."""
 
 
 def says_nothing_of_time(target: str, device: Device) -> bool:
@@ -112,6 +115,13 @@ TARGETS: dict[str, TargetEntry] = {
         {"onnxruntime-qnn": "2.5.0"},  # 2.3 and 2.4 find no device, 2.6 and 2.7 do not know the chips
         proof="lobit.export.qnn.proof",
         emulated="the emulator of the HTP",
+        parity_tokens=256,  # the emulator takes seconds for some of them
     ),
-    "coreml": TargetEntry("Core ML on Apple's devices", "lobit.export.coreml.target", {HOST: "lobit.runtime.coreml"}, ("coremltools",)),
+    "coreml": TargetEntry(
+        "Core ML on Apple's devices",
+        "lobit.export.coreml.target",
+        {HOST: "lobit.runtime.coreml"},
+        ("coremltools",),
+        emulated=None if sys.platform == "darwin" else "an evaluation in NumPy",
+    ),
 }

@@ -10,9 +10,10 @@ from lobit.errors import InputError
 from lobit.runtime.bundle import Bundle, open_bundle
 from lobit.targets import TARGETS
 
-WHAT = (
-    "nothing is timed: the emulator's speed says nothing of a phone. A call reads so many bytes from memory, as Qualcomm's compiler "
-    "expects: divided by the memory's bandwidth, that is a bound on the time of a token which no device has confirmed."
+NOTHING = "nothing is timed: the speed of what stands for the device here says nothing of a phone."
+READ = (
+    "A call reads so many bytes from memory, as the device's compiler expects: divided by the memory's bandwidth, that is a bound on the "
+    "time of a token which no device has confirmed."
 )
 
 
@@ -31,7 +32,9 @@ def bench_compiled(folders: Sequence[Path | str]) -> dict[str, Any]:
     if timed:
         raise InputError(f"{', '.join(timed)} can be timed here and the others cannot: measure these in a call of their own")
     rows = [row for bundle in opened for row in _rows(bundle)]
-    return {"kind": "compiled", "rows": rows, "device": str(TARGETS[opened[0].manifest.target].emulated), "what": WHAT}
+    what = f"{NOTHING} {READ}" if any(row["read_bytes"] for row in rows) else NOTHING
+    devices = dict.fromkeys(str(TARGETS[bundle.manifest.target].emulated) for bundle in opened)
+    return {"kind": "compiled", "rows": rows, "device": ", ".join(devices), "what": what}
 
 
 def is_compiled(folder: Path | str) -> bool:

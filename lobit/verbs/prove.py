@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lobit.errors import InputError
 from lobit.progress_callback import Progress
-from lobit.targets import THIS_MACHINE, Device, proof_of, says_nothing_of_time
+from lobit.targets import TARGETS, THIS_MACHINE, Device, TargetEntry, proof_of, says_nothing_of_time
 from lobit.verbs.make import converted_like
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 STAGES = ("fake_quant", "graph", "artifact", "rounded")
 """What parity compares with the float model. `rounded` is the artifact with what every operation gives rounded to half precision, as a
 phone may do it: only target coreml has it, and it is not judged."""
-TOKENS, EMULATED_TOKENS = 2048, 256
-"""Tokens of a text that parity reads by default; an emulator takes seconds for some of them."""
 QUICK_GRAPH = 20_000_000
 """Most parameters of a graph that is compared by default though PyTorch runs its operators one by one, taking 60 times as long a token."""
 
@@ -86,7 +84,7 @@ def parity(
         bundle: the bundle's folder.
         reference: the float model.
         text: the text to read.
-        tokens: how many of the text are read, at most; None: `TOKENS`, or `EMULATED_TOKENS` where an emulator stands for the device.
+        tokens: how many of the text are read, at most; None: what the target says (`TargetEntry.parity_tokens`).
         checkpoint: the quantized checkpoint; None: the bundle's recipe is applied to the reference again.
         stages: which of `STAGES` to compare, `artifact` always is; None: all except a graph that takes minutes.
         threads: how many the artifact's runtime uses.
@@ -113,8 +111,7 @@ def parity(
     opened = open_bundle(bundle)
     manifest, source = opened.manifest, resolve(reference)
     if tokens is None:
-        slow = device == THIS_MACHINE and says_nothing_of_time(manifest.target, device)
-        tokens = EMULATED_TOKENS if slow else TOKENS
+        tokens = TARGETS[manifest.target].parity_tokens if manifest.target in TARGETS else TargetEntry.parity_tokens
     ids, lines = bundle_tokenizer(opened).encode_lines(text, tokens)
     comparison.plan_passages(ids, manifest.context, manifest.tokens.bos, lines)  # a text that is too short is refused before any slow work
     config, recipe = load_config(source), Recipe.from_json(manifest.recipe)

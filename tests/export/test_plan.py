@@ -81,7 +81,7 @@ from pathlib import Path
 from lobit import verbs
 verbs.export("demo", sys.argv[2], Path(sys.argv[1]), recipe=verbs.choose_recipe("8da4w-g32"), context=192, chunk=64)
 """
-IN_ONE_PROCESS = [name for name, target in TARGETS.items() if not target.emulated]
+IN_ONE_PROCESS = [name for name, target in TARGETS.items() if not target.proof]
 """Targets whose exports and engines take memory of this process alone; tests/export/test_qnn.py has the others."""
 MEMORY_SHARE = 0.20
 PARITY_SHARE = 0.30
