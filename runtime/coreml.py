@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,6 +86,12 @@ class RoundedEngine(SteppingEngine):
         manifest, self.program = bundle.manifest, evaluator(bundle, half=True)
         step, sizes = StepByRole(manifest, self.program.run), (manifest.context, manifest.chunk, manifest.model.vocab_size)
         super().__init__(step, *sizes, min(manifest.cache.slots), manifest.all_logits)
+
+    def warnings_on(self, tokens: Sequence[int]) -> list[dict[str, str]]:
+        """Reads the first tokens of a text anew; returns the `warnings`."""
+        self.reset()
+        self.prefill(list(tokens)[: self.chunk])
+        return self.warnings()
 
     def warnings(self) -> list[dict[str, str]]:
         """What half precision did not hold in all that was read, in the form of `verdict.warnings`."""

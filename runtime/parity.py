@@ -27,6 +27,10 @@ COST = {"float": 1, "fake_quant": 2, "target": 2, "floor": 2, "graph": 2, "artif
 """Time that a token takes in each stage, relative to the float model's, for the estimate of the time left."""
 STEPPED_GRAPH = 60
 """The same for a graph whose operators PyTorch runs one by one."""
+WAYS_OUT = {"fake_quant": "its values are beyond what its floats hold; take --activations float"} | dict.fromkeys(
+    ("target", "floor"), "its values are beyond what the target's floats hold; choose a target that computes in float32"
+)
+"""What helps where a stage that is no artifact gives no numbers; `target` is the model in the target's own arithmetic."""
 SHORTEST_TEXT = 16
 """Number of tokens below which the figures say nothing."""
 COMPARED = 4 << 20
@@ -312,8 +316,8 @@ class _Run:
             return logits
         if name in self.beside:
             return np.where(np.isfinite(logits), logits, np.float32(0))
-        way = "its values are beyond what its floats hold; take --activations float" if name == "fake_quant" else "export the model again"
-        raise BundleError(f"{np.size(logits) - np.isfinite(logits).sum()} logits of stage {name} are no numbers: {way}")
+        told = f"{np.size(logits) - np.isfinite(logits).sum()} logits of stage {name} are no numbers"
+        raise BundleError(f"{told}: {WAYS_OUT.get(name, 'export the model again')}")
 
     def _keep(self, plan: Passage, positions: Sequence[int], scores: Mapping[str, NDArray[np.float64]], exact: str) -> None:
         base = before = scores["float"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lobit.errors import InputError
+from lobit.errors import BundleError, InputError
 from lobit.progress_callback import Progress
 from lobit.targets import TARGETS, THIS_MACHINE, Device, TargetEntry, proof_of, says_nothing_of_time
 from lobit.verbs.make import converted_like
@@ -140,19 +140,25 @@ def parity(
     if device != THIS_MACHINE:
         engines[str(device)] = open_engine(opened, threads, device)
     rounding = _rounded(opened, stages) if "rounded" in chosen else None
-    result = comparison.parity(
-        ReferenceEngine(load_model(source, config), None, manifest.context),
-        engines,
-        ids,
-        context=manifest.context,
-        bos=manifest.tokens.bos,
-        lines=lines,
-        window=manifest.model.largest_window if manifest.model.largest_window < manifest.context else 0,
-        tried=_tried(recipe),
-        beside={"rounded": rounding} if rounding else None,
-        floor=comparison.Floor(exact, ReferenceEngine(moved(exact.model, share), arithmetic, manifest.context)),
-        progress=progress,
-    )
+    try:
+        result = comparison.parity(
+            ReferenceEngine(load_model(source, config), None, manifest.context),
+            engines,
+            ids,
+            context=manifest.context,
+            bos=manifest.tokens.bos,
+            lines=lines,
+            window=manifest.model.largest_window if manifest.model.largest_window < manifest.context else 0,
+            tried=_tried(recipe),
+            beside={"rounded": rounding} if rounding else None,
+            floor=comparison.Floor(exact, ReferenceEngine(moved(exact.model, share), arithmetic, manifest.context)),
+            progress=progress,
+        )
+    except BundleError:
+        # The reference in half precision fails before the package, whose operations have names.
+        if rounding and (told := rounding.warnings_on(text_begins)):
+            raise BundleError(f"{told[0]['what']}: {told[0]['advice']}") from None
+        raise
     described = {"name": manifest.name, "target": manifest.target, "recipe": recipe.name}
     result["warnings"] += rounding.warnings() if rounding else []
     passed = result["passed"] and (parts is None or parts["passed"])

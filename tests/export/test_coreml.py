@@ -14,7 +14,7 @@ import torch
 from lobit import verbs
 from lobit.checkpoint import load_model, save_model
 from lobit.demo import held_out_text
-from lobit.errors import InputError, TargetError
+from lobit.errors import BundleError, InputError, TargetError
 from lobit.export.coreml.mil import Blobs
 from lobit.export.coreml.ops import MULTIPLE, slots
 from lobit.model import Transformer
@@ -212,16 +212,17 @@ def test_scales_that_half_precision_does_not_hold_are_refused(models: Any) -> No
         find_target("coreml").lower(model, Spec(recipe, 64, 8), StageCache(Path("unused")), lambda *_: None)
 
 
-def test_values_beyond_half_precision_are_told_with_their_place(stories: Path, tmp_path: Path) -> None:
+def test_values_beyond_half_precision_are_told_with_their_place(small_models: Any, tmp_path: Path) -> None:
     """A model whose gate is large: its products leave half precision on the way to `down`."""
-    model = load_model(stories)
-    model.blocks[1].mlp.gate.weight.data *= 3000
-    model.blocks[1].mlp.up.weight.data *= 3000
-    save_as(model, stories, tmp_path / "large")
+    folder, _ = small_models("tinyllama")
+    model = load_model(folder)
+    for name in ("gate", "up"):
+        getattr(model.blocks[1].mlp, name).weight.data *= 20_000
+    save_as(model, folder, tmp_path / "large")
     bundle = exported(tmp_path / "large", tmp_path / "bundle", "fp16")
-    result = verbs.parity(bundle, str(tmp_path / "large"), held_out_text(8), tokens=80, stages=["rounded"])
-    assert [warning["advice"] for warning in result["warnings"]][-1] == "export with --float32"
-    assert "layers_1_mlp" in result["warnings"][-1]["what"]
+    with pytest.raises(BundleError, match=r"does not hold .* in layers_1_mlp_.*: export with --float32"):
+        verbs.parity(bundle, str(tmp_path / "large"), TEXT)
+    assert verbs.parity(exported(tmp_path / "large", tmp_path / "exact", "fp", float32=True), str(tmp_path / "large"), TEXT)["passed"]
 
 
 def test_a_package_in_float32_has_no_rounded_stage(models: Any, tmp_path: Path) -> None:
@@ -230,13 +231,14 @@ def test_a_package_in_float32_has_no_rounded_stage(models: Any, tmp_path: Path) 
         verbs.parity(bundle, "demo", held_out_text(8), tokens=40, stages=["rounded"])
 
 
-def test_large_rows_are_normed_in_half_precision(stories: Path, tmp_path: Path) -> None:
+def test_large_rows_are_normed_in_half_precision(small_models: Any, tmp_path: Path) -> None:
     """The squares of a residual stream of thousands, which chat models have, are beyond half precision; the norm is not."""
-    model = load_model(stories)
+    folder, _ = small_models("tinyllama")
+    model = load_model(folder)
     model.embedding.weight.data *= 3000 / model.embedding.weight.data.abs().max()
-    save_as(model, stories, tmp_path / "large")
+    save_as(model, folder, tmp_path / "large")
     bundle = exported(tmp_path / "large", tmp_path / "bundle", "fp16")
-    result = verbs.parity(bundle, str(tmp_path / "large"), held_out_text(8), tokens=80, stages=["rounded"])
+    result = verbs.parity(bundle, str(tmp_path / "large"), TEXT)
     assert result["passed"] and result["warnings"] == [] and result["beside"][0]["kl_step"] < ROUNDED
 
 
