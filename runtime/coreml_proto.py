@@ -61,4 +61,5 @@ def blob_writer(path: Path) -> Any:
     library = next(_folder().glob("libmilstoragepython*"), None)
     if library is None:
         raise MissingPartError(f"{PACKAGE} has no compiled writer of weights for this system: use Linux or macOS, and a wheel from PyPI")
-    return _load(library.name.partition(".")[0], library)._BlobStorageWriter(str(path))
+    # Under its own name: a library of this kind can be loaded once in a process, and coremltools would load it too.
+    return _load(f"{PACKAGE}.{library.name.partition('.')[0]}", library)._BlobStorageWriter(str(path))
