@@ -32,7 +32,7 @@ def write_package(functions: Mapping[str, Function], default: str, blobs: Blobs,
         folder: the bundle's folder.
         count: told of the bytes of weights that are written.
     """
-    (folder / WEIGHTS_FILE).parent.mkdir(parents=True)
+    (folder / WEIGHTS_FILE).parent.mkdir(parents=True, exist_ok=True)  # of a run that was killed
     blobs.write(folder / WEIGHTS_FILE, count)
     (folder / SPEC_FILE).write_bytes(model(functions, default).SerializeToString(deterministic=True))
     (folder / MANIFEST_FILE).write_text(json.dumps(_items(), indent=4) + "\n", encoding="utf-8")

@@ -51,8 +51,9 @@ def weight_value(function: Function, module: nn.Module) -> Value:
     """The weight [out, in] of a layer or an embedding, stored once however often it is used."""
     if not isinstance(module, (IntegerLinear, IntegerEmbedding)):
         return function.weight("weight", weight_of(module))
-    integers, scale, form = module.integers, module.scale, form_of(module.rule.weights)
-    key = id(integers)
+    integers, grid = module.integers, module.rule.weights
+    key, form = id(integers), form_of(grid)
+    scale = module.scale[:: len(module.scale) // grid.shards] if grid.shards else module.scale
     stored = function.blobs.add(key, integers, form)
     if form in TABLES:
         values = (scale[..., None] * torch.tensor(TABLES[form], dtype=torch.float32, device=scale.device))[..., None]

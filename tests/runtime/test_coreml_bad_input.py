@@ -1,0 +1,288 @@
+"""Core ML packages that are not as export wrote them: one message that says what to do, nothing large is allocated, nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lobit import verbs
+from lobit.errors import BundleError, LobitError, MissingPartError
+from lobit.runtime import coreml_proto
+from lobit.runtime.bundle import open_bundle
+from lobit.runtime.coreml_ports import SPEC_FILE, WEIGHTS_FILE
+from lobit.runtime.engine import open_engine
+from lobit.runtime.manifest import FILE_NAME, FileEntry, sealed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+RANDOM_EDITS = 120
+"""Bytes of the program that are changed, one at a time."""
+
+
+@pytest.fixture(scope="module")
+def made(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("coreml") / "bundle"
+    verbs.export(str(models("mobilellm_p1")), "coreml", out, recipe=verbs.choose_recipe("bitnet"), context=48, chunk=8)
+    return out
+
+
+@pytest.fixture
+def bundle(made: Path, tmp_path: Path) -> Path:
+    """A bundle that a test may change."""
+    return Path(shutil.copytree(made, tmp_path / "bundle"))
+
+
+def reseal(bundle: Path) -> None:
+    """Makes the manifest agree with the files as they are now: what no accident does."""
+    values = json.loads((bundle / FILE_NAME).read_text(encoding="utf-8"))
+    for entry in values["files"]:
+        found = FileEntry.of(bundle, entry["path"], entry["role"])
+        entry |= {"bytes": found.bytes, "sha256": found.sha256}
+    (bundle / FILE_NAME).write_text(sealed(values), encoding="utf-8")
+
+
+def edited(bundle: Path, edit: Callable[[Any], Any]) -> None:
+    """Changes the program, and the manifest with it."""
+    _, model, _ = coreml_proto.messages()
+    spec = model.Model()
+    spec.ParseFromString((bundle / SPEC_FILE).read_bytes())
+    edit(spec)
+    (bundle / SPEC_FILE).write_bytes(spec.SerializeToString())
+    reseal(bundle)
+
+
+def operations(spec: Any, name: str = "decode") -> Any:
+    function = spec.mlProgram.functions[name]
+    return function.block_specializations[function.opset].operations
+
+
+def of_kind(spec: Any, kind: str, name: str = "decode") -> Any:
+    return next(operation for operation in operations(spec, name) if operation.type == kind)
+
+
+def runs(bundle: Path) -> Any:
+    engine = open_engine(open_bundle(bundle))
+    engine.prefill([1, 2, 3])
+    return engine.decode(4)
+
+
+def refused(work: Callable[[], Any]) -> str:
+    with pytest.raises(LobitError) as caught:
+        work()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", [SPEC_FILE, WEIGHTS_FILE])
+def test_a_file_that_is_missing_short_or_changed_is_named(name: str, bundle: Path) -> None:
+    whole = (bundle / name).read_bytes()
+    (bundle / name).write_bytes(whole[:-1])
+    assert name in refused(lambda: runs(bundle))
+    (bundle / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert f"{name} has changed" in refused(lambda: runs(bundle))
+    (bundle / name).unlink()
+    assert f"{name} is missing" in refused(lambda: runs(bundle))
+
+
+def test_weights_that_are_cut_are_told_by_where_they_end(bundle: Path) -> None:
+    weights = bundle / WEIGHTS_FILE
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    reseal(bundle)
+    assert "weight.bin" in refused(lambda: runs(bundle))
+    weights.write_bytes(b"")
+    reseal(bundle)
+    assert "weight.bin, which has 0" in refused(lambda: runs(bundle))
+
+
+def changed_name(spec: Any) -> None:
+    of_kind(spec, "softmax").type = "while_loop"
+
+
+def read_later(spec: Any) -> None:
+    last = operations(spec)[-1].outputs[0].name
+    of_kind(spec, "gather").inputs["indices"].arguments[0].name = last
+
+
+def made_twice(spec: Any) -> None:
+    of_kind(spec, "softmax").outputs[0].name = of_kind(spec, "gather").outputs[0].name
+
+
+def no_block(spec: Any) -> None:
+    spec.mlProgram.functions["decode"].opset = "CoreML9"
+
+
+def outside(spec: Any) -> None:
+    of_kind(spec, "constexpr_lut_to_dense").inputs["indices"].arguments[0].value.blobFileValue.offset = 1 << 60
+
+
+def between(spec: Any) -> None:
+    of_kind(spec, "constexpr_lut_to_dense").inputs["indices"].arguments[0].value.blobFileValue.offset += 1
+
+
+def huge(spec: Any) -> None:
+    for operation in operations(spec):
+        if operation.type == "softmax":
+            operation.outputs[0].type.tensorType.dimensions[0].constant.size = 1 << 50
+
+
+def other_state(spec: Any) -> None:
+    state = next(value for value in spec.mlProgram.functions["decode"].inputs if value.type.WhichOneof("type") == "stateType")
+    state.type.stateType.wrappedType.tensorType.dimensions[1].constant.size += 32
+
+
+def no_function(spec: Any) -> None:
+    del spec.mlProgram.functions["prefill"]
+
+
+def other_shape(spec: Any) -> None:
+    of_kind(spec, "linear").outputs[0].type.tensorType.dimensions[2].constant.size += 1
+
+
+def no_constant(spec: Any) -> None:
+    del of_kind(spec, "const").attributes["val"]
+
+
+def no_part(spec: Any) -> None:
+    del of_kind(spec, "linear").inputs["bias"]
+
+
+def more_parts(spec: Any) -> None:
+    of_kind(spec, "softmax").inputs["beta"].arguments.add().name = "tokens"
+
+
+EDITS = {
+    changed_name: "operations that are not known here (while_loop)",
+    read_later: "before anything makes it",
+    made_twice: "makes",
+    no_block: "no block for",
+    outside: "points at byte",
+    between: "no record of an array",
+    huge: "a value has the shape",
+    other_state: "has the shape",
+    no_function: "no function prefill",
+    other_shape: "cannot be computed",
+    no_constant: "has no value",
+    no_part: "cannot be computed",
+    more_parts: "cannot be computed",
+}
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+def test_a_program_edited_by_hand_is_refused_with_what_is_wrong(edit: Callable[[Any], None], bundle: Path) -> None:
+    edited(bundle, edit)
+    assert EDITS[edit] in refused(lambda: runs(bundle))
+
+
+def test_what_is_no_program_is_refused(bundle: Path) -> None:
+    for content in (b"", b"\xff" * 1000, b"{}"):
+        (bundle / SPEC_FILE).write_bytes(content)
+        reseal(bundle)
+        assert "Core ML" in refused(lambda: runs(bundle))
+
+
+def test_any_changed_byte_of_a_program_is_refused_or_computed(made: Path, tmp_path: Path) -> None:
+    """Whatever a byte does, it is one message or logits: never an error of another kind."""
+    data, generator = (made / SPEC_FILE).read_bytes(), np.random.default_rng(0)
+    folder = Path(shutil.copytree(made, tmp_path / "bundle"))
+    told = 0
+    for place in generator.integers(0, len(data), RANDOM_EDITS):
+        (folder / SPEC_FILE).write_bytes(data[:place] + bytes([data[place] ^ int(generator.integers(1, 256))]) + data[place + 1 :])
+        reseal(folder)
+        try:
+            assert runs(folder).shape == (96,)
+        except BundleError:
+            told += 1
+    assert told > 0
+
+
+# --- verify -------------------------------------------------------------------------------------------------------------------------
+
+
+def flipped(bundle: Path, operation: str, part: str) -> None:
+    """Changes one bit of an array that an operation of both functions reads."""
+    _, model, _ = coreml_proto.messages()
+    spec = model.Model()
+    spec.ParseFromString((bundle / SPEC_FILE).read_bytes())
+    # The first one is the embedding, which is the head too.
+    chosen = [each for each in operations(spec) if each.type == operation][1]
+    offset = chosen.inputs[part].arguments[0].value.blobFileValue.offset
+    data = bytearray((bundle / WEIGHTS_FILE).read_bytes())
+    data[offset + 64] ^= 1
+    (bundle / WEIGHTS_FILE).write_bytes(data)
+    reseal(bundle)
+
+
+def test_one_ternary_integer_that_was_flipped_is_found(models: Any, bundle: Path) -> None:
+    flipped(bundle, "constexpr_lut_to_dense", "indices")
+    result = verbs.verify(bundle, str(models("mobilellm_p1")))
+    assert (result["differing_integers"], result["differing_scales"], result["passed"]) == (1, 0, False)
+
+
+@pytest.mark.parametrize(("part", "differing"), [("data", "differing_integers"), ("scale", "differing_scales")])
+def test_one_integer_or_scale_that_was_flipped_is_found(part: str, differing: str, models: Any, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    verbs.export(str(models("mobilellm_p1")), "coreml", bundle, recipe=verbs.choose_recipe("8da4w-g32"), context=48, chunk=8)
+    flipped(bundle, "constexpr_blockwise_shift_scale", part)
+    result = verbs.verify(bundle, str(models("mobilellm_p1")))
+    assert result[differing] == 1 and not result["passed"]
+
+
+def test_a_table_of_other_values_is_found(models: Any, bundle: Path) -> None:
+    def edit(spec: Any) -> None:
+        for name in ("prefill", "decode"):
+            table = of_kind(spec, "constexpr_lut_to_dense", name).inputs["lut"].arguments[0].value.immediateValue.tensor
+            values = np.frombuffer(table.bytes.values, np.float16).copy()
+            values[0] *= 2
+            table.bytes.values = values.tobytes()
+
+    edited(bundle, edit)
+    result = verbs.verify(bundle, str(models("mobilellm_p1")))
+    assert result["differing_scales"] > 0 and not result["passed"]
+
+
+def test_functions_that_read_different_weights_are_refused(models: Any, bundle: Path) -> None:
+    def edit(spec: Any) -> None:
+        first, second = [operation for operation in operations(spec) if operation.type == "constexpr_lut_to_dense"][:2]
+        for part in ("indices", "lut"):
+            first.inputs[part].CopyFrom(second.inputs[part])
+
+    edited(bundle, edit)
+    assert "read different weights" in refused(lambda: verbs.verify(bundle, str(models("mobilellm_p1"))))
+
+
+# --- what is missing ----------------------------------------------------------------------------------------------------------------
+
+
+def test_without_coremltools_the_message_says_how_to_install_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        return None
+
+    monkeypatch.setattr(coreml_proto.importlib.util, "find_spec", missing)
+    with pytest.raises(MissingPartError, match=r"pip install 'lobit\[coreml\]'"):
+        open_engine(open_bundle(bundle))
+
+
+def test_a_full_disk_is_one_message_and_keeps_what_is_finished(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lobit.export.coreml import mil
+
+    class Full:
+        def __init__(self, path: Path) -> None:
+            path.touch()
+
+        def __getattr__(self, name: str) -> Callable[..., int]:
+            def fail(_: Any) -> int:
+                raise OSError(28, "No space left on device")
+
+            return fail
+
+    model, recipe, out = str(models("mobilellm_p1")), verbs.choose_recipe("bitnet"), tmp_path / "bundle"
+    with monkeypatch.context() as full:
+        full.setattr(mil, "blob_writer", Full)
+        told = refused(lambda: verbs.export(model, "coreml", out, recipe=recipe, context=48, chunk=8))
+    assert "No space left on device" in told and "make space" in told and not out.exists()
+    verbs.export(model, "coreml", out, recipe=recipe, context=48, chunk=8)
+    assert verbs.verify(out, model)["passed"]
