@@ -6,6 +6,7 @@ data of those. Where named data equals a constant, as for a head that is the emb
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,15 +17,27 @@ from executorch.exir import schema
 from executorch.exir._serialize._flatbuffer_program import _program_to_flatbuffer
 from executorch.exir._serialize._program import _ExtendedHeader, _insert_flatbuffer_header
 from executorch.exir._serialize.padding import aligned_size
+from executorch.exir.scalar_type import ScalarType
 from executorch.exir.version import EXECUTORCH_SCHEMA_VERSION
 from torch import Tensor
 
 from lobit.export.stages import Count
+from lobit.runtime.manifest import Method, Port
 
 SEGMENT_ALIGNMENT = 128
 CONSTANT_ALIGNMENT = 16
 """Bytes; both are those of ExecuTorch's own writer."""
 
+ARENA, TENSOR_ALIGNMENT = 1, 64
+"""Number of the memory that ExecuTorch plans, and bytes at whose multiples its tensors begin."""
+SCALARS = {
+    "float16": (ScalarType.HALF, 2),
+    "float32": (ScalarType.FLOAT, 4),
+    "int32": (ScalarType.INT, 4),
+    "int16": (ScalarType.SHORT, 2),
+    "uint8": (ScalarType.BYTE, 1),
+}
+"""Types of ports, and bytes of an element."""
 PIECE = 1 << 24
 """Bytes of a file that are copied at once."""
 
@@ -93,6 +106,52 @@ def program_of(plans: Sequence[schema.ExecutionPlan], version: int = EXECUTORCH_
         constant_segment=schema.SubsegmentOffsets(segment_index=0, offsets=[]),
         mutable_data_segments=[],
         named_data=[],
+    )
+
+
+def delegate_plan(method: Method, backend: str, specs: Mapping[str, bytes], processed: int) -> schema.ExecutionPlan:
+    """A method that is one call of a delegate: inputs stay in the caller's memory, outputs have a place of their own.
+
+    Args:
+        method: its name and ports of fixed shapes, in the delegate's order.
+        backend: the delegate's name in ExecuTorch.
+        specs: what the delegate is opened with.
+        processed: number of its data among `Linked.delegates`.
+    """
+    values, end = [schema.EValue(_tensor(port, None)) for port in method.inputs], 0
+    for port in method.outputs:
+        where = schema.AllocationDetails(memory_id=ARENA, memory_offset_low=end & 0xFFFFFFFF, memory_offset_high=end >> 32)
+        values.append(schema.EValue(_tensor(port, where)))
+        end = aligned_size(end + SCALARS[port.dtype][1] * math.prod(map(int, port.shape)), TENSOR_ALIGNMENT)
+    everything = list(range(len(values)))
+    inputs, outputs = everything[: len(method.inputs)], everything[len(method.inputs) :]
+    call = schema.Instruction(instr_args=schema.DelegateCall(delegate_index=0, args=everything))
+    data = schema.BackendDelegateDataReference(location=schema.DataLocation.SEGMENT, index=processed)
+    told = [schema.CompileSpec(key=key, value=value) for key, value in specs.items()]
+    return schema.ExecutionPlan(
+        name=method.name,
+        container_meta_type=schema.ContainerMetadata(encoded_inp_str="", encoded_out_str=""),
+        values=values,
+        inputs=inputs,
+        outputs=outputs,
+        chains=[schema.Chain(inputs=[], outputs=[], instructions=[call], stacktrace=None)],
+        operators=[],
+        delegates=[schema.BackendDelegate(id=backend, processed=data, compile_specs=told)],
+        non_const_buffer_sizes=[0, end],
+    )
+
+
+def _tensor(port: Port, where: schema.AllocationDetails | None) -> schema.Tensor:
+    return schema.Tensor(
+        scalar_type=SCALARS[port.dtype][0],
+        storage_offset=0,
+        sizes=list(map(int, port.shape)),
+        dim_order=list(range(len(port.shape))),
+        requires_grad=False,
+        layout=0,
+        data_buffer_idx=0,
+        allocation_info=where,
+        shape_dynamism=schema.TensorShapeDynamism.STATIC,
     )
 
 

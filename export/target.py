@@ -46,10 +46,12 @@ class Spec:
     """Whether to compute in float32, where the target computes in half precision otherwise."""
     explicit_cache: bool = False
     """Whether keys and values are inputs and outputs, where the target has states for them otherwise."""
+    executorch: bool = False
+    """Whether to write an ExecuTorch program, where the target has a form of its own otherwise."""
 
 
 OWNERS = {"portable": ("--portable", "onnx"), "soc": ("--soc", "qnn")} | {
-    name: (f"--{name.replace('_', '-')}", "coreml") for name in ("float32", "explicit_cache")
+    name: (f"--{name.replace('_', '-')}", "coreml") for name in ("float32", "explicit_cache", "executorch")
 }
 """Options of one target alone: their names on the command line, and the target."""
 

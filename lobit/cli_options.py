@@ -79,6 +79,9 @@ Float32 = Annotated[bool, typer.Option("--float32", help="Target coreml: compute
 ExplicitCache = Annotated[
     bool, typer.Option("--explicit-cache", help="Target coreml: keys and values as inputs and outputs, not as states.")
 ]
+ExecuTorch = Annotated[
+    bool, typer.Option("--executorch", help="Target coreml: an ExecuTorch program for its Core ML delegate, with explicit caches.")
+]
 Portable = Annotated[bool, typer.Option("--portable", help="Target onnx: standard operators alone, for other tools to convert.")]
 AllLogits = Annotated[bool, typer.Option("--all-logits", help="Logits of every token of a call, not of the last alone: for evaluation.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub name, or 'demo'.")]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lobit.errors import BundleError, MissingPartError
 from lobit.runtime.bundle import Bundle
 from lobit.runtime.client import Ports, keep
-from lobit.runtime.coreml_file import Package
+from lobit.runtime.coreml_file import read_package
 from lobit.runtime.coreml_ports import PACKAGE
 from lobit.runtime.coreml_program import Evaluator
 from lobit.runtime.coreml_stored import read_program as read_program
@@ -116,7 +116,7 @@ def evaluator(bundle: Bundle, half: bool = False) -> Evaluator:
         MissingPartError: coremltools is not installed.
         BundleError: the package is damaged, or lacks a function that the manifest names.
     """
-    found = Evaluator(Package(bundle.path("program"), bundle.path("weights")), half)
+    found = Evaluator(read_package(bundle), half)
     for method in bundle.manifest.methods:
         function = found.package.functions.get(method.name)
         if function is None or {port.name for port in method.inputs} != set(function.inputs):

@@ -17,6 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lobit.errors import BundleError, shown
+from lobit.runtime.bundle import Bundle
+from lobit.runtime.coreml_executorch import taken_out
+from lobit.runtime.coreml_ports import SPEC_FILE, WEIGHTS_FILE
 from lobit.runtime.coreml_proto import messages
 
 LARGEST_PROGRAM = 256 << 20
@@ -83,28 +86,28 @@ class Package:
     """A package's functions.
 
     Args:
-        spec: the file of the program (model.mlmodel).
-        weights: the file of weights.
+        spec: the bytes of the program (model.mlmodel).
+        weights: those of the file of weights.
 
     Raises:
         BundleError: a file is damaged, or has what is not known here.
     """
 
-    def __init__(self, spec: Path, weights: Path) -> None:
+    def __init__(self, spec: NDArray[np.uint8], weights: NDArray[np.uint8]) -> None:
         mil, model, _ = messages()
         self._names = {number: name for name, number in mil.DataType.items()}
-        self.weights = np.memmap(weights, np.uint8, "r") if weights.stat().st_size else np.empty(0, np.uint8)
+        self.weights = weights
         self._arrays: dict[tuple[int, Type], Array] = {}
-        if spec.stat().st_size > LARGEST_PROGRAM:
-            raise _damaged(f"{spec.name} has {spec.stat().st_size} bytes, at most {LARGEST_PROGRAM} are read")
+        if len(spec) > LARGEST_PROGRAM:
+            raise _damaged(f"its program has {len(spec)} bytes, at most {LARGEST_PROGRAM} are read")
         read = model.Model()
         try:
-            read.ParseFromString(spec.read_bytes())
+            read.ParseFromString(spec.tobytes())
         except Exception as error:  # protobuf raises an exception of its own
-            raise _damaged(f"{spec.name} is no Core ML model: {error}") from None
+            raise _damaged(f"its program is no Core ML model: {error}") from None
         self.functions = {name: self._function(name, function) for name, function in read.mlProgram.functions.items()}
         if not self.functions:
-            raise _damaged(f"{spec.name} has no program")
+            raise _damaged("it has no program")
 
     def _function(self, name: str, message: Any) -> Function:
         block = message.block_specializations.get(message.opset)
@@ -194,6 +197,26 @@ class Package:
         if begin + size > len(self.weights):
             raise _damaged(f"an array of weight.bin ends at byte {begin + size} of {len(self.weights)}")
         return _decoded(self.weights[begin : begin + size], kind)
+
+
+def read_package(bundle: Bundle) -> Package:
+    """The package of a bundle, whether in files of its own or inside of an ExecuTorch program.
+
+    Raises:
+        MissingPartError: coremltools or ExecuTorch is not installed.
+        BundleError: a file is damaged.
+    """
+    if bundle.manifest.options.get("executorch"):
+        files = taken_out(bundle.path("program"))
+        missing = [name for name in (SPEC_FILE, WEIGHTS_FILE) if name not in files]
+        if missing:
+            raise _damaged(f"the program lacks {missing[0]}")
+        return Package(files[SPEC_FILE], files[WEIGHTS_FILE])
+    return Package(*(_mapped(bundle.path(role)) for role in ("program", "weights")))
+
+
+def _mapped(path: Path) -> NDArray[np.uint8]:
+    return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
 
 
 def _decoded(raw: NDArray[np.uint8], kind: Type) -> Array:

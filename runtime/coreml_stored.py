@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lobit.errors import BundleError
 from lobit.runtime.bundle import Bundle
-from lobit.runtime.coreml_file import Constant, Function, Operation, Package, same_weights
+from lobit.runtime.coreml_file import Constant, Function, Operation, Package, read_package, same_weights
 from lobit.runtime.stored import StoredLayer
 
 TABLES = {2: (-1, 1), 4: (-1, 0, 1, 0)}
@@ -96,4 +96,4 @@ def read_program(bundle: Bundle) -> StoredPackage:
     Raises:
         BundleError: the package is damaged.
     """
-    return StoredPackage(Package(bundle.path("program"), bundle.path("weights")))
+    return StoredPackage(read_package(bundle))

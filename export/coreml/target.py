@@ -32,6 +32,7 @@ from lobit.runtime.manifest import CacheInfo, Delegation, FileEntry, Method, Por
 from lobit.stage_cache import StageCache
 
 BACKEND = "Core ML"
+PROGRAM_FILE = "model.pte"
 ROLES = {TOKENS: "tokens", POSITION: "position", LAST: "last", LOGITS: "logits"}
 """Roles of ports by their names; all other ports are states."""
 DTYPES = {"fp16": "float16", "fp32": "float32", "int32": "int32"}
@@ -49,8 +50,16 @@ SLOW_GRAPH = True
 
 
 def versions() -> dict[str, str]:
-    """Version of coremltools, whose messages a package consists of."""
-    return {"coremltools": metadata.version("coremltools")}
+    """Versions of coremltools, whose messages a package consists of, and of ExecuTorch, where it is installed, which writes programs."""
+    found = {name: _version(name) for name in ("coremltools", "executorch")}
+    return {name: version for name, version in found.items() if version}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def arithmetic(model: Transformer, spec: Spec) -> tuple[Transformer, Recipe]:
@@ -60,12 +69,19 @@ def arithmetic(model: Transformer, spec: Spec) -> tuple[Transformer, Recipe]:
 
 
 def _cache_dtype(spec: Spec) -> str:
-    return "float32" if spec.float32 and spec.explicit_cache else "float16"
+    return "float32" if spec.float32 and _explicit(spec) else "float16"
+
+
+def _explicit(spec: Spec) -> bool:
+    """Whether caches are inputs and outputs: always in a program for ExecuTorch."""
+    return spec.explicit_cache or spec.executorch
 
 
 def check(spec: Spec, config: Config) -> list[str]:
     """Every reason why Core ML cannot hold the model under the recipe."""
     problems, rows = foreign_options(spec, "coreml"), layer_plans(config, spec.recipe)
+    if spec.executorch and _version("executorch") is None:
+        problems.append("--executorch needs a package that is not installed: pip install 'lobit[xnnpack]'")
     exact = [row.name for row in rows if row.rule and row.rule.weights.scale_rule == "exact"]
     if exact and not spec.float32:
         problems.append(
@@ -86,7 +102,7 @@ def step(spec: Spec) -> int:
 
 def options(spec: Spec) -> dict[str, str | int | bool]:
     """See `Target.options`."""
-    return {"float32": spec.float32, "explicit_cache": spec.explicit_cache}
+    return {"float32": spec.float32, "explicit_cache": _explicit(spec), "executorch": spec.executorch}
 
 
 def weights(spec: Spec, config: Config) -> list[TensorGroup]:
@@ -111,8 +127,8 @@ def _format(row: LayerPlan, floats: str) -> str:
 
 def cache(spec: Spec, config: Config) -> CacheInfo:
     """The size of the key-value cache: states have room for a whole call behind the context, rings for one behind the window."""
-    kept, width = slots(config, spec.context, spec.chunk, spec.explicit_cache), config.kv_heads * config.head_dim
-    width = width if spec.explicit_cache else rounded_up(width)
+    kept, width = slots(config, spec.context, spec.chunk, _explicit(spec)), config.kv_heads * config.head_dim
+    width = width if _explicit(spec) else rounded_up(width)
     size = 4 if _cache_dtype(spec) == "float32" else 2
     return CacheInfo(_cache_dtype(spec), [min(count, spec.context) for count in kept], 2 * sum(kept) * width * size, 0)
 
@@ -128,7 +144,7 @@ def functions(model: Transformer, spec: Spec) -> tuple[dict[str, Function], Blob
     for name, room in _rooms(spec).items():
         found[name] = Function(blobs, "fp32" if spec.float32 else "fp16")
         build = cast(CoreMlBuilder[Value], MilBuilder(found[name]))  # it has what these operations need
-        walk(model, CoreMlOps(build, model.config, spec.context, room, spec.all_logits, spec.chunk, spec.explicit_cache))
+        walk(model, CoreMlOps(build, model.config, spec.context, room, spec.all_logits, spec.chunk, _explicit(spec)))
     return found, blobs
 
 
@@ -146,7 +162,7 @@ def methods(made: dict[str, Function]) -> list[Method]:
 
 def states(spec: Spec, config: Config) -> list[State]:
     """Keys and values [1, slots, K · E] of every layer, where the client keeps them."""
-    if not spec.explicit_cache:
+    if not _explicit(spec):
         return []
     width = config.kv_heads * config.head_dim
     return [
@@ -193,7 +209,7 @@ class EagerProgram:
             LAST: torch.tensor([count - 1]),
         } | {name: cache for name, (_, cache) in self.told.items()}
         builder = EagerMilBuilder(ports, self.states)
-        ops = CoreMlOps(builder, config, spec.context, room, spec.all_logits, spec.chunk, spec.explicit_cache)
+        ops = CoreMlOps(builder, config, spec.context, room, spec.all_logits, spec.chunk, _explicit(spec))
         with computing(self.recipe):
             walk(self.model, ops)
         for output, cache in self.told.values():
@@ -214,12 +230,17 @@ def lower(model: Transformer, spec: Spec, kept: StageCache, count: Count) -> Low
     made, blobs = functions(model, spec)
     counts = sum((function.counts for function in made.values()), next(iter(made.values())).counts.__class__())
     delegation = Delegation(BACKEND, len(made), dict(sorted(counts.items())), {}, {})
-    return Lowered((made, blobs), methods(made), states(spec, model.config), delegation)
+    return Lowered((made, blobs, spec), methods(made), states(spec, model.config), delegation)
 
 
 def write(lowered: Lowered, folder: Path, count: Count) -> list[FileEntry]:
-    """Writes the package."""
-    made, blobs = lowered.payload
+    """Writes the package, or the ExecuTorch program with the package inside."""
+    made, blobs, spec = lowered.payload
     write_package(made, "decode", blobs, folder, count)
     roles = {SPEC_FILE: "program", WEIGHTS_FILE: "weights", MANIFEST_FILE: "config"}
+    if spec.executorch:
+        from lobit.export.coreml.executorch import write_pte
+
+        write_pte(lowered.methods, folder, folder / PROGRAM_FILE, spec.float32, count)
+        roles = {PROGRAM_FILE: "program"}
     return [FileEntry.of(folder, name, role) for name, role in roles.items()]

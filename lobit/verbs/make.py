@@ -140,6 +140,7 @@ def export(
     soc: str | None = None,
     float32: bool = False,
     explicit_cache: bool = False,
+    executorch: bool = False,
     command: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Manifest:
@@ -161,6 +162,7 @@ def export(
         soc: the chip to compile for, where the target has that choice; None: its default.
         float32: whether to compute in float32, where the target computes in half precision otherwise.
         explicit_cache: whether keys and values are inputs and outputs, where the target has states for them otherwise.
+        executorch: whether to write an ExecuTorch program, where the target has a form of its own otherwise.
         command: the command line, for the record.
         progress: called as the whole export advances.
     """
@@ -193,7 +195,8 @@ def export(
     tokens = Tokens(None, [], None, {})
     if tokenizer is not None:
         tokens = Tokens(tokenizer.bos, tokenizer.stop, tokenizer.chat_template, tokenizer.special)
-    spec = Spec(asked, context, chunk, portable, all_logits, tokens.bos, tuple(tokens.stop), threads, soc, float32, explicit_cache)
+    stop, forms = tuple(tokens.stop), (float32, explicit_cache, executorch)
+    spec = Spec(asked, context, chunk, portable, all_logits, tokens.bos, stop, threads, soc, *forms)
     check_target(target, spec, config)
     request = bundle.Request(source, out.name, target, tokens, Generation(**declared_generation(source)), spec, command)
     settings = {
@@ -228,6 +231,7 @@ def plan(
     soc: str | None = None,
     float32: bool = False,
     explicit_cache: bool = False,
+    executorch: bool = False,
     detail: bool = False,
     bandwidth: float | None = None,
     progress: Progress | None = None,
@@ -245,6 +249,7 @@ def plan(
         soc: as `export` has it.
         float32: as `export` has it.
         explicit_cache: as `export` has it.
+        executorch: as `export` has it.
         detail: whether to add speed and energy as the papers model them, and the entropy of the weights, which are read for it.
         bandwidth: that of the memory that decoding reads, in 10^9 bytes a second, for the detail; None: this machine's is measured.
         progress: called as the weights are read.
@@ -256,7 +261,7 @@ def plan(
     source = resolve(model)
     config, asked = load_config(source), _asked(source, recipe)
     sizes = _sizes(config, target, context, chunk)
-    spec = Spec(asked, *sizes, portable, all_logits, soc=soc, float32=float32, explicit_cache=explicit_cache)
+    spec = Spec(asked, *sizes, portable, all_logits, soc=soc, float32=float32, explicit_cache=explicit_cache, executorch=executorch)
     found = planning.plan(config, spec, target)
     return replace(found, detail=_detail(found, source, asked, bandwidth, progress)) if detail else found
 
