@@ -25,6 +25,11 @@ FILE = 0
 Raw = NDArray[np.uint8]
 
 
+def mapped(path: Path) -> Raw:
+    """The bytes of a file, of which only those are read that are used."""
+    return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+
+
 def taken_out(path: Path) -> dict[str, Raw]:
     """The files of the package that all methods of a program call, by their paths.
 
@@ -35,7 +40,7 @@ def taken_out(path: Path) -> dict[str, Raw]:
         from executorch.exir._serialize import _flatbuffer_program, _program
 
     header = _program._ExtendedHeader
-    data: Raw = np.memmap(path, np.uint8, "r")
+    data = mapped(path)
     try:
         head = header.from_bytes(data[: header.NUM_HEAD_BYTES].tobytes()[8:])
         if head.program_size > LARGEST_PROGRAM:

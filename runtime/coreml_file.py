@@ -10,7 +10,6 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from lobit.errors import BundleError, shown
 from lobit.runtime.bundle import Bundle
-from lobit.runtime.coreml_executorch import taken_out
+from lobit.runtime.coreml_executorch import mapped, taken_out
 from lobit.runtime.coreml_ports import SPEC_FILE, WEIGHTS_FILE
 from lobit.runtime.coreml_proto import messages
 
@@ -212,11 +211,7 @@ def read_package(bundle: Bundle) -> Package:
         if missing:
             raise _damaged(f"the program lacks {missing[0]}")
         return Package(files[SPEC_FILE], files[WEIGHTS_FILE])
-    return Package(*(_mapped(bundle.path(role)) for role in ("program", "weights")))
-
-
-def _mapped(path: Path) -> NDArray[np.uint8]:
-    return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+    return Package(*(mapped(bundle.path(role)) for role in ("program", "weights")))
 
 
 def _decoded(raw: NDArray[np.uint8], kind: Type) -> Array:

@@ -80,14 +80,17 @@ def test_every_family_is_what_was_quantized(family: str, small_models: Any, tmp_
     assert result["passed"], result["limits"]
 
 
-@pytest.mark.parametrize("options", [{"explicit_cache": True}, {"float32": True, "explicit_cache": True}, {"all_logits": True}])
+FORMS = [{"explicit_cache": True}, {"float32": True, "explicit_cache": True}, {"all_logits": True}, {"executorch": True}]
+
+
+@pytest.mark.parametrize("options", FORMS)
 @pytest.mark.parametrize("model", ["demo", "stories260k"])
 def test_every_form_of_package_computes_the_same(model: str, options: dict[str, bool], models: Any, tmp_path: Path) -> None:
     bundle = exported(models(model), tmp_path / "bundle", "8da8w", **options)
     assert nothing_differs(verbs.verify(bundle, str(models(model))))
     result = verbs.parity(bundle, str(models(model)), held_out_text(8), tokens=100)
     assert result["passed"], result["limits"]
-    assert bool(open_bundle(bundle).manifest.states) == bool(options.get("explicit_cache"))
+    assert bool(open_bundle(bundle).manifest.states) == bool(options.get("explicit_cache") or options.get("executorch"))
 
 
 def test_a_chunk_of_one_is_a_program_of_decode_alone(models: Any, tmp_path: Path) -> None:
@@ -192,7 +195,7 @@ def test_what_core_ml_cannot_hold_is_refused_before_any_work(options: dict[str, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("option", ["float32", "explicit_cache"])
+@pytest.mark.parametrize("option", ["float32", "explicit_cache", "executorch"])
 @pytest.mark.parametrize("target", ["xnnpack", "onnx"])
 def test_options_of_core_ml_are_for_it_alone(option: str, target: str, models: Any, tmp_path: Path) -> None:
     name = option.replace("_", "-")
