@@ -21,7 +21,7 @@ from lobit.model import Transformer
 from lobit.quant_recipes.catalog import CATALOG
 from lobit.runtime.bundle import open_bundle
 from lobit.runtime.coreml import evaluator
-from lobit.runtime.coreml_file import Package
+from lobit.runtime.coreml_file import read_package
 from lobit.runtime.engine import open_engine
 from lobit.runtime.reference import ReferenceEngine
 from lobit.verbs.calibrate import Calibration
@@ -247,7 +247,7 @@ def test_large_rows_are_normed_in_half_precision(small_models: Any, tmp_path: Pa
 
 def test_both_functions_are_evaluated_from_the_files_alone(demo: Path) -> None:
     bundle = open_bundle(demo)
-    package = Package(bundle.path("program"), bundle.path("weights"))
+    package = read_package(bundle)
     assert set(package.functions) == {"prefill", "decode"}
     kinds = [kind for function in package.functions.values() for kind in function.states.values()]
     assert kinds and all(kind.shape[1] % MULTIPLE == kind.shape[2] % MULTIPLE == 0 for kind in kinds)
