@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import lobit.cli_android
+import lobit.cli_eval
 import lobit.cli_learn
 import lobit.cli_make  # noqa: F401 (imported because it registers its commands)
 from lobit.cli_options import (
