@@ -69,19 +69,24 @@ class Encoder:
         if not context:
             asked = self.tokenizer.encode(continuation, bos=False)
             begin = self._begin()
-            return self._fitting([begin], asked[1:] if asked[:1] == [begin] else asked)
+            return self.asked([begin], asked[1:] if asked[:1] == [begin] else asked)
         spaces = len(context) - len(context.rstrip())
         if spaces:
             context, continuation = context[:-spaces], context[-spaces:] + continuation
         given = self.encode(context)
-        return self._fitting(given or [self._begin()], self.encode(context + continuation)[len(given) :])
+        return self.asked(given or [self._begin()], self.encode(context + continuation)[len(given) :])
 
     def _begin(self) -> int:
         if self.prefix is None:
             raise InputError("the tokenizer has neither bos nor eos to stand for an empty context: give a context")
         return self.prefix
 
-    def _fitting(self, given: list[int], asked: list[int]) -> Asked:
+    def asked(self, given: list[int], asked: list[int]) -> Asked:
+        """What follows some tokens, which lose their beginning where all do not fit.
+
+        Raises:
+            InputError: nothing follows, or more than fits.
+        """
         if not asked:
             raise InputError("no token is left whose likelihood could be asked: give a longer text")
         if len(asked) > self.context:

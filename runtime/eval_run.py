@@ -21,7 +21,6 @@ from lobit.runtime.eval_tasks import Task
 if TYPE_CHECKING:
     from lobit.tokenizer import Tokenizer
 
-STAGES = ("float", "fake_quant", "artifact")
 COST = {"float": 1, "fake_quant": 2, "artifact": 1}
 """Time that a token takes in each stage, relative to the float model's, for the estimate of the time left."""
 
@@ -32,7 +31,7 @@ class Column:
 
     Attributes:
         name: of the model or bundle.
-        stage: one of `STAGES`.
+        stage: `float`, `fake_quant` or `artifact`.
         target: of a bundle; empty: PyTorch runs it.
         recipe: by name; empty: none.
         tokenizer: its own.

@@ -34,6 +34,7 @@ PARTS = {
     "lobit.android": "android",
     "lobit.cli": "cli",
     "lobit.cli_eval": "cli",
+    "lobit.harness_model": "cli",
     "lobit.cli_learn": "cli",
     "lobit.cli_make": "cli",
     "lobit.cli_options": "cli",
@@ -56,6 +57,7 @@ EVERYTHING = set(PARTS.values())
 ALLOWED = (
     ("lobit/__main__.py", {"cli"}),
     ("lobit/cli*", EVERYTHING),
+    ("lobit/harness*.py", EVERYTHING),
     ("lobit/verbs*", EVERYTHING),
     ("lobit/tables*.py", EVERYTHING),
     ("lobit/android/*", {"core", "manifest", "android"}),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lobit.runtime.eval_run import Column
     from lobit.tokenizer import Tokenizer
 
+STAGES = ("float", "fake_quant", "artifact")
 FORMAT = 1
 """Number to raise where items that were kept are no longer what would be computed."""
 
@@ -68,7 +69,7 @@ def eval(
     Raises:
         InputError: there is nothing to measure, a file or an item is not usable, or a stage is asked for that no subject has.
     """
-    from lobit.runtime.eval_run import STAGES, Text, evaluate
+    from lobit.runtime.eval_run import Text, evaluate
     from lobit.runtime.eval_tasks import read_task
 
     if not tasks and not texts:
@@ -77,7 +78,7 @@ def eval(
     if unknown:
         raise InputError(f"there is no stage {', '.join(unknown)}: choose of {', '.join(STAGES)}")
     read = [read_task(path).with_shots(shots).first(limit) for path in tasks]
-    columns = _columns(subjects, reference, STAGES if stages is None else stages, threads)
+    columns = columns_of(subjects, reference, STAGES if stages is None else stages, threads)
     missing = [stage for stage in stages or () if stage not in {column.stage for column in columns}]
     if missing or not columns:
         raise InputError(
@@ -89,12 +90,11 @@ def eval(
     return {**result, "shots": shots, "limit": limit}
 
 
-def _columns(subjects: Sequence[str], reference: str | None, stages: Sequence[str], threads: int | None) -> list[Column]:
+def columns_of(subjects: Sequence[str], reference: str | None, stages: Sequence[str], threads: int | None) -> list[Column]:
     """The columns of all subjects without repetitions: the reference first, then by stage."""
     from lobit.checkpoint import resolve
     from lobit.quant_recipes.quantized import check_float, is_checkpoint
     from lobit.runtime.bundle import open_bundle
-    from lobit.runtime.eval_run import STAGES
     from lobit.runtime.manifest import FILE_NAME
 
     found: list[Column] = []
