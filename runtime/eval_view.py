@@ -18,9 +18,29 @@ CERTAIN = 0.05
 """Probability below which a difference is marked."""
 
 
+LONG = 1e5
+"""The least perplexity that is written with an exponent."""
+
+
 def heading(column: dict[str, Any]) -> str:
     """A model's name and, in a second line, its stage, or its target where it is a bundle."""
     return f"{column['name']}\n{column['target'] if column['stage'] == 'artifact' else column['stage']}"
+
+
+def title(column: dict[str, Any]) -> str:
+    """The same in one line."""
+    return heading(column).replace("\n", " ")
+
+
+def unchanged(result: dict[str, Any]) -> str:
+    """A sentence on the models that answered all as another did; empty where there are none."""
+    columns = result["columns"]
+    flips: dict[tuple[int, int], int] = {}
+    for pair in result["pairs"]:
+        key = pair["base"], pair["other"]
+        flips[key] = flips.get(key, 0) + pair["lost"] + pair["gained"]
+    alike = [f"{title(columns[other])} as {title(columns[base])}" for (base, other), count in flips.items() if not count]
+    return f"all answers the same: {', '.join(alike)}" if alike else ""
 
 
 def benchmark_rows(result: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
@@ -45,12 +65,13 @@ def figure(measure: str, found: dict[str, float] | None) -> str:
         return "–"
     if measure.startswith("accuracy"):
         return f"{100 * found['value']:.2f} ± {100 * found['se']:.2f}"
-    return f"{found['value']:,.3f} ± {found['se']:,.3f}"
+    shape = ",.3f" if found["value"] < LONG else ".2e"
+    return f"{found['value']:{shape}} ± {found['se']:{shape}}"
 
 
 def changed_rows(result: dict[str, Any]) -> list[list[str]]:
-    """The answers that changed: benchmark, from, to, lost, gained, difference in percent, probability."""
-    names = [heading(column).replace("\n", " ") for column in result["columns"]]
+    """The answers that changed: benchmark, from, to, lost, gained, difference in percent, probability; where none did there is no row."""
+    names = [title(column) for column in result["columns"]]
     return [
         [
             f"{pair['task']} {MEASURES.get(pair['metric'], pair['metric'])}".rstrip(),
@@ -62,6 +83,7 @@ def changed_rows(result: dict[str, Any]) -> list[list[str]]:
             f"{pair['p']:.2g}{' *' if pair['p'] < CERTAIN else '  '}",
         ]
         for pair in result["pairs"]
+        if pair["lost"] or pair["gained"]
     ]
 
 

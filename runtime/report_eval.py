@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib.style
 from markupsafe import Markup
 
-from lobit.runtime.eval_view import heading
+from lobit.runtime.eval_view import title
 from lobit.runtime.report_canvas import STYLE, WIDTH, Canvas, clipped
 
 HEAD, ROW = 26, 34
@@ -49,7 +49,7 @@ def _draw(canvas: Canvas, top: float, column: dict[str, Any], found: dict[str, f
     value, error = _share(found["value"]), _share(found["se"])
     is_bundle = column["stage"] == "artifact"
     colour, opacity = colours.get(column["name"], "ink") if is_bundle else "ink", OPACITY.get(column["stage"], 1.0)
-    canvas.text(0, top + 10, clipped(heading(column).replace("\n", " · "), 40), "quiet")
+    canvas.text(0, top + 10, clipped(title(column), 40), "quiet")
     canvas.text(WIDTH, top + 10, f"{100 * value:.1f} ± {100 * error:.1f} %", side="right")
     canvas.box(0, top + 19, WIDTH, 4, "line", 0.55)
     if 0 < chance < 1:
