@@ -33,19 +33,26 @@ class LobitLM(TemplateLM):  # type: ignore[misc]  # the harness carries no types
     Args:
         bundle: a bundle's folder; or a quantized checkpoint, a float model's folder, a hub name or `demo`, which PyTorch runs.
         threads: of a bundle's runtime; None: as the bundle says.
+        max_length: the most tokens to read; None: as many as the model holds.
         batch_size: is taken from the command line and changes nothing: sequences are read one by one.
         max_batch_size: as `batch_size`.
         device: as `batch_size`; it is this machine.
     """
 
     def __init__(
-        self, bundle: str, threads: int | None = None, batch_size: Any = 1, max_batch_size: Any = None, device: Any = None
+        self,
+        bundle: str,
+        threads: int | None = None,
+        max_length: int | None = None,
+        batch_size: Any = 1,
+        max_batch_size: Any = None,
+        device: Any = None,
     ) -> None:
         super().__init__()
         (column,) = columns_of([str(bundle)], None, STAGES, threads)
         self.column, self.tokenizer = column, column.tokenizer
-        self.encoder = Encoder(column.tokenizer, column.context)
-        self.engine = column.open(column.context)
+        self.encoder = Encoder(column.tokenizer, min(column.context, max_length or column.context))
+        self.engine = column.open(self.encoder.context)
 
     @property
     def max_length(self) -> int:

@@ -169,6 +169,9 @@ class _Run:
                     engine = engine or column.open(max(len(asked.tokens) for one in parts for query in one.found for asked in query.asked))
                     self._read(column, place, part, missing, engine, kept)
             return [[kept.scores[key] for key in part.keys] for part in parts]
+        except KeyboardInterrupt as error:
+            error.add_note(f"finished items are kept in {self.folder}: the same command goes on from there")
+            raise
         finally:
             kept.close()
 

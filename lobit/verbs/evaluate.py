@@ -78,6 +78,9 @@ def eval(
     if unknown:
         raise InputError(f"there is no stage {', '.join(unknown)}: choose of {', '.join(STAGES)}")
     read = [read_task(path).with_shots(shots).first(limit) for path in tasks]
+    named = [*(task.name for task in read), *(name for name, _ in texts)]
+    if twice := sorted({name for name in named if named.count(name) > 1}):
+        raise InputError(f"several files are called {', '.join(twice)}: rename one, or give a task a first line with another name")
     columns = columns_of(subjects, reference, STAGES if stages is None else stages, threads)
     missing = [stage for stage in stages or () if stage not in {column.stage for column in columns}]
     if missing or not columns:
@@ -85,8 +88,8 @@ def eval(
             f"nothing here has stage {', '.join(missing or STAGES)}: a float model has float, a checkpoint fake_quant, a bundle artifact, "
             "and with --reference MODEL a bundle has all three"
         )
-    named = [Text(name, text) for name, text in texts]
-    result = evaluate(columns, read, named, limit=limit, folder=cache or default_cache(), progress=progress)
+    folder, told = cache or default_cache(), [Text(name, text) for name, text in texts]
+    result = evaluate(columns, read, told, limit=limit, folder=folder, progress=progress)
     return {**result, "shots": shots, "limit": limit}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -112,6 +113,7 @@ def test_mistakes_are_one_message(onnx: Path, models: Any, shared: Any, tmp_path
     lobit("eval", onnx, "--tasks", tmp_path / "long.jsonl", *cache).assert_one_message("long.jsonl line 1, choice 1:", "context of 512")
     lobit("eval", onnx, "--tasks", tmp_path / "no.jsonl", *cache).assert_one_message("no.jsonl cannot be read")
     lobit("eval", onnx, "--text", tmp_path / "empty.txt", *cache).assert_one_message("empty has no token")
+    lobit("eval", onnx, *question, *question, *cache).assert_one_message("several files are called openbook_qa")
     lobit("eval", onnx, *question, "--stages", "float", *cache).assert_one_message("nothing here has stage float", "--reference MODEL")
     lobit("eval", onnx, *question, "--stages", "fast", *cache).assert_one_message("there is no stage fast")
     lobit("eval", tmp_path, *question, *cache).assert_one_message("config.json")
@@ -129,12 +131,20 @@ def test_a_killed_run_goes_on_to_the_same_bytes(models: Any, shared: Any, tmp_pa
         done = subprocess.run([*command, "--cache", str(cache)], capture_output=True, check=True, env=ENVIRONMENT, timeout=PATIENCE)
         return json.loads(done.stdout)  # type: ignore[no-any-return]
 
+    def stopped(cache: Path, size: int, number: signal.Signals) -> tuple[int, str]:
+        """Sends a signal once so many bytes are kept; returns the exit code and what was said."""
+        began = time.monotonic()
+        options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
+        with subprocess.Popen([*command, "--cache", str(cache)], **options) as process:
+            while sum(path.stat().st_size for path in cache.glob("*.jsonl")) < size and time.monotonic() < began + PATIENCE:
+                time.sleep(0.01)
+            process.send_signal(number)
+            return process.wait(PATIENCE), str(process.stderr.read() if process.stderr else "")
+
     whole = result(tmp_path / "whole")
-    began = time.monotonic()
-    with subprocess.Popen([*command, "--cache", str(tmp_path / "killed")], stdout=subprocess.DEVNULL, env=ENVIRONMENT) as process:
-        while sum(path.stat().st_size for path in (tmp_path / "killed").glob("*.jsonl")) < 2000 and time.monotonic() < began + PATIENCE:
-            time.sleep(0.01)
-        process.kill()
+    code, said = stopped(tmp_path / "killed", 500, signal.SIGINT)
+    assert code == 128 + signal.SIGINT and f"finished items are kept in {tmp_path / 'killed'}" in said
+    stopped(tmp_path / "killed", 3000, signal.SIGKILL)
     kept = sum(len(path.read_text().splitlines()) for path in (tmp_path / "killed").iterdir())
     assert kept > 5
     resumed = result(tmp_path / "killed")

@@ -80,6 +80,17 @@ def test_texts_have_the_harness_likelihoods(theirs: Any, ours: Any, shared: Any)
     assert ours.loglikelihood_rolling(requests, disable_tqdm=True) == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_shorter_context_cuts_where_the_harness_does(stories: Path) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    requests = asked("loglikelihood", [("Once upon a time there was a little girl named Lily", " who loved to play")])
+    theirs = HFLM(pretrained=str(stories), device="cpu", dtype="float32", max_length=16)
+    ours = importlib.import_module("lobit.harness_model").LobitLM(bundle=str(stories), max_length=16)
+    assert ours.max_length == 16
+    (found,), (expected,) = (lm.loglikelihood(requests, disable_tqdm=True) for lm in (ours, theirs))
+    assert found[0] == pytest.approx(expected[0], abs=CLOSE)
+
+
 def test_the_same_text_is_written(theirs: Any, ours: Any) -> None:
     options = {"until": ["."], "max_gen_toks": 60, "do_sample": False}
     requests = asked("generate_until", [("Once upon a time", options), ("Lily had a dog", {**options, "until": ["\n", "park"]})])
