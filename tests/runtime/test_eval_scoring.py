@@ -27,7 +27,7 @@ from lobit.tokenizer import Tokenizer
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLOSE = 1e-4
 """Nats; float models whose sums come in another order."""
-CONTEXT = 64
+CONTEXT, VOCABULARY = 64, 8
 ITEM = (
     Asked((1, 5, 9, 13, 17, 21), 2),
     Asked((1, 5, 9, 13, 40), 1),
@@ -80,6 +80,52 @@ def test_an_engine_that_cannot_be_rewound_reads_anew(oracle: ReferenceEngine, mo
     monkeypatch.setattr(engine, "rewind", lambda position: False)
     assert_scores(engine, oracle)
     assert_scores(engine, oracle, beginning=(1, 5))
+
+
+def logits_of(prefix: Sequence[int]) -> Any:
+    """Logits that depend on every token before them."""
+    return np.random.default_rng([len(prefix), *prefix]).normal(size=VOCABULARY).astype(np.float32)
+
+
+class PrefixEngine(SteppingEngine):
+    """An engine that would show any token that it read wrongly, twice or not at all."""
+
+    def __init__(self, slots: int, all_logits: bool) -> None:
+        super().__init__(self._read, CONTEXT, 3, VOCABULARY, slots, all_logits)
+        self.tokens: list[int] = []
+
+    def _read(self, tokens: list[int], position: int) -> Any:
+        assert len(self.tokens) >= position
+        self.tokens = self.tokens[:position] + tokens
+        first = len(tokens) if not self.all_logits else 1
+        return np.stack([logits_of(self.tokens[: position + count]) for count in range(first, len(tokens) + 1)])
+
+
+@st.composite
+def items(draw: st.DrawFn) -> tuple[tuple[int, ...], list[list[Asked]]]:
+    """Items most of whose contexts begin alike, each with several continuations, some of them of other contexts."""
+    tokens = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=5).map(tuple)
+    beginning = draw(st.one_of(st.just(()), tokens))
+    found = []
+    for _ in range(draw(st.integers(1, 3))):
+        contexts = [begin + draw(tokens) for begin in draw(st.lists(st.sampled_from([beginning, ()]), min_size=1, max_size=2))]
+        found.append([Asked(context + more, len(more)) for context in contexts for more in draw(st.lists(tokens, min_size=1, max_size=3))])
+    return beginning, found
+
+
+@given(items(), st.integers(1, CONTEXT), st.booleans())
+def test_any_items_have_the_likelihoods_of_their_whole_sequences(
+    drawn: tuple[tuple[int, ...], list[list[Asked]]], slots: int, all_logits: bool
+) -> None:
+    """Also where the cache is too short to be taken back."""
+    beginning, found = drawn
+    reader = Reader(PrefixEngine(slots, all_logits), beginning)
+    for item in found:
+        for asked, (value, greedy) in zip(item, reader.score(item), strict=True):
+            starts = range(len(asked.tokens) - asked.count, len(asked.tokens))
+            rows = np.stack([logits_of(asked.tokens[:start]) for start in starts])
+            assert value == pytest.approx(log_softmax(rows)[range(asked.count), list(asked.continuation)].sum())
+            assert greedy == (rows.argmax(axis=1) == asked.continuation).all()
 
 
 def test_a_context_is_read_once_for_all_its_choices() -> None:
