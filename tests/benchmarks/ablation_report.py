@@ -51,8 +51,9 @@ def summary(seeds: Sequence[dict[str, Any]], floats: Mapping[int, float]) -> dic
 
 def tables(means: Sequence[dict[str, Any]], told: dict[str, Any]) -> str:
     """Markdown."""
-    lines = [f"`{told['command']}`, {told['cpu']}; means of 3 seeds ± half their range; held-out text.", ""]
     has_accuracy = any("accuracy" in row for row in means)
+    cloze = " Cloze: the share of questions about stories that is answered right, 12.5 % by chance; –: not measured." * has_accuracy
+    lines = [f"`{told['command']}`, {told['cpu']}; means of 3 seeds ± half their range; held-out text.{cloze}", ""]
     head = "| | method | bits a weight | trained tokens | perplexity | more than the float model | KL | top-1 |"
     lines += [head + " cloze |" * has_accuracy, "|---|---|--:|--:|--:|--:|--:|--:|" + "--:|" * has_accuracy]
     table = None
