@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lobit.errors import InputError, listed, shown
+from lobit.errors import InputError, listed, shown, shown_name
 from lobit.tokenizer_files import is_unicode
 
 LONGEST_LINE = 1 << 20
@@ -109,8 +109,8 @@ def read_task(path: Path) -> Task:
         raise InputError(listed(problems, f"{path} is no task to evaluate:"))
     if not items:
         raise InputError(f"{path} has no items: give JSON lines such as " + '{"query": "…", "choices": ["…", "…"], "gold": 0}')
-    name, kept = settings.get("name", path.stem), {key: settings[key] for key in ("delimiter", "without_context") if key in settings}
-    return Task(name, path, digest.hexdigest(), tuple(items), True in kinds, **kept)
+    kept = {key: settings[key] for key in ("delimiter", "without_context") if key in settings}
+    return Task(shown_name(settings.get("name") or path.stem), path, digest.hexdigest(), tuple(items), True in kinds, **kept)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

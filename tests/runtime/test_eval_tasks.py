@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lobit.errors import InputError
 from lobit.runtime import eval_tasks
 from lobit.runtime.eval_tasks import Task, read_task
 
 GOOD = {"query": "The sun is", "choices": ["hot", "cold"], "gold": 0}
+FIELDS = ("query", "choices", "gold", "context", "continuation", *eval_tasks.SETTINGS)
 WORDS = {"context": "Once upon a", "continuation": "time"}
 
 
@@ -106,6 +111,25 @@ def test_other_encodings_are_refused_by_line(encoding: str, tmp_path: Path) -> N
     path.write_bytes(json.dumps(GOOD | {"query": "Où est la mer ?"}, ensure_ascii=False).encode(encoding))
     with pytest.raises(InputError, match=r"line 1: not UTF-8 text \(byte \d+ of the line\)"):
         read_task(path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=6),
+    max_leaves=12,
+)
+
+
+@given(st.lists(st.one_of(JSON, st.dictionaries(st.sampled_from(FIELDS), JSON)), max_size=4))
+def test_whatever_json_is_there_is_read_or_refused_in_one_message(lines: list[Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = written(Path(folder) / "task.jsonl", *lines)
+        with contextlib.suppress(InputError):
+            assert all(0 <= item.gold < len(item.choices) and item.prompt for item in read_task(path).items)
+
+
+def test_a_name_is_shown_without_control_characters(tmp_path: Path) -> None:
+    assert task(tmp_path, {"name": "a\n\x1b[31mb"}, GOOD).name == r"a\n\x1b[31mb"
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_read_over(tmp_path: Path) -> None:
