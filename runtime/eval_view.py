@@ -96,7 +96,7 @@ CHANGED_NOTE = (
 
 def notes(result: dict[str, Any]) -> list[str]:
     """What has to be known to read the figures."""
-    chance = [f"{task['name']} {100 * task['chance']:.0f}" for task in result["tasks"] if task.get("chance")]
+    chance = [f"{task['name']} {100 * task['chance']:.3g}" for task in result["tasks"] if task.get("chance")]
     cut = [f"{row['cut']} of {row['task']}" for row in result["rows"] if row["column"] == 0 and row["cut"]]
     found = ["accuracy in %, with its standard error" + (f"; by chance: {', '.join(chance)}" if chance else "")]
     found += [f"{result['shots']} solved examples before each question"] if result.get("shots") else []
