@@ -23,8 +23,8 @@ from tests.commands import ENVIRONMENT, PATIENCE
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'lobit[harness]'")
 pytest.importorskip("accelerate", reason="the harness's Hugging Face backend needs accelerate: pip install 'lobit[harness]'")
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
-CLOSE = 1e-4
-"""Nats; float32 models whose sums come in another order. Of long texts the same share of the likelihood."""
+CLOSE, SHARE = 1e-4, 1e-6
+"""Nats, or a share of the likelihood where that is more: float32 models whose sums come in another order, summed over all tokens."""
 TASKS = ("arc_easy", "piqa", "openbook_qa", "lambada_openai")
 ITEMS = 200
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -61,7 +61,7 @@ def test_every_item_has_the_likelihood_of_the_harness(name: str, theirs: Any, ou
     encoder, reader = Encoder(Tokenizer.from_folder(stories), theirs.max_length), Reader(ReferenceEngine(load_model(stories)))
     verb = [score for query in queries(task, encoder) for score in reader.score(query.asked)]
     for found in (ours.loglikelihood(requests, disable_tqdm=True), verb):
-        assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], rel=1e-7, abs=CLOSE)
+        assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], rel=SHARE, abs=CLOSE)
         assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
 
@@ -77,7 +77,7 @@ def test_texts_have_the_harness_likelihoods(theirs: Any, ours: Any, shared: Any)
     text = shared("text/tinystories_sample.txt").read_text(encoding="utf-8")
     requests = asked("loglikelihood_rolling", [(text[:6000],), (text[:700],), ("Once",)])
     expected = theirs.loglikelihood_rolling(requests, disable_tqdm=True)
-    assert ours.loglikelihood_rolling(requests, disable_tqdm=True) == pytest.approx(expected, rel=1e-6)
+    assert ours.loglikelihood_rolling(requests, disable_tqdm=True) == pytest.approx(expected, rel=SHARE)
 
 
 def test_a_shorter_context_cuts_where_the_harness_does(stories: Path) -> None:
