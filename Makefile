@@ -21,7 +21,7 @@ help:
 	@echo 'make test    every test; ARGS='\''-m "not slow"'\'' leaves out the slow ones, WORKERS=4 uses four cores'
 	@echo 'make check   lint, types, layout'
 	@echo 'make bench   beside export_llm and llama.cpp, to bench-out/peers.md; ARGS='\''--rounds 1'\'' is a quick look; hours the first time'
-	@echo 'make ablation  what every recipe costs and wins back, to tests/benchmarks/ablation/; about an hour'
+	@echo 'make ablation  what every recipe costs and wins back, to tests/benchmarks/ablation/; about an hour. ARGS='\''--model demo'\'': the demo model, with accuracy'
 	@echo 'make rounding  what rounding costs a real chat model, method by method, to tests/benchmarks/rounding/; about half an hour'
 	@echo 'make clean   removes $(VENV), $(OUT), build outputs and caches'
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import lobit.cli_android
+import lobit.cli_eval
 import lobit.cli_learn
 import lobit.cli_make  # noqa: F401 (imported because it registers its commands)
 from lobit.cli_options import (
@@ -298,7 +299,7 @@ def bench(
 
 @app.command(epilog="Example: lobit report bundle/manifest.json parity.json bench.json verify.json -o report.html")
 def report(
-    results: Annotated[list[Path], typer.Argument(metavar="RESULT.json...", help="Of parity, bench, verify; manifests.")],
+    results: Annotated[list[Path], typer.Argument(metavar="RESULT.json...", help="Of parity, bench, eval, verify; manifests.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The page; replaced where it is there.")] = Path("report.html"),
 ) -> None:
     """One self-contained page from results."""

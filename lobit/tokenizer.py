@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -120,6 +121,16 @@ class Tokenizer:
         encoding = self._encoded(text, bos=False)
         begins = (i for i, (start, end) in enumerate(encoding.offsets[:count]) if end > start and (start == 0 or text[start - 1] == "\n"))
         return encoding.ids[:count], list(begins)
+
+    def encode_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """The tokens of a text, without what the tokenizer puts around it, and how many characters of it are read with each.
+
+        Raises:
+            InputError: as `encode` does.
+            ModelError: as `encode` does.
+        """
+        encoding = self._encoded(text, bos=False)
+        return encoding.ids, list(itertools.accumulate((end for _, end in encoding.offsets), max))
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """The tokens of a text.

@@ -13,8 +13,9 @@ from jinja2 import Environment, StrictUndefined
 
 from lobit.atomic_folder import publish
 from lobit.errors import InputError
-from lobit.runtime import report_plots
+from lobit.runtime import eval_view, report_plots
 from lobit.runtime.report_canvas import number, percent, seconds, size
+from lobit.runtime.report_eval import accuracies
 from lobit.runtime.report_results import ACCEPTED, Result, group, read, text_of
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -24,7 +25,7 @@ def report(paths: list[Path], out: Path, command: str = "") -> Path:
     """Writes the page.
 
     Args:
-        paths: JSON of parity, bench, verify, build and manifests, of any number of bundles.
+        paths: JSON of parity, bench, eval, verify, build and manifests, of any number of bundles.
         out: the HTML file; replaced only when the page is complete.
         command: the command that made the report, to be shown in it.
 
@@ -65,8 +66,16 @@ def render(results: Sequence[Result], command: str = "") -> str:
     )
     bundles = group(results)
     told = [{**result.values, "rows": None} for result in results if result.kind == "bench"]
+    evals = [result.values for result in results if result.kind == "eval"]
+    evals = [one for i, one in enumerate(evals) if one not in evals[:i]]
+    colours = {one.name: one.colour for one in bundles}
     conditions = [one for i, one in enumerate(told) if one not in told[:i]]
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
-        bundles=bundles, conditions=conditions, plots=report_plots.plots(bundles), command=re.sub(r"^\S*[/\\]", "", command)
+        bundles=bundles,
+        conditions=conditions,
+        evals=[(one, accuracies(one, colours)) for one in evals],
+        view=eval_view,
+        plots=report_plots.plots(bundles),
+        command=re.sub(r"^\S*[/\\]", "", command),
     )

@@ -17,7 +17,10 @@ LARGEST_RESULT = 64 << 20
 """Bytes that a file may have; a larger one is not read."""
 COLOURS = 8
 """Number of bundles that have a colour of their own; the ninth has the first one's again."""
-ACCEPTED = "the JSON of `lobit parity`, `lobit bench` (where it timed), `lobit verify` and `lobit export`, and a bundle's manifest.json"
+ACCEPTED = (
+    "the JSON of `lobit parity`, `lobit bench` (where it timed), `lobit eval`, `lobit verify` and `lobit export`, and a bundle's "
+    "manifest.json"
+)
 
 _BUNDLE = {"name": str, "target": str, "recipe": object}
 _METRICS = {"kl_mean": float, "kl_p99": float, "top1_agreement": float, "perplexity": float}
@@ -30,6 +33,7 @@ _ROW = {
     "model_bytes?": int, "params?": int, "peak_rss_bytes?": int, "base_rss_bytes?": int, "kv_cache_bytes?": int,
     "gigabytes_per_second?": float, "bandwidth_share?": float, "before?": _STATE, "after?": _STATE,
 }  # fmt: skip
+_FIGURE = {"value": float, "se": float}
 SHAPES: dict[str, dict[str, Any]] = {
     "parity": {
         "bundle": _BUNDLE, "model": str, "text?": object, "tokens": int, "positions?": int, "reference_perplexity": float,
@@ -46,6 +50,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "verify": {
         "bundle": _BUNDLE, "tensors": int, **_COUNTS, "checkpoint_matches?": bool, "layers": [{"name": str, **_COUNTS}], "passed": bool,
         "compiled?": [{"file": str, "bytes": int, "differing_bytes": int}],
+    },
+    "eval": {
+        "context": int, "columns": [{"name": str, "stage": str, "target": str, "recipe": str}], "shots?": int, "averages": [_FIGURE],
+        "tasks": [{"name": str, "type": str, "items": int, "chance?": float}],
+        "rows": [{"task": str, "column": int, "items": int, "cut": int, "metrics": {"*": _FIGURE}}],
+        "pairs": [{"task": str, "metric": str, "base": int, "other": int, "lost": int, "gained": int, "p": float, "difference": float,
+                   "se": float}],
     },
     "build": {"bundle": str, "command": str, "stages": [{"name": str, "seconds": float, "peak_rss_bytes?": int}]},
 }  # fmt: skip
@@ -94,6 +105,8 @@ class Results:
     speeds: list[Speed] = field(default_factory=list)
     sustained: list[tuple[str, list[tuple[float, float]]]] = field(default_factory=list)
     """Of each sustained run, the device, and tokens a second by the seconds since it began."""
+    evals: list[dict[str, Any]] = field(default_factory=list)
+    """Each evaluation that the bundle was in."""
     files: dict[str, str] = field(default_factory=dict)
     """Name of the file of each kind of result but `bench`."""
 
@@ -211,10 +224,17 @@ def _read(path: Path) -> Result:
     kind = values.get("kind")
     if kind not in list(SHAPES):
         raise ValueError(f"kind {kind!r} is none of {', '.join(SHAPES)}, and it is no manifest")
-    problem = _problem(values, SHAPES[kind], kind)
+    problem = _problem(values, SHAPES[kind], kind) or (_odd_columns(values) if kind == "eval" else None)
     if problem:
         raise ValueError(problem)
     return Result(path.name, kind, values)
+
+
+def _odd_columns(values: dict[str, Any]) -> str | None:
+    """A message where an evaluation speaks of a column that it does not have, or None."""
+    named = [row["column"] for row in values["rows"]] + [pair[key] for pair in values["pairs"] for key in ("base", "other")]
+    count = len(values["columns"])
+    return f"eval speaks of column {max(named)} of {count}" if max(named, default=-1) >= count else None
 
 
 def _problem(value: Any, shape: Any, where: str) -> str | None:
@@ -258,7 +278,9 @@ def group(results: Sequence[Result]) -> list[Results]:
     """
     bundles: dict[str, Results] = {}
     for result in results:
-        if result.kind != "bench":
+        if result.kind == "eval":
+            _place_eval(bundles, result.values)
+        elif result.kind != "bench":
             _place(bundles, result)
     benches = [result.values for result in results if result.kind == "bench"]
     kinds = {(row["model"], row["target"], name_of(row["recipe"])) for bench in benches for row in bench["rows"]}
@@ -298,6 +320,15 @@ def _place(bundles: dict[str, Results], result: Result) -> None:
         raise InputError(f"{both} are both the {result.kind} of bundle {one.name}, and differ: leave one of them out")
     one.files[result.kind] = result.file
     setattr(one, result.kind, values)
+
+
+def _place_eval(bundles: dict[str, Results], values: dict[str, Any]) -> None:
+    """Gives an evaluation to each bundle in it, or to its models where no bundle is in it."""
+    columns = values["columns"]
+    for column in [column for column in columns if column["stage"] == "artifact"] or columns:
+        is_bundle = column["stage"] == "artifact"
+        one = _bundle(bundles, column["name"], *((column["target"], column["recipe"]) if is_bundle else ()))
+        one.evals += [] if values in one.evals else [values]
 
 
 def _bundle_of(bundles: dict[str, Results], row: dict[str, Any], crowded: set[str]) -> Results:

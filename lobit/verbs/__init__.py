@@ -2,6 +2,7 @@
 
 from lobit.verbs import android
 from lobit.verbs.doctor import doctor
+from lobit.verbs.evaluate import eval
 from lobit.verbs.fetch import fetch
 from lobit.verbs.learn import Texts, train
 from lobit.verbs.make import choose_recipe, export, plan, quantize, recipes
@@ -19,6 +20,7 @@ __all__ = [
     "choose_recipe",
     "demo",
     "doctor",
+    "eval",
     "export",
     "fetch",
     "merge",

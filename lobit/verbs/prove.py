@@ -53,7 +53,7 @@ def verify(bundle: Path, checkpoint: str, *, every: bool = False, progress: Prog
 
     opened = open_bundle(bundle)
     recipe = Recipe.from_json(opened.manifest.recipe)
-    model = _converted_like(resolve(checkpoint), recipe, opened)
+    model = converted_for_bundle(resolve(checkpoint), recipe, opened)
     if proof := proof_of(opened.manifest.target):
         with quiet_python():
             reader = importlib.import_module(proof)
@@ -115,7 +115,7 @@ def parity(
     ids, lines = bundle_tokenizer(opened).encode_lines(text, tokens)
     comparison.plan_passages(ids, manifest.context, manifest.tokens.bos, lines)  # a text that is too short is refused before any slow work
     config, recipe = load_config(source), Recipe.from_json(manifest.recipe)
-    model = _converted_like(resolve(checkpoint) if checkpoint else source, recipe, opened)
+    model = converted_for_bundle(resolve(checkpoint) if checkpoint else source, recipe, opened)
     if fingerprint(model) != manifest.checkpoint_sha256:
         raise InputError(
             f"{checkpoint or reference} does not hold the weights that bundle {bundle} was made from: give the model it was exported "
@@ -166,7 +166,7 @@ def parity(
     return {**result, "passed": passed, "bundle": described, "model": reference, "entropy": None, **told}
 
 
-def _converted_like(source: Path, recipe: Recipe, bundle: Bundle) -> Transformer:
+def converted_for_bundle(source: Path, recipe: Recipe, bundle: Bundle) -> Transformer:
     """The model of a checkpoint, or of a float model under the recipe, with the bundle's integers where these were rounded on a text.
 
     The fingerprint of the whole model tells whether those are the checkpoint's.

@@ -41,6 +41,8 @@ def summary(seeds: Sequence[dict[str, Any]], floats: Mapping[int, float]) -> dic
     first = seeds[0]
     found = {key: first[key] for key in ("table", "method", "bits_per_weight", "trained_tokens")}
     series = {key: [row[key] for row in seeds] for key in ("perplexity", "kl", "top1")}
+    if all(row.get("accuracy") is not None for row in seeds):
+        series["accuracy"] = [row["accuracy"] for row in seeds]
     series["more"] = [row["perplexity"] - floats[row["seed"]] for row in seeds]
     for key, values in series.items():
         found |= {key: statistics.mean(values), f"{key}_spread": (max(values) - min(values)) / 2}
@@ -49,9 +51,11 @@ def summary(seeds: Sequence[dict[str, Any]], floats: Mapping[int, float]) -> dic
 
 def tables(means: Sequence[dict[str, Any]], told: dict[str, Any]) -> str:
     """Markdown."""
-    lines = [f"`{told['command']}`, {told['cpu']}; means of 3 seeds ± half their range; held-out text.", ""]
-    lines += ["| | method | bits a weight | trained tokens | perplexity | more than the float model | KL | top-1 |"]
-    lines += ["|---|---|--:|--:|--:|--:|--:|--:|"]
+    has_accuracy = any("accuracy" in row for row in means)
+    cloze = " Cloze: the share of questions about stories that is answered right, 12.5 % by chance; –: not measured." * has_accuracy
+    lines = [f"`{told['command']}`, {told['cpu']}; means of 3 seeds ± half their range; held-out text.{cloze}", ""]
+    head = "| | method | bits a weight | trained tokens | perplexity | more than the float model | KL | top-1 |"
+    lines += [head + " cloze |" * has_accuracy, "|---|---|--:|--:|--:|--:|--:|--:|" + "--:|" * has_accuracy]
     table = None
     for row in means:
         name = row["table"] if row["table"] != table else ""
@@ -60,8 +64,14 @@ def tables(means: Sequence[dict[str, Any]], told: dict[str, Any]) -> str:
         figures = [f"{row['perplexity']:.3f} ± {row['perplexity_spread']:.3f}", more, f"{row['kl']:.4f} ± {row['kl_spread']:.4f}"]
         tokens = f"{row['trained_tokens'] / 1e6:.2f} M" if row["trained_tokens"] else "–"
         cells = [name, row["method"], f"{row['bits_per_weight']:.2f}", tokens, *figures, f"{row['top1']:.1%}"]
+        cells += [_accuracy(row)] if has_accuracy else []
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _accuracy(row: Mapping[str, Any]) -> str:
+    """The share of right answers, where all seeds have one."""
+    return f"{row['accuracy']:.1%} ± {row['accuracy_spread']:.1%}" if "accuracy" in row else "–"
 
 
 def front(means: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:

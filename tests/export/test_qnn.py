@@ -85,7 +85,7 @@ def test_the_file_that_ships_and_its_twin_are_the_same_but_for_the_copied_weight
 
 def test_one_integer_that_is_another_is_found(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a layer that the sample of probes leaves out: the file that is compiled anew is another."""
-    convert = prove._converted_like
+    convert = prove.converted_for_bundle
 
     def changed(*arguments: Any) -> Any:
         model = convert(*arguments)
@@ -93,7 +93,7 @@ def test_one_integer_that_is_another_is_found(demo: Path, monkeypatch: pytest.Mo
         integers[0, 0] += 1 if integers[0, 0] < 0 else -1
         return model
 
-    monkeypatch.setattr(prove, "_converted_like", changed)
+    monkeypatch.setattr(prove, "converted_for_bundle", changed)
     result = verbs.verify(demo, "demo")
     assert not result["passed"]
     assert result["checkpoint_matches"] is False

@@ -23,7 +23,7 @@ Bundles = Any
 """The fixture of tests/conftest.py: `bundles(model, recipe, kv_cache)`."""
 VERBS = [
     *("demo", "fetch", "recipes", "plan", "sensitivity", "train", "quantize", "merge", "export", "verify"),
-    *("run", "parity", "bench", "report", "doctor"),
+    *("run", "parity", "bench", "eval", "report", "doctor"),
 ]
 HEAVY = ["torch", "numpy", "executorch", "transformers", "matplotlib", "tokenizers", "huggingface_hub"]
 """Packages that `--help` has no use for; each takes a good part of a second, or several."""

@@ -21,6 +21,7 @@ HOSTILE = "x id=\"</text><script>alert(1)</script> style=' $x^2$ & é \ud800 htt
 SECTIONS = {
     "parity": {"parity"},
     "verify": {"weights"},
+    "eval": {"tasks"},
     "bench": {"speed", "memory", "versions"},
     "manifest": {"sizes", "memory", "delegation", "recipe", "versions"},
     "build": {"build"},
@@ -109,6 +110,16 @@ def results(name: str = "stories", kl: float = 0.02, recipe: str = "8da4w-g32") 
             "weights": [{"kind": "mlp", "format": "int4 group 4", "parameters": 165_120, "bytes": 165_000}],
             "files": [{"path": "model.pte", "role": "program", "bytes": 212_000, "sha256": "cd" * 32}],
             "versions": {"torch": "2.13.0"}, "schema_version": "2.0",
+        },
+        "eval": {
+            "kind": "eval", "context": 512, "shots": 0, "averages": [{"value": 0.7, "se": 0.02}] * 2,
+            "columns": [{"name": "org/stories", "stage": "float", "target": "reference", "recipe": "none"},
+                        {"name": name, "stage": "artifact", "target": "xnnpack", "recipe": recipe}],
+            "tasks": [{"name": "arc", "type": "multiple_choice", "items": 200, "chance": 0.25}],
+            "rows": [{"task": "arc", "column": column, "items": 200, "cut": 1, "metrics": {"accuracy": {"value": 0.7, "se": 0.03}}}
+                     for column in (0, 1)],
+            "pairs": [{"task": "arc", "metric": "accuracy", "base": 0, "other": 1, "lost": 9, "gained": 1, "difference": -0.04, "se": 0.016,
+                       "p": 0.02}],
         },
         "build": {"kind": "build", "bundle": name, "command": "lobit export stories",
                   "stages": [{"name": "lower", "seconds": 75.0, "peak_rss_bytes": 900_000_000}]},
@@ -213,6 +224,19 @@ def test_figures_that_are_not_numbers_are_said_to_be(tmp_path: Path) -> None:
     assert "not a number" in made(tmp_path, values).words
 
 
+def test_accuracy_is_drawn_with_error_bars_and_flips_are_told(tmp_path: Path) -> None:
+    text = report(written(tmp_path, {"eval": results()["eval"]}), tmp_path / "report.html").read_text(encoding="utf-8")
+    words = Page(text).words
+    assert 'aria-label="Accuracy on each task"' in text and "70.0 ± 3.0 %" in words
+    assert "70.00 ± 3.00" in words and "-4.00 ± 1.60" in words and "0.02 *" in words and "by chance: arc 25" in words
+
+
+def test_an_evaluation_of_figures_that_are_no_numbers_is_drawn(tmp_path: Path) -> None:
+    values = results()["eval"]
+    values["rows"][1]["metrics"]["accuracy"] = {"value": float("nan"), "se": float("inf")}
+    assert "0.0 ± 0.0 %" in made(tmp_path, {"eval": values}).words
+
+
 def test_bundles_stand_side_by_side_in_colours_of_their_own(tmp_path: Path) -> None:
     paths = [*written(tmp_path, results("one"), "1-"), *written(tmp_path, results("two", 0.3, "w4-channel"), "2-")]
     text = report(paths, tmp_path / "report.html").read_text(encoding="utf-8")
@@ -264,6 +288,8 @@ def test_all_bad_files_are_named_at_once(tmp_path: Path) -> None:
         ("bench", ("rows", 1, "samples_ns"), 5, r"bench\.rows\[1\]\.samples_ns should be a list"),
         ("verify", ("layers", 0, "integers"), -1, r"verify\.layers\[0\]\.integers is -1"),
         ("build", ("stages",), {}, r"build\.stages should be a list"),
+        ("eval", ("rows", 1, "metrics", "accuracy", "se"), None, r"eval\.rows\[1\]\.metrics\.accuracy\.se should be float"),
+        ("eval", ("pairs", 0, "other"), 2, r"eval speaks of column 2 of 2"),
     ],
 )
 def test_a_damaged_result_is_refused_with_the_place(tmp_path: Path, kind: str, path: tuple[Any, ...], value: Any, said: str) -> None:
