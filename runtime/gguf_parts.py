@@ -54,7 +54,7 @@ class GgufFile:
         self.layer_count, self.head_dim = (size if isinstance(size, int) else 0 for size in sizes)
         version = self.fields.get("GGUF.version")
         if version != VERSION or not self.layer_count or not self.head_dim:
-            raise self._damaged(f"version {shown(version)}, architecture {shown(self.architecture)}, where {VERSION} is read, with its sizes")
+            raise self._damaged(f"version {shown(version)}, architecture {shown(self.architecture)}, where {VERSION} is read, and sizes")
 
     def _damaged(self, why: str) -> BundleError:
         return BundleError(f"{self.path} cannot be taken apart ({why}): export it again")

@@ -5,7 +5,7 @@ from __future__ import annotations
 GGUF_FILE = "model.gguf"
 QUIET_END = {"GGML_NO_BACKTRACE": "1"}
 """Environment of processes that llama.cpp may end: it would start a debugger to show where."""
-PAIRED = frozenset({"llama", "granite-swa", "smollm3"})
+PAIRED = frozenset({"llama", "granite_swa", "smollm3"})
 """Architectures whose rotary embedding turns neighbouring entries of a head; the others turn one half against the other."""
 WEIGHTLESS = "lobit.weightless_qk_norm"
 """Field of a file whose norms of q and k are ones that stand for norms without weights."""

@@ -20,7 +20,7 @@ from lobit.rope import LinearScaling, Rope, YarnScaling
 from lobit.runtime.gguf_ports import PAIRED
 
 NEVER = -1e30
-"""Logit of an attention sink that takes no share of the attention: `granite-swa` has sinks."""
+"""Logit of an attention sink that takes no share of the attention: `granite_swa` has sinks."""
 NOPE_STEP = 4
 """`smollm3` leaves every fourth layer without rotary embedding, whatever the file says."""
 GEMMA3_27B = 62
@@ -98,7 +98,7 @@ def _name(config: Config, layers: tuple[Layer, ...]) -> str:
     if plain and [rope is None for rope in ropes] == [(i + 1) % NOPE_STEP == 0 for i in range(len(ropes))] and None in ropes:
         return "smollm3"
     if any(layer.window for layer in layers):
-        return "granite-swa"
+        return "granite_swa"
     return "phi3" if any(rope and rope.dim < config.head_dim for rope in ropes) else "llama"
 
 
@@ -118,7 +118,7 @@ def _problems(config: Config, layers: tuple[Layer, ...], kind: Kind, name: str) 
         yield f"{told} caps no scores: {OTHER}"
     if kind.square and config.heads * config.head_dim != config.hidden_size:
         yield f"{told} has heads of {config.hidden_size} entries together, the model {config.heads * config.head_dim}: {OTHER}"
-    if name not in ("gemma3", "granite-swa") and any(layer.window for layer in layers):
+    if name not in ("gemma3", "granite_swa") and any(layer.window for layer in layers):
         smallest = min(layer.window for layer in layers if layer.window)
         yield f"{told} has no windows: {OTHER}, or --context {smallest}, which every window holds"
     yield from _rope_problems(config, layers, kind, told, name)
@@ -132,7 +132,7 @@ def _problems(config: Config, layers: tuple[Layer, ...], kind: Kind, name: str) 
 
 def _rope_problems(config: Config, layers: tuple[Layer, ...], kind: Kind, told: str, name: str) -> Iterator[str]:
     ropes = {layer.rope for layer in layers}
-    if None in ropes and name not in ("smollm3", "granite-swa"):
+    if None in ropes and name not in ("smollm3", "granite_swa"):
         yield f"{told} turns every layer, and {sum(layer.rope is None for layer in layers)} have no rotary embedding: {OTHER}"
     if len(ropes - {None}) > 1 and name != "gemma3":
         yield f"{told} has one rotary embedding for all layers: {OTHER}"
@@ -235,7 +235,7 @@ def _granite(config: Config, layers: tuple[Layer, ...]) -> Architecture:
         "attention.rope_pattern": [layer.rope is not None for layer in layers],
     }
     vectors |= {f"blk.{i}.attn_sinks.weight": torch.full((config.heads,), NEVER) for i in range(len(layers))}
-    return Architecture("granite-swa", fields, vectors)
+    return Architecture("granite_swa", fields, vectors)
 
 
 def _qwen3(config: Config, layers: tuple[Layer, ...]) -> Architecture:
@@ -264,7 +264,7 @@ def _gemma3(config: Config, layers: tuple[Layer, ...]) -> Architecture:
 ALL = ("qkv_bias", "o_bias", "mlp_bias")
 KINDS = {
     "llama": Kind(_llama, biases=ALL, rope=_whole),
-    "granite-swa": Kind(_granite, biases=ALL, rope=_whole),
+    "granite_swa": Kind(_granite, biases=ALL, rope=_whole),
     "qwen3": Kind(_qwen3, biases=("qkv_bias",), qk_norm=True, rope=_yarn),
     "smollm3": Kind(_plain("smollm3"), rope=_yarn),
     "phi3": Kind(_phi3, square=True),

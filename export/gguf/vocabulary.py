@@ -51,11 +51,15 @@ LONGEST_WAIT = 300
 OTHER = "take target onnx or xnnpack, or give the model the tokenizer that it was trained with"
 
 
-def fields_of(folder: Path, vocab_size: int, bos: int | None, stop: tuple[int, ...]) -> dict[str, Any]:
+def fields_of(folder: Path, name: str, vocab_size: int, bos: int | None, stop: tuple[int, ...]) -> dict[str, Any]:
     """The fields of a file that describe the tokenizer of a folder; those of no tokenizer where it has none.
+
+    The model's name is among them: llama.cpp treats special tokens in another way where it contains `phi-3`, and refuses the file where
+    these are missing. Then the name is left out.
 
     Args:
         folder: with tokenizer.json and what is beside it.
+        name: the model's.
         vocab_size: the model's; tokens beyond it are left out, those that are missing are filled up.
         bos: the token that begins a text; None: there is none.
         stop: tokens that end a text.
@@ -65,13 +69,13 @@ def fields_of(folder: Path, vocab_size: int, bos: int | None, stop: tuple[int, .
         ModelError: the tokenizer is damaged.
     """
     if not (folder / FILE_NAME).is_file():
-        return {"tokenizer.ggml.model": "none"}
+        return {"general.name": name, "tokenizer.ggml.model": "none"}
     tokenizer = Tokenizer.from_folder(folder, vocab_size)
     with guarded(f"{folder / FILE_NAME} is no tokenizer that can be read"):
         values = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
         tries = list(_tries(values, vocab_size))
     around = _around(tokenizer, bos, stop, values, vocab_size)
-    return _proved([{**fields, **around} for fields in tries], tokenizer, vocab_size)
+    return _proved([{**named, **fields, **around} for named in ({"general.name": name}, {}) for fields in tries], tokenizer, vocab_size)
 
 
 def _tries(values: Mapping[str, Any], vocab_size: int) -> Iterator[dict[str, Any]]:
@@ -157,14 +161,15 @@ def _proved(tries: list[dict[str, Any]], tokenizer: Tokenizer, vocab_size: int) 
     Raises:
         TargetError: none is.
     """
-    texts = list(TEXTS)
-    tokens = [tokenizer.encode(text, bos=False) for text in texts]
+    tokens = [tokenizer.encode(text, bos=False) for text in TEXTS]
     for fields in tries:
         names = PRE_TOKENIZERS if "tokenizer.ggml.pre" in fields else (None,)
-        answer = _asked(fields, vocab_size, {"pre": names, "texts": texts, "tokens": tokens})
-        if answer["pre"] is not None:
+        answer = _asked(fields, vocab_size, {"pre": names, "texts": TEXTS, "tokens": tokens})
+        if answer.get("pre") is not None:
             return {**fields, "tokenizer.ggml.pre": answer["pre"]} if "tokenizer.ggml.pre" in fields else fields
-    own = tokens[texts.index(answer["text"])]
+    if "error" in answer:
+        raise TargetError(f"llama.cpp refuses this vocabulary ({answer['error']}): {OTHER}")
+    own = tokens[TEXTS.index(answer["text"])]
     place = next(i for i in range(len(own) + 1) if own[i : i + 1] != answer["found"][i : i + 1])
     raise TargetError(
         f"llama.cpp has no tokenizer like this model's: the last of those that it knows gives {answer['found'][place : place + 3]} where "
@@ -188,6 +193,4 @@ def _asked(fields: Mapping[str, Any], vocab_size: int, request: Mapping[str, Any
     except ValueError:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise ModelError(f"llama.cpp ended with code {done.returncode} at this vocabulary ({'; '.join(lines[-2:])}): {OTHER}") from None
-    if "error" in answer:
-        raise TargetError(f"llama.cpp refuses this vocabulary ({answer['error']}): {OTHER}")
     return answer
