@@ -65,6 +65,7 @@ class LlamaEngine(SteppingEngine):
         manifest = bundle.manifest
         self.process = _Llama(bundle, threads)
         super().__init__(self._read, manifest.context, manifest.chunk, manifest.model.vocab_size)
+        self.served_by = self.process.process.pid
 
     def _read(self, tokens: list[int], position: int) -> Logits:
         return logits_of(self.process.step(tokens, position), self.vocab_size)

@@ -23,7 +23,7 @@ from lobit.stage_cache import StageCache
 
 COSTS = Costs(
     imports_seconds=3.0,
-    imports_bytes=500_000_000,  # mostly PyTorch
+    imports_bytes=700_000_000,  # mostly PyTorch
     model_copies=1.1,
     head_copies=5.2,  # the widest layer, while it is quantized
     seconds_per_parameter={"quantize": 11e-9, "lower": 1e-9, "write": 12e-9},
@@ -33,8 +33,8 @@ CHUNK = 512
 OPERATOR_ERROR = 2.0**-11
 """Queries and the shares of attention are rounded to half precision before their products."""
 SLOW_GRAPH = False
-VOCABULARY_BYTES = 40
-"""Bytes of the file for each token of the vocabulary, its merge included; they differ by the language."""
+VOCABULARY_BYTES = 34
+"""Bytes of the file for each token of the vocabulary, its merge included: 36 for SmolLM2, 17 for a small one without merges."""
 FIXED_BYTES, TENSOR_BYTES = 2048, 80
 """Bytes of the fields, and of a tensor's entry in the list with what fills it up to 32."""
 PADDED = 256
