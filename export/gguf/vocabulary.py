@@ -73,6 +73,10 @@ def fields_of(folder: Path, name: str, vocab_size: int, bos: int | None, stop: t
     tokenizer = Tokenizer.from_folder(folder, vocab_size)
     with guarded(f"{folder / FILE_NAME} is no tokenizer that can be read"):
         values = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+    kind = values["model"]["type"]
+    if kind not in ("BPE", "Unigram"):
+        raise TargetError(f"tokenizer.json is of the kind {shown(kind)}, of which llama.cpp has no form that generates: {OTHER}")
+    with guarded(f"{folder / FILE_NAME} is no tokenizer that can be read"):
         tries = list(_tries(values, vocab_size))
     around = _around(tokenizer, bos, stop, values, vocab_size)
     return _proved([{**named, **fields, **around} for named in ({"general.name": name}, {}) for fields in tries], tokenizer, vocab_size)
@@ -86,15 +90,13 @@ def _tries(values: Mapping[str, Any], vocab_size: int) -> Iterator[dict[str, Any
     if model["type"] == "BPE" and not model.get("byte_fallback"):
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
         yield {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "", **named, "tokenizer.ggml.merges": merges or [" "]}
-    elif model["type"] in ("BPE", "Unigram"):
+    else:
         kind = {"tokenizer.ggml.model": "llama" if model["type"] == "BPE" else "t5"}
         scores = {"tokenizer.ggml.scores": _scores(model, tokens)}
         charsmap = _charsmap(values.get("normalizer"))
         more = {"tokenizer.ggml.precompiled_charsmap": charsmap} if charsmap and model["type"] == "Unigram" else {}
         for prefix in (True, False):
             yield {**kind, **named, **scores, **more, "tokenizer.ggml.add_space_prefix": prefix}
-    else:
-        raise TargetError(f"tokenizer.json is of the kind {shown(model['type'])}, of which llama.cpp has no form that generates: {OTHER}")
 
 
 def _tokens(values: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
@@ -107,10 +109,16 @@ def _tokens(values: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list
     for entry in values.get("added_tokens") or []:
         texts[entry["id"]] = entry["content"]
         types[entry["id"]] = CONTROL if entry["special"] else USER_DEFINED
-    unknown = model.get("unk_id") if listed else model["vocab"].get(model.get("unk_token"))
+    unknown = _unknown(model)
     types |= {} if unknown is None else {unknown: UNKNOWN}
     numbers = range(vocab_size)
     return [texts.get(i, f"[unused {i}]") for i in numbers], [types.get(i, UNUSED) for i in numbers]
+
+
+def _unknown(model: Mapping[str, Any]) -> int | None:
+    """The token for what the vocabulary does not have."""
+    number = model.get("unk_id") if isinstance(model["vocab"], list) else model["vocab"].get(model.get("unk_token"))
+    return int(number) if number is not None else None
 
 
 def _scores(model: Mapping[str, Any], tokens: list[str]) -> list[float]:
@@ -146,7 +154,7 @@ def _around(tokenizer: Tokenizer, bos: int | None, stop: tuple[int, ...], values
     found = {
         "bos_token_id": bos if bos is not None else named["bos"],
         "eos_token_id": eos,
-        "unknown_token_id": named["unk"],
+        "unknown_token_id": _unknown(values["model"]) if named["unk"] is None else named["unk"],
         "padding_token_id": named["pad"],
         **dict(zip(("eot_token_id", "eom_token_id"), rest, strict=False)),
     }
