@@ -161,7 +161,7 @@ def write(lowered: Lowered, folder: Path, count: Count) -> list[FileEntry]:
         "general.quantization_version": 2,
         WEIGHTLESS: architecture.weightless,
         **fields_of(config, architecture, spec.context),
-        **vocabulary_fields(folder, folder.name.removesuffix(".partial"), config.vocab_size, spec.bos, spec.stop),
+        **vocabulary_fields(folder, config.vocab_size, spec.bos, spec.stop),
     }
     write_file(folder / GGUF_FILE, architecture.name, fields, tensors, count)
     return [FileEntry.of(folder, GGUF_FILE, "program")]

@@ -46,20 +46,18 @@ PRE_TOKENIZERS = (
     "minicpm5", "roberta-bpe", "default",
 )  # fmt: skip
 """llama.cpp's names (`src/llama-vocab.cpp`), the most used first; of those that are the same one name alone."""
+STRIPS, MOST_STRIPPING = "Phi-3", 4
+"""The name of a model by which alone llama.cpp takes away the spaces behind special tokens; number of such tokens that are tried."""
 LONGEST_WAIT = 300
 """Seconds that llama.cpp may take to try all of them."""
 OTHER = "take target onnx or xnnpack, or give the model the tokenizer that it was trained with"
 
 
-def fields_of(folder: Path, name: str, vocab_size: int, bos: int | None, stop: tuple[int, ...]) -> dict[str, Any]:
+def fields_of(folder: Path, vocab_size: int, bos: int | None, stop: tuple[int, ...]) -> dict[str, Any]:
     """The fields of a file that describe the tokenizer of a folder; those of no tokenizer where it has none.
-
-    The model's name is among them: llama.cpp treats special tokens in another way where it contains `phi-3`, and refuses the file where
-    these are missing. Then the name is left out.
 
     Args:
         folder: with tokenizer.json and what is beside it.
-        name: the model's.
         vocab_size: the model's; tokens beyond it are left out, those that are missing are filled up.
         bos: the token that begins a text; None: there is none.
         stop: tokens that end a text.
@@ -69,7 +67,7 @@ def fields_of(folder: Path, name: str, vocab_size: int, bos: int | None, stop: t
         ModelError: the tokenizer is damaged.
     """
     if not (folder / FILE_NAME).is_file():
-        return {"general.name": name, "tokenizer.ggml.model": "none"}
+        return {"tokenizer.ggml.model": "none"}
     tokenizer = Tokenizer.from_folder(folder, vocab_size)
     with guarded(f"{folder / FILE_NAME} is no tokenizer that can be read"):
         values = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
@@ -79,7 +77,10 @@ def fields_of(folder: Path, name: str, vocab_size: int, bos: int | None, stop: t
     with guarded(f"{folder / FILE_NAME} is no tokenizer that can be read"):
         tries = list(_tries(values, vocab_size))
     around = _around(tokenizer, bos, stop, values, vocab_size)
-    return _proved([{**named, **fields, **around} for named in ({"general.name": name}, {}) for fields in tries], tokenizer, vocab_size)
+    stripping = [entry["content"] for entry in values.get("added_tokens") or [] if entry.get("rstrip")]
+    names: list[dict[str, str]] = [{}, *([{"general.name": STRIPS}] if stripping else [])]
+    texts = [*TEXTS, *(f"one{token}\n two" for token in stripping[:MOST_STRIPPING])]
+    return _proved([{**name, **fields, **around} for name in names for fields in tries], texts, tokenizer, vocab_size)
 
 
 def _tries(values: Mapping[str, Any], vocab_size: int) -> Iterator[dict[str, Any]]:
@@ -163,21 +164,21 @@ def _around(tokenizer: Tokenizer, bos: int | None, stop: tuple[int, ...], values
     return fields | ({"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {})
 
 
-def _proved(tries: list[dict[str, Any]], tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+def _proved(tries: list[dict[str, Any]], texts: list[str], tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     """The first of the tries with which llama.cpp has the tokenizer's tokens; its pre-tokenizer is found and named.
 
     Raises:
         TargetError: none is.
     """
-    tokens = [tokenizer.encode(text, bos=False) for text in TEXTS]
+    tokens = [tokenizer.encode(text, bos=False) for text in texts]
     for fields in tries:
         names = PRE_TOKENIZERS if "tokenizer.ggml.pre" in fields else (None,)
-        answer = _asked(fields, vocab_size, {"pre": names, "texts": TEXTS, "tokens": tokens})
+        answer = _asked(fields, vocab_size, {"pre": names, "texts": texts, "tokens": tokens})
         if answer.get("pre") is not None:
             return {**fields, "tokenizer.ggml.pre": answer["pre"]} if "tokenizer.ggml.pre" in fields else fields
     if "error" in answer:
         raise TargetError(f"llama.cpp refuses this vocabulary ({answer['error']}): {OTHER}")
-    own = tokens[TEXTS.index(answer["text"])]
+    own = tokens[texts.index(answer["text"])]
     place = next(i for i in range(len(own) + 1) if own[i : i + 1] != answer["found"][i : i + 1])
     raise TargetError(
         f"llama.cpp has no tokenizer like this model's: the last of those that it knows gives {answer['found'][place : place + 3]} where "

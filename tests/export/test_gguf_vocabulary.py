@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Regex, Tokenizer as Inner, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Inner
 
 from lobit.demo import held_out_text
 from lobit.errors import TargetError
@@ -24,7 +25,7 @@ TEXT = "Once upon a time, in 1984,  there's a_small ñandú that SAID: \"don't!\
 def fields(folder: Path, size: int) -> dict[str, Any]:
     """What a file says of a folder's tokenizer."""
     tokenizer = Tokenizer.from_folder(folder, size)
-    return fields_of(folder, "model", size, tokenizer.bos, tuple(tokenizer.stop))
+    return fields_of(folder, size, tokenizer.bos, tuple(tokenizer.stop))
 
 
 def told_by_llama_cpp(values: dict[str, Any], size: int, path: Path, text: str, around: bool = False) -> list[int]:
@@ -94,14 +95,20 @@ def test_a_vocabulary_that_no_pre_tokenizer_cuts_alike_is_refused(tmp_path: Path
 def test_a_tokenizer_of_words_is_refused(tmp_path: Path) -> None:
     inner = Inner(models.WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>"))
     inner.normalizer = normalizers.NFC()
-    with pytest.raises(TargetError, match="'WordLevel'.*take target onnx or xnnpack"):
+    with pytest.raises(TargetError, match=r"'WordLevel'.*take target onnx or xnnpack"):
         fields(saved(inner, tmp_path / "model"), 3)
 
 
-def test_a_model_s_name_that_changes_what_llama_cpp_does_is_left_out(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.from_folder(DEMO, 768)
-    assert "general.name" not in fields_of(DEMO, "my-phi-3", 768, tokenizer.bos, tuple(tokenizer.stop))
+def test_spaces_behind_a_special_token_go_where_the_tokenizer_takes_them_away(tmp_path: Path) -> None:
+    """llama.cpp does so for models of one name alone, which also need to have certain tokens."""
+    inner = Inner.from_file(str(DEMO / "tokenizer.json"))
+    names = ["</s>", "<unk>", "<s>", "<|endoftext|>"]
+    inner.add_special_tokens([AddedToken(name, normalized=False, rstrip=name == "</s>") for name in names])
+    values = fields(saved(inner, tmp_path / "model"), 772)
+    assert values["general.name"] == "Phi-3"
+    tokens = told_by_llama_cpp(values, 772, tmp_path / "v.gguf", "one</s>  \n two")
+    assert tokens == Tokenizer.from_folder(tmp_path / "model").encode("one</s>  \n two", bos=False)
 
 
 def test_a_model_without_a_tokenizer_has_none(tmp_path: Path) -> None:
-    assert fields_of(tmp_path, "model", 9, None, ()) == {"general.name": "model", "tokenizer.ggml.model": "none"}
+    assert fields_of(tmp_path, 9, None, ()) == {"tokenizer.ggml.model": "none"}
