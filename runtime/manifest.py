@@ -253,7 +253,8 @@ class Manifest:
 
     name: str
     target: str
-    """The runtime that the program is for: `xnnpack` (ExecuTorch), `onnx` (ONNX Runtime) or `qnn` (ExecuTorch on Qualcomm's HTP)."""
+    """The runtime that the program is for: `xnnpack` (ExecuTorch), `onnx` (ONNX Runtime), `gguf` (llama.cpp) or `qnn` (ExecuTorch on
+    Qualcomm's HTP)."""
     model: ModelInfo
     recipe: dict[str, Any]
     """The quantization recipe, as `Recipe.to_json` gives it."""

@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from lobit import verbs
-from lobit.checkpoint import load_config, load_model
+from lobit.checkpoint import load_config, load_model, resolve
 from lobit.demo import held_out_text
 from lobit.errors import TargetError
 from lobit.export.block_inputs import round_blocks
 from lobit.export.gguf.architecture import choose, fields_of
+from lobit.export.gguf.arithmetic import arithmetic
 from lobit.export.gguf.weights import Q4_0, Q8_0, form_of, packed
+from lobit.export.target import Spec
 from lobit.model import Config
 from lobit.quant_recipes.recipe import Recipe, WeightGrid
 from lobit.rope import LongRopeScaling, Rope
@@ -29,7 +32,8 @@ from lobit.tokenizer import Tokenizer
 from lobit.verbs.make import converted
 from tests.conftest import EXCLUDED
 from tests.mutations import reseal
-from tests.small_models import FAMILIES, write_model
+from tests.oracles import SMALL, WINDOW, of_class
+from tests.small_models import FAMILIES, write_model, write_tokenizer
 
 CONTEXT = 64
 NEAR = 0.03
@@ -106,6 +110,23 @@ def test_the_demo_within_a_window_is_proved(ternary: bool, tmp_path: Path) -> No
     assert verbs.verify(bundle, source)["passed"]
     found = verbs.parity(bundle, "demo", held_out_text(10), tokens=200, checkpoint=source if ternary else None, threads=1)
     assert found["passed"]
+    model, _ = converted(resolve(source), None if ternary else verbs.choose_recipe(recipe))
+    exact = arithmetic(model, Spec(verbs.choose_recipe(recipe), WITHIN_A_WINDOW, WITHIN_A_WINDOW))
+    prompt = Tokenizer.from_folder(resolve(source)).encode("Once upon a time")
+    count = WITHIN_A_WINDOW - len(prompt)
+    assert differing_tokens(ReferenceEngine(*exact, WITHIN_A_WINDOW), open_engine(open_bundle(bundle), 1), prompt, count) == []
+
+
+def test_gemma_3_with_its_own_scale_runs_with_windows_and_two_rotary_bases(tmp_path: Path) -> None:
+    sizes = {**SMALL, "num_hidden_layers": 6, "hidden_size": 96, "max_position_embeddings": CONTEXT}
+    config = transformers.Gemma3TextConfig(**sizes, head_dim=32, sliding_window=WINDOW, query_pre_attn_scalar=32)
+    of_class(config, norm=0.0)(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    bundle = open_bundle(export(tmp_path / "model", tmp_path / "bundle"))
+    assert bundle.manifest.delegation.backend == "llama.cpp, gemma3"
+    assert verbs.verify(bundle.folder, str(tmp_path / "model"))["passed"]
+    reference = ReferenceEngine(load_model(tmp_path / "model"), None, CONTEXT)
+    assert differing_tokens(reference, open_engine(bundle, 1), list(range(60, 80)), 40) == []
 
 
 def test_one_flipped_integer_is_found(stories: Path, tmp_path: Path) -> None:
