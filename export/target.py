@@ -42,6 +42,18 @@ class Spec:
     """Threads that the runtime uses unless the user asks for another number; 0: one per core."""
     soc: str | None = None
     """The chip that the program is compiled for; None: the target's default, or the target has no such choice."""
+    smallest: bool = False
+    """Whether weights take the fewest bytes that the target has for them, where others are read faster."""
+
+
+OWN_OPTIONS = {"portable": "onnx", "soc": "qnn", "smallest": "gguf"}
+"""Fields of `Spec` that one target alone has, and that target."""
+
+
+def foreign_options(spec: Spec, target: str) -> list[str]:
+    """Messages about options that another target has."""
+    given = (name for name, owner in OWN_OPTIONS.items() if owner != target and getattr(spec, name))
+    return [f"--{name} is for target {OWN_OPTIONS[name]}: leave it out" for name in given]
 
 
 RunGraph = Callable[[Tensor, Tensor], Tensor]

@@ -75,6 +75,7 @@ FloatRecipe = Annotated[str | None, typer.Option("--recipe", help="For a float m
 Context = Annotated[int | None, typer.Option("--context", help="Tokens to hold; default: the model's, at most 2048.")]
 Chunk = Annotated[int | None, typer.Option("--chunk", help="Most tokens in one prefill call; default: 512, 32 for target qnn.")]
 Soc = Annotated[str | None, typer.Option("--soc", metavar="CHIP", help="Target qnn: to compile for, such as SM8650 (default), SM8750.")]
+Smallest = Annotated[bool, typer.Option("--smallest", help="Target gguf: ternary weights in 1.69 bits, where 2.06 are read faster.")]
 Portable = Annotated[bool, typer.Option("--portable", help="Target onnx: standard operators alone, for other tools to convert.")]
 AllLogits = Annotated[bool, typer.Option("--all-logits", help="Logits of every token of a call, not of the last alone: for evaluation.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub name, or 'demo'.")]

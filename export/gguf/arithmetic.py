@@ -23,7 +23,7 @@ def arithmetic(model: Transformer, spec: Spec) -> tuple[Transformer, Recipe]:
     """See `Target.arithmetic`. Gemma's embeddings are multiplied by the square root of the width, which is not rounded to bfloat16."""
     changed, floats = twin(model), float_form(spec.recipe)
     for name, layer in list(layers_of(changed)):
-        kept = form_of(layer.rule.weights, layer.integers.shape[1]) if isinstance(layer, IntegerLinear) else floats
+        kept = form_of(layer.rule.weights, layer.integers.shape[1], spec.smallest) if isinstance(layer, IntegerLinear) else floats
         if name != "embedding" and kept != F32:
             changed.set_submodule(name, RoundedInputs(layer, rounding(kept)))
     if changed.config.post_norms:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from lobit.export.gguf.architecture import Architecture
 from lobit.export.gguf.weights import F16, F32, Form, float_form, form_of, packed
 from lobit.export.stages import Count
+from lobit.export.target import Spec
 from lobit.layout import gguf_name, to_gguf
 from lobit.model import Transformer, weight_of
 from lobit.quant_recipes.apply import layers_of
 from lobit.quant_recipes.integer import IntegerEmbedding, IntegerLinear
-from lobit.quant_recipes.recipe import Recipe
 from lobit.quiet import quiet_python
 
 Integers = IntegerLinear | IntegerEmbedding
@@ -48,7 +48,7 @@ class Entry:
         return rows * self.form.row_bytes(self.shape[-1])
 
 
-def entries(model: Transformer, architecture: Architecture, recipe: Recipe) -> list[Entry]:
+def entries(model: Transformer, architecture: Architecture, spec: Spec) -> list[Entry]:
     """The tensors of a converted model; a block that runs several times is there as often."""
     turned = model if architecture.is_paired else None
     found = [_constant(name, tensor) for name, tensor in architecture.vectors.items()]
@@ -57,7 +57,7 @@ def entries(model: Transformer, architecture: Architecture, recipe: Recipe) -> l
         parts = list(group)
         layers = [(ours, part) for _, ours, part in parts if isinstance(part, nn.Module)]
         vectors = [_vector(name, ours, part, turned) for _, ours, part in parts if isinstance(part, Tensor)]
-        found += [_matrix(name, layers, turned, recipe)] if layers else vectors
+        found += [_matrix(name, layers, turned, spec)] if layers else vectors
     return found
 
 
@@ -89,12 +89,12 @@ def _vector(name: str, ours: str, tensor: Tensor, turned: Transformer | None) ->
     return _constant(name, tensor if turned is None or tensor.is_meta else to_gguf(turned.config, ours, tensor))
 
 
-def _matrix(name: str, parts: Sequence[tuple[str, nn.Module]], turned: Transformer | None, recipe: Recipe) -> Entry:
+def _matrix(name: str, parts: Sequence[tuple[str, nn.Module]], turned: Transformer | None, spec: Spec) -> Entry:
     """The rows of one product, or of several, one after the other."""
     layers = [layer for _, layer in parts]
     first = layers[0]
     inner = (first.integers if isinstance(first, Integers) else weight_of(first)).shape[1]
-    kept = form_of(first.rule.weights, inner) if isinstance(first, Integers) else float_form(recipe)
+    kept = form_of(first.rule.weights, inner, spec.smallest) if isinstance(first, Integers) else float_form(spec.recipe)
     rows = sum(len(layer.integers if isinstance(layer, Integers) else weight_of(layer)) for layer in layers)
 
     def make() -> Tensor:

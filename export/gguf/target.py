@@ -13,7 +13,7 @@ from lobit.export.gguf.vocabulary import fields_of as vocabulary_fields
 from lobit.export.gguf.weights import form, misfit, pattern_of
 from lobit.export.size_groups import Tally
 from lobit.export.stages import Count
-from lobit.export.target import Costs, Lowered, Needs, RunGraph, Spec
+from lobit.export.target import Costs, Lowered, Needs, RunGraph, Spec, foreign_options
 from lobit.model import Config, Transformer
 from lobit.quant_recipes.apply import LayerPlan, layer_plans
 from lobit.quant_recipes.sizes import FLOAT, kind_of, norms_and_biases
@@ -57,7 +57,7 @@ def graph(model: Transformer, spec: Spec) -> RunGraph | None:
 
 def check(spec: Spec, config: Config) -> list[str]:
     """Every reason why llama.cpp cannot hold the model under the recipe."""
-    problems = [f"{option} is for target {target}: leave it out" for option, target in _foreign(spec)]
+    problems = foreign_options(spec, "gguf")
     problems += choose(config, spec.context)[1]
     plans = layer_plans(config, spec.recipe)
     found = {pattern_of(row.name): why for row in plans if row.rule and (why := misfit(row.rule, row.shape[1]))}
@@ -71,10 +71,6 @@ def check(spec: Spec, config: Config) -> list[str]:
     return problems
 
 
-def _foreign(spec: Spec) -> list[tuple[str, str]]:
-    return [*([("--portable", "onnx")] if spec.portable else []), *([("--soc", "qnn")] if spec.soc else [])]
-
-
 def _unlike(plans: list[LayerPlan], spec: Spec) -> list[str]:
     """Products that are one tensor in the file and have weights of several forms."""
     found = []
@@ -82,7 +78,7 @@ def _unlike(plans: list[LayerPlan], spec: Spec) -> list[str]:
         rows = [row for row in plans if row.name.rpartition(".")[2] in parts]
         layers = {row.name.split(".")[1] for row in rows}
         for layer in sorted(layers, key=int):
-            kinds = {(form(row, spec.recipe), row.rule and row.rule.weights) for row in rows if row.name.split(".")[1] == layer}
+            kinds = {(form(row, spec), row.rule and row.rule.weights) for row in rows if row.name.split(".")[1] == layer}
             if len(kinds) > 1:
                 found.append(f"{', '.join(parts)} of layer {layer} are one tensor in llama.cpp and have several grids: give them one")
     return found
@@ -94,8 +90,8 @@ def step(spec: Spec) -> int:
 
 
 def options(spec: Spec) -> dict[str, str | int | bool]:
-    """See `Target.options`: there are none; apps choose how they run the file."""
-    return {}
+    """See `Target.options`: whether ternary weights take the fewest bytes. How the file is run is left to apps."""
+    return {"smallest": spec.smallest}
 
 
 def cache(spec: Spec, config: Config) -> CacheInfo:
@@ -111,7 +107,7 @@ def weights(spec: Spec, config: Config) -> list[TensorGroup]:
         if row.shared_with is None:
             times = config.repeats if row.name.startswith("layers.") else 1
             out, inner = row.shape
-            tally.add(kind_of(row.name), _format(row, spec), out * inner, times * out * form(row, spec.recipe).row_bytes(inner))
+            tally.add(kind_of(row.name), _format(row, spec), out * inner, times * out * form(row, spec).row_bytes(inner))
     for kind, count in norms_and_biases(config):
         tally.add(kind, "float32", count, FLOAT * count)
     architecture, _ = choose(config, spec.context)
@@ -123,7 +119,7 @@ def weights(spec: Spec, config: Config) -> list[TensorGroup]:
 
 def _format(row: LayerPlan, spec: Spec) -> str:
     """Names a layer's grid in the recipe, GGUF's type, and how llama.cpp rounds the inputs."""
-    kept = form(row, spec.recipe)
+    kept = form(row, spec)
     if row.rule is None:
         return f"float{spec.recipe.float_bits}"
     rounded = "" if row.name == "embedding" else f", inputs int8 in blocks of {kept.block}"
@@ -134,7 +130,7 @@ def needs(model: Transformer, spec: Spec) -> Needs:
     """What the file takes besides weights, and what running it takes: weights, cache, and the activations and scores of a chunk."""
     config = model.config
     architecture, _ = choose(config, spec.context)
-    tensors = entries(model, architecture, spec.recipe)
+    tensors = entries(model, architecture, spec)
     overhead = FIXED_BYTES + TENSOR_BYTES * len(tensors) + VOCABULARY_BYTES * config.vocab_size
     widest = max(config.intermediate_size, config.heads * config.head_dim)
     padded = -(-spec.context // PADDED) * PADDED
@@ -146,7 +142,7 @@ def needs(model: Transformer, spec: Spec) -> Needs:
 def lower(model: Transformer, spec: Spec, kept: StageCache, count: Count) -> Lowered:
     """The file's tensors, which are still the model's own; `write` puts them into blocks one by one."""
     architecture, _ = choose(model.config, spec.context)
-    tensors, chunk = entries(model, architecture, spec.recipe), f"1..{step(spec)}"
+    tensors, chunk = entries(model, architecture, spec), f"1..{step(spec)}"
     inputs = [Port("token", "tokens", [1, chunk], "int32"), Port("pos", "positions", [1, chunk], "int32")]
     scored: int | str = chunk if spec.all_logits else 1
     outputs = [Port("logits", "logits", [1, scored, model.config.vocab_size], "float32")]

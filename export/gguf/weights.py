@@ -14,8 +14,9 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from lobit.errors import TargetError
+from lobit.export.target import Spec
 from lobit.quant_recipes.apply import LayerPlan
-from lobit.quant_recipes.gguf_packing import TQ2_0
+from lobit.quant_recipes.gguf_packing import TQ1_0, TQ2_0
 from lobit.quant_recipes.packing import row_slices
 from lobit.quant_recipes.recipe import Recipe, Rule, WeightGrid
 
@@ -41,8 +42,8 @@ class Form:
 
 F32, F16 = Form(Type.F32, 1, 4), Form(Type.F16, 1, 2)
 Q4_0, Q8_0 = Form(Type.Q4_0, SMALL, SCALE_BYTES + SMALL // 2), Form(Type.Q8_0, SMALL, SCALE_BYTES + SMALL)
-TERNARY = Form(Type.TQ2_0, LARGE, TQ2_0.size)
-"""Of the two ternary types the one that is read faster; TQ1_0 has 1.69 bits a weight where it has 2.06."""
+TERNARY = {False: Form(Type.TQ2_0, LARGE, TQ2_0.size), True: Form(Type.TQ1_0, LARGE, TQ1_0.size)}
+"""By whether the smallest is wanted: 1.69 bits a weight where 2.06 are read faster."""
 
 
 def float_form(recipe: Recipe) -> Form:
@@ -53,22 +54,23 @@ def float_form(recipe: Recipe) -> Form:
     return F16 if recipe.float_bits == 16 else F32
 
 
-def form_of(grid: WeightGrid, inner: int) -> Form:
+def form_of(grid: WeightGrid, inner: int, smallest: bool = False) -> Form:
     """How integers of a grid are stored: in the narrowest blocks that hold their values and their scales.
 
     Args:
         grid: the grid.
         inner: weights in a row.
+        smallest: see `Spec.smallest`.
     """
     if grid.bits == 2 and (grid.group_size or inner) % LARGE == 0:
-        return TERNARY
+        return TERNARY[smallest]
     return Q4_0 if grid.bits <= 4 else Q8_0
 
 
-def form(layer_plan: LayerPlan, recipe: Recipe) -> Form:
+def form(layer_plan: LayerPlan, spec: Spec) -> Form:
     """How a layer is stored."""
     rule = layer_plan.rule
-    return float_form(recipe) if rule is None else form_of(rule.weights, layer_plan.shape[1])
+    return float_form(spec.recipe) if rule is None else form_of(rule.weights, layer_plan.shape[1], spec.smallest)
 
 
 def misfit(rule: Rule, inner: int) -> str | None:
@@ -126,5 +128,6 @@ def _joined(scales: Tensor, content: Tensor) -> Tensor:
 PACKERS: dict[Type, Callable[[Tensor, Tensor], Tensor]] = {
     Type.Q4_0: _pack_q4_0,
     Type.Q8_0: _pack_q8_0,
+    Type.TQ1_0: lambda integers, scales: TQ1_0.pack(integers, scales.float()),
     Type.TQ2_0: lambda integers, scales: TQ2_0.pack(integers, scales.float()),
 }

@@ -22,7 +22,7 @@ from lobit.export.qnn.program import BACKEND, write_pte
 from lobit.export.qnn.weights import HtpLinear, program_bytes, stored_bits, table_bits, table_bytes, write_table
 from lobit.export.size_groups import Tally, stored_as
 from lobit.export.stages import Count
-from lobit.export.target import Costs, Lowered, Needs, Spec, with_rules
+from lobit.export.target import Costs, Lowered, Needs, Spec, foreign_options, with_rules
 from lobit.export.walk import walk
 from lobit.model import Config, Transformer, replace_layers, twin
 from lobit.quant_recipes.apply import LayerPlan, layer_plans
@@ -98,7 +98,7 @@ def arithmetic(model: Transformer, spec: Spec) -> tuple[Transformer, Recipe]:
 def check(spec: Spec, config: Config) -> list[str]:
     """Every reason why the HTP cannot hold the model under the recipe."""
     recipe = spec.recipe
-    problems = ["--portable is for target onnx: leave it out"] if spec.portable else []
+    problems = foreign_options(spec, "qnn")
     if soc_of(spec) in FAILING:
         problems.append(f"{soc_of(spec)} has no half floats, its compiler refuses the model: choose one of {', '.join(SOCS)}")
     elif soc_of(spec) not in SOCS:

@@ -138,6 +138,7 @@ def export(
     all_logits: bool = False,
     threads: int = 0,
     soc: str | None = None,
+    smallest: bool = False,
     command: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Manifest:
@@ -157,6 +158,7 @@ def export(
         all_logits: whether the program returns the logits of every token of a call, not of the last alone.
         threads: how many the runtime uses unless it is told otherwise; 0: one per core.
         soc: the chip to compile for, where the target has that choice; None: its default.
+        smallest: whether weights take the fewest bytes that the target has for them, where others are read faster.
         command: the command line, for the record.
         progress: called as the whole export advances.
     """
@@ -189,7 +191,7 @@ def export(
     tokens = Tokens(None, [], None, {})
     if tokenizer is not None:
         tokens = Tokens(tokenizer.bos, tokenizer.stop, tokenizer.chat_template, tokenizer.special)
-    spec = Spec(asked, context, chunk, portable, all_logits, tokens.bos, tuple(tokens.stop), threads, soc)
+    spec = Spec(asked, context, chunk, portable, all_logits, tokens.bos, tuple(tokens.stop), threads, soc, smallest)
     check_target(target, spec, config)
     request = bundle.Request(source, out.name, target, tokens, Generation(**declared_generation(source)), spec, command)
     settings = {
@@ -222,6 +224,7 @@ def plan(
     portable: bool = False,
     all_logits: bool = False,
     soc: str | None = None,
+    smallest: bool = False,
     detail: bool = False,
     bandwidth: float | None = None,
     progress: Progress | None = None,
@@ -237,6 +240,7 @@ def plan(
         portable: as `export` has it.
         all_logits: as `export` has it.
         soc: as `export` has it.
+        smallest: as `export` has it.
         detail: whether to add speed and energy as the papers model them, and the entropy of the weights, which are read for it.
         bandwidth: that of the memory that decoding reads, in 10^9 bytes a second, for the detail; None: this machine's is measured.
         progress: called as the weights are read.
@@ -247,7 +251,8 @@ def plan(
 
     source = resolve(model)
     config, asked = load_config(source), _asked(source, recipe)
-    found = planning.plan(config, Spec(asked, *_sizes(config, target, context, chunk), portable, all_logits, soc=soc), target)
+    spec = Spec(asked, *_sizes(config, target, context, chunk), portable, all_logits, soc=soc, smallest=smallest)
+    found = planning.plan(config, spec, target)
     return replace(found, detail=_detail(found, source, asked, bandwidth, progress)) if detail else found
 
 

@@ -213,8 +213,9 @@ def _spec(recipe: Recipe, manifest: Manifest) -> Spec:
     from lobit.export.target import Spec
 
     soc = manifest.options.get("soc")
-    portable = bool(manifest.options.get("portable"))
-    return Spec(recipe, manifest.context, manifest.chunk, portable, manifest.all_logits, soc=str(soc) if soc else None)
+    portable, smallest = (bool(manifest.options.get(name)) for name in ("portable", "smallest"))
+    chip = str(soc) if soc else None
+    return Spec(recipe, manifest.context, manifest.chunk, portable, manifest.all_logits, soc=chip, smallest=smallest)
 
 
 def _in_arithmetic(rounded: ReferenceEngine, manifest: Manifest) -> ReferenceEngine:

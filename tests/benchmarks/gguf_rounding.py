@@ -28,6 +28,7 @@ from lobit.export.gguf.architecture import choose, fields_of
 from lobit.export.gguf.file import Entry, entries, write
 from lobit.export.gguf.vocabulary import fields_of as vocabulary_fields
 from lobit.export.gguf.weights import Q4_0, Q8_0, Form
+from lobit.export.target import Spec
 from lobit.model import Transformer
 from lobit.quant_recipes.catalog import find_recipe
 from lobit.runtime.llama_library import Context, Model, library
@@ -55,10 +56,10 @@ def by_ggml(embedding: Form) -> Callable[[Path, Path], Path]:
     """The float model with its layers in llama.cpp's Q4_0, the embedding in a form of its own."""
 
     def make(folder: Path, path: Path) -> Path:
-        model, recipe = load_model(folder), find_recipe("fp")
+        model, spec = load_model(folder), Spec(find_recipe("fp"), LENGTH, LENGTH)
         architecture, _ = choose(model.config, LENGTH)
         forms = {"token_embd.weight": embedding}
-        tensors = [rounded(entry, forms.get(entry.name, Q4_0)) for entry in entries(model, architecture, recipe)]
+        tensors = [rounded(entry, forms.get(entry.name, Q4_0)) for entry in entries(model, architecture, spec)]
         write_file(model, folder, tensors, path)
         return path
 

@@ -51,9 +51,9 @@ REFUSED = {
 """Families whose small model llama.cpp does not compute, and what the message says."""
 
 
-def export(model: Path | str, out: Path, recipe: str | Recipe = "fp", context: int = CONTEXT) -> Path:
+def export(model: Path | str, out: Path, recipe: str | Recipe = "fp", context: int = CONTEXT, **options: Any) -> Path:
     chosen = verbs.choose_recipe(recipe) if isinstance(recipe, str) else recipe
-    verbs.export(str(model), "gguf", out, recipe=chosen, context=context)
+    verbs.export(str(model), "gguf", out, recipe=chosen, context=context, **options)
     return out
 
 
@@ -158,6 +158,14 @@ def test_scales_that_half_precision_does_not_hold_are_refused() -> None:
         packed(torch.zeros(3, 32, dtype=torch.int8), torch.tensor([[0.5], [0.1], [2.0]]), Q8_0, "layers.0.mlp.up")
 
 
+def test_ternary_weights_take_fewer_bytes_where_these_are_asked_for(tmp_path: Path) -> None:
+    smallest = export(TERNARY_DEMO, tmp_path / "bundle", "bitnet", WITHIN_A_WINDOW, smallest=True)
+    assert any("as TQ1_0, inputs int8 in blocks of 256" in group.format for group in open_bundle(smallest).manifest.weights)
+    assert verbs.verify(smallest, str(TERNARY_DEMO))["passed"]
+    found = verbs.parity(smallest, "demo", held_out_text(4), tokens=100, checkpoint=str(TERNARY_DEMO), threads=1)
+    assert found["passed"]
+
+
 @pytest.mark.parametrize(
     ("bits", "group", "inner", "name"),
     [
@@ -234,6 +242,6 @@ def test_every_integer_model_is_written_from_its_own_tensors(models: Any) -> Non
     from lobit.export.gguf.file import entries
 
     model, recipe = converted(models("llama"), verbs.choose_recipe("8da4w-g32"))
-    tensors = entries(model, choose(model.config, 64)[0], recipe)
+    tensors = entries(model, choose(model.config, 64)[0], Spec(recipe, 64, 64))
     made = {entry.name: entry.make() for entry in tensors}
     assert all(tensor.numel() * tensor.element_size() == entry.bytes for entry, tensor in zip(tensors, made.values(), strict=True))
