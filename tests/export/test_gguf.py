@@ -129,6 +129,21 @@ def test_gemma_3_with_its_own_scale_runs_with_windows_and_two_rotary_bases(tmp_p
     assert differing_tokens(reference, open_engine(bundle, 1), list(range(60, 80)), 40) == []
 
 
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+@pytest.mark.parametrize("family", ["LlamaConfig", "Qwen3Config", "SmolLM3Config"])
+def test_rotary_scaling_is_llama_cpp_s(family: str, kind: str, tmp_path: Path) -> None:
+    """By a factor for each frequency (llama), or by what llama.cpp computes of the fields itself."""
+    more = {"original_max_position_embeddings": 16} if kind == "yarn" else {}
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, **more}
+    of_class(getattr(transformers, family)(**{**SMALL, "max_position_embeddings": CONTEXT}, rope_parameters=rope))(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    bundle = open_bundle(export(tmp_path / "model", tmp_path / "bundle"))
+    reference = ReferenceEngine(load_model(tmp_path / "model"), None, CONTEXT)
+    tokens = list(range(60, 60 + CONTEXT))
+    expected, found = reference.score(tokens), open_engine(bundle, 1).score(tokens)
+    assert np.median(np.abs(expected - found).max(axis=1)) < NEAR / 2 * expected.std()
+
+
 def test_one_flipped_integer_is_found(stories: Path, tmp_path: Path) -> None:
     bundle = export(stories, tmp_path / "bundle", verbs.choose_recipe("8da4w-g32", exclude=(EXCLUDED,)))
     with (bundle / "model.gguf").open("r+b") as file:
