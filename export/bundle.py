@@ -82,7 +82,8 @@ def write_bundle(model: Transformer, recipe: Recipe, request: Request, folder: P
     with stages.stage("lower") as count:
         lowered = module.lower(model, spec, kept, count)
     with stages.stage("write") as count:
-        files = module.write(lowered, folder, count) + _copy_tokenizer(request.source, folder)
+        tokenizer = _copy_tokenizer(request.source, folder)  # which a target may put into its own files
+        files = module.write(lowered, folder, count) + tokenizer
     manifest = Manifest(
         name=request.name,
         target=request.target,

@@ -48,18 +48,18 @@ class Spec:
     """Whether keys and values are inputs and outputs, where the target has states for them otherwise."""
     executorch: bool = False
     """Whether to write an ExecuTorch program, where the target has a form of its own otherwise."""
+    smallest: bool = False
+    """Whether weights take the fewest bytes that the target has for them, where others are read faster."""
 
 
-OWNERS = {"portable": ("--portable", "onnx"), "soc": ("--soc", "qnn")} | {
-    name: (f"--{name.replace('_', '-')}", "coreml") for name in ("float32", "explicit_cache", "executorch")
-}
-"""Options of one target alone: their names on the command line, and the target."""
+OWN_OPTIONS = {"portable": "onnx", "soc": "qnn", "smallest": "gguf"} | dict.fromkeys(("float32", "explicit_cache", "executorch"), "coreml")
+"""Fields of `Spec` that one target alone has, and that target; the names of its options in a manifest, and on the command line."""
 
 
 def foreign_options(spec: Spec, target: str) -> list[str]:
-    """Reasons why a target cannot follow options that are another target's."""
-    foreign = [told for name, told in OWNERS.items() if told[1] != target and getattr(spec, name)]
-    return [f"{option} is for target {owner}: leave it out" for option, owner in foreign]
+    """Messages about options that another target has."""
+    given = (name for name, owner in OWN_OPTIONS.items() if owner != target and getattr(spec, name))
+    return [f"--{name.replace('_', '-')} is for target {OWN_OPTIONS[name]}: leave it out" for name in given]
 
 
 RunGraph = Callable[[Tensor, Tensor], Tensor]

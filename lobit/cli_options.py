@@ -82,6 +82,7 @@ ExplicitCache = Annotated[
 ExecuTorch = Annotated[
     bool, typer.Option("--executorch", help="Target coreml: an ExecuTorch program for its Core ML delegate, with explicit caches.")
 ]
+Smallest = Annotated[bool, typer.Option("--smallest", help="Target gguf: ternary weights in 1.69 bits, where 2.06 are read faster.")]
 Portable = Annotated[bool, typer.Option("--portable", help="Target onnx: standard operators alone, for other tools to convert.")]
 AllLogits = Annotated[bool, typer.Option("--all-logits", help="Logits of every token of a call, not of the last alone: for evaluation.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub name, or 'demo'.")]

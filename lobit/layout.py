@@ -33,8 +33,12 @@ GGUF = {
     **{f"attention.{part}": f"attn_{part}" for part in "qkv"},
     "attention.o": "attn_output",
     **{f"mlp.{part}": f"ffn_{part}" for part in ("gate", "up", "down")},
+    **{f"attention.{part}_norm": f"attn_{part}_norm" for part in ("q", "k", "sub")},
+    "mlp.sub_norm": "ffn_sub_norm",
+    "post_attention_norm": "post_attention_norm",
+    "post_mlp_norm": "post_ffw_norm",
 }
-"""lobit's names, and those of Llamas in GGUF files (gguf-py `gguf/constants.py`, `TENSOR_NAMES`)."""
+"""lobit's names, and those in GGUF files (gguf-py `gguf/constants.py`, `TENSOR_NAMES`)."""
 LINEARS = {f"attention.{part}" for part in "qkvo"} | {f"mlp.{part}" for part in ("gate", "up", "down")}
 
 
@@ -109,13 +113,18 @@ def _stored_name(names: Mapping[str, str], ours: str, layers: str = "model.layer
 
 
 def gguf_name(ours: str) -> str:
-    """What GGUF files call a tensor of a Llama: layers.3.mlp.up.weight is blk.3.ffn_up.weight."""
+    """What GGUF files call a tensor: layers.3.mlp.up.weight is blk.3.ffn_up.weight."""
     return _stored_name(GGUF, ours, "blk")
 
 
 def from_gguf(config: Config, ours: str, tensor: Tensor) -> Tensor:
     """A tensor of a Llama's GGUF file as lobit's model holds it: llama.cpp's rotary embedding pairs neighbouring rows, lobit's halves."""
     return _halves(config, tensor) if _parts(ours)[1] in ("attention.q", "attention.k") else tensor
+
+
+def to_gguf(config: Config, ours: str, tensor: Tensor) -> Tensor:
+    """The inverse of `from_gguf`."""
+    return _neighbours(config, tensor) if _parts(ours)[1] in ("attention.q", "attention.k") else tensor
 
 
 def read(config: Config, ours: str, stored: Stored, get: Callable[[str], Tensor], dtype: torch.dtype | None = torch.float32) -> Tensor:
@@ -173,9 +182,7 @@ def from_checkpoint(config: Config, ours: str, tensor: Tensor) -> Tensor:
     """
     if _is_shifted(config, ours):
         return tensor + 1
-    if not _is_paired(config, ours):
-        return tensor
-    return _halves(config, tensor)
+    return _halves(config, tensor) if _is_paired(config, ours) else tensor
 
 
 def _halves(config: Config, tensor: Tensor) -> Tensor:
@@ -188,7 +195,10 @@ def to_checkpoint(config: Config, ours: str, tensor: Tensor) -> Tensor:
     """The inverse of `from_checkpoint`."""
     if _is_shifted(config, ours):
         return tensor - 1
-    if not _is_paired(config, ours):
-        return tensor
+    return _neighbours(config, tensor) if _is_paired(config, ours) else tensor
+
+
+def _neighbours(config: Config, tensor: Tensor) -> Tensor:
+    """The inverse of `_halves`."""
     heads = tensor.reshape(-1, 2, config.head_dim // 2, *tensor.shape[1:])
     return heads.transpose(1, 2).reshape(tensor.shape)

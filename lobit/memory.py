@@ -12,16 +12,22 @@ LEAST_ADDRESS_SPACE = 4 << 30
 """Bytes that PyTorch and a target's exporter map before any work, and a reserve; with less they fail, some of them without a message."""
 
 
-def peak_rss_bytes() -> int:
-    """The most resident memory that this process has held, shared libraries and mapped files included."""
+def peak_rss_bytes(process: int | None = None) -> int:
+    """The most resident memory that a process has held, shared libraries and mapped files included.
+
+    Args:
+        process: the id of another process, which Linux and Windows tell of, elsewhere 0; None: this one.
+    """
     if sys.platform == "linux":
         # ru_maxrss also counts what the parent held when it started this process; VmHWM begins anew.
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        status = Path(f"/proc/{process or 'self'}/status").read_text(encoding="utf-8")
         return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:"))
     if sys.platform == "win32":
         import psutil
 
-        return int(psutil.Process().memory_info().peak_wset)
+        return int(psutil.Process(process).memory_info().peak_wset)
+    if process is not None:
+        return 0
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -107,6 +107,13 @@ TARGETS: dict[str, TargetEntry] = {
         ("executorch", "torchao"),
     ),
     "onnx": TargetEntry("ONNX Runtime", "lobit.export.onnx.target", {HOST: "lobit.runtime.onnxruntime"}, ("onnx", "onnxruntime")),
+    "gguf": TargetEntry(
+        "llama.cpp and the apps that are built on it",
+        "lobit.export.gguf.target",
+        {HOST: "lobit.runtime.llama_cpp"},
+        ("gguf", "xllamacpp"),
+        {"xllamacpp": "2026.10.11549"},  # its structures in memory are called without its headers
+    ),
     "qnn": TargetEntry(
         "Qualcomm's neural processor, through ExecuTorch",
         "lobit.export.qnn.target",

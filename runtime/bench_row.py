@@ -60,7 +60,7 @@ class Answer:
     base_rss_bytes: int
     """The process's peak before the engine was opened: Python and the runtime's modules."""
     peak_rss_bytes: int
-    """The process's peak at the end."""
+    """The process's peak at the end, and that of the process in which the program runs, where this is another."""
 
 
 def measure(request: Request) -> Answer:
@@ -82,7 +82,7 @@ def measure(request: Request) -> Answer:
         first_token_ns=[first for _, first in times] if request.work.phase == "pp" else None,
         load_seconds=load_seconds,
         base_rss_bytes=base,
-        peak_rss_bytes=peak_rss_bytes(),
+        peak_rss_bytes=peak_rss_bytes() + (peak_rss_bytes(engine.served_by) if engine.served_by else 0),
     )
 
 

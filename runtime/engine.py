@@ -24,11 +24,13 @@ class Engine(Protocol):
         context: number of positions that it can hold.
         vocab_size: length of the logits.
         position: number of tokens read since the last reset.
+        served_by: id of the process that runs the program; None: this one does.
     """
 
     context: int
     vocab_size: int
     position: int
+    served_by: int | None
 
     def prefill(self, tokens: Sequence[int]) -> Logits:
         """Reads tokens after those already read; returns the logits [V] after the last one.
@@ -102,6 +104,7 @@ class SteppingEngine:
         self.step, self.context, self.chunk, self.vocab_size, self.all_logits = step, context, chunk, vocab_size, all_logits
         self.slots = context if slots is None else slots
         self.position = 0
+        self.served_by: int | None = None
 
     def prefill(self, tokens: Sequence[int]) -> Logits:
         """See `Engine.prefill`; long prompts are read in chunks."""

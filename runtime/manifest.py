@@ -254,8 +254,8 @@ class Manifest:
 
     name: str
     target: str
-    """The runtime that the program is for: `xnnpack` (ExecuTorch), `onnx` (ONNX Runtime), `qnn` (ExecuTorch on Qualcomm's HTP) or
-    `coreml` (Core ML)."""
+    """The runtime that the program is for: `xnnpack` (ExecuTorch), `onnx` (ONNX Runtime), `gguf` (llama.cpp), `qnn` (ExecuTorch on
+    Qualcomm's HTP) or `coreml` (Core ML)."""
     model: ModelInfo
     recipe: dict[str, Any]
     """The quantization recipe, as `Recipe.to_json` gives it."""

@@ -18,8 +18,8 @@ from lobit.runtime.engine import Logits, SteppingEngine
 
 DONE, FAILED, PROGRESS = 0, 1, 2
 """Kinds of answers: the last one of a request, the message why there is none, and what is known before the last one."""
-STEP, BENCH = 1, 2
-"""Kinds of requests: the logits of some tokens, and the measurement of a benchmark."""
+STEP, BENCH, SCORE = 1, 2, 3
+"""Kinds of requests: the logits after some tokens, the measurement of a benchmark, and the logits after each of some tokens."""
 HEADER = struct.Struct(">bi")
 """Kind and number of bytes of a frame."""
 LONGEST_ANSWER = 1 << 31
@@ -60,6 +60,10 @@ class Service:
             LobitError: the program failed, or the connection ended.
         """
         return self._ask(STEP, struct.pack(f">q{len(tokens)}q", position, *tokens))
+
+    def score(self, tokens: Sequence[int], position: int) -> bytes:
+        """Like `step`, after each token, of a program that gives that."""
+        return self._ask(SCORE, struct.pack(f">q{len(tokens)}q", position, *tokens))
 
     def bench(self, request: Mapping[str, Any], on_progress: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         """What a benchmark measures.
@@ -153,6 +157,18 @@ def _end(process: subprocess.Popen[bytes], answers: IO[bytes]) -> None:
         process.wait()
 
 
+def logits_of(content: bytes, vocab_size: int) -> Logits:
+    """The logits [n, V] in an answer.
+
+    Raises:
+        BundleError: they are not of such a vocabulary.
+    """
+    logits = np.frombuffer(content, ">f4").astype(np.float32)
+    if not logits.size or logits.size % vocab_size:
+        raise BundleError(f"{logits.size} logits came back for a vocabulary of {vocab_size}: export the bundle again")
+    return logits.reshape(-1, vocab_size)
+
+
 def service_engine(bundle: Bundle, step: Callable[[list[int], int], bytes]) -> SteppingEngine:
     """The engine of a bundle whose program a service runs.
 
@@ -163,10 +179,7 @@ def service_engine(bundle: Bundle, step: Callable[[list[int], int], bytes]) -> S
     manifest = bundle.manifest
 
     def read(tokens: list[int], position: int) -> Logits:
-        logits = np.frombuffer(step(tokens, position), ">f4").astype(np.float32)
-        if not logits.size or logits.size % manifest.model.vocab_size:
-            raise BundleError(f"{logits.size} logits came back for a vocabulary of {manifest.model.vocab_size}: export the bundle again")
-        return logits.reshape(-1, manifest.model.vocab_size)
+        return logits_of(step(tokens, position), manifest.model.vocab_size)
 
     slots = min(manifest.cache.slots)
     return SteppingEngine(read, manifest.context, manifest.chunk, manifest.model.vocab_size, slots, manifest.all_logits)

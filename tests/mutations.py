@@ -7,10 +7,12 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from lobit.errors import MOST_LISTED, LobitError
+from lobit.runtime.manifest import FILE_NAME, FileEntry, sealed
 
 LONGEST = 5.0
 """Seconds that any file may take, on a machine that is busy with other things."""
@@ -150,3 +152,12 @@ class Refusal(str):
 def dumped(document: Any) -> str:
     """JSON with NaN and Infinity, as Python and other writers produce it."""
     return json.dumps(document)
+
+
+def reseal(bundle: Path, edit: Callable[[dict[str, Any]], Any] = lambda _: None) -> None:
+    """Makes the manifest agree with the files as they are now, and with itself: what no accident does."""
+    values = json.loads((bundle / FILE_NAME).read_text(encoding="utf-8"))
+    for entry in values["files"]:
+        entry.update({key: value for key, value in vars(FileEntry.of(bundle, entry["path"], "")).items() if key in ("bytes", "sha256")})
+    edit(values)
+    (bundle / FILE_NAME).write_text(sealed(values), encoding="utf-8")

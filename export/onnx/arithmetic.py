@@ -3,39 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from lobit.export.block_inputs import RoundedInputs, round_blocks
 from lobit.export.onnx.weights import FAST_BLOCK, form_of, rounds_inputs
 from lobit.export.target import Spec
 from lobit.model import Transformer, replace_layers, twin
 from lobit.quant_recipes.integer import IntegerLinear
 from lobit.quant_recipes.recipe import Recipe
-
-
-def round_blocks(x: Tensor, block: int) -> Tensor:
-    """x [..., n] with every `block` entries rounded to a grid of their own: s = max |x| / 127, no zero point.
-
-    MatMulNBits rounds its inputs in this way at accuracy level 4 (ONNX Runtime, `QuantizeARow_CompInt8`).
-    """
-    blocks = F.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    integers = (blocks * torch.where(scale > 0, 1 / scale, 0.0)).round_()
-    rounded: Tensor = integers.mul_(scale).flatten(-2)[..., : x.shape[-1]]
-    return rounded
-
-
-class BlockInputs(nn.Module):
-    """An integer linear layer whose inputs are rounded to INT8 in blocks; they stay floats where `block` is None."""
-
-    def __init__(self, linear: IntegerLinear, block: int | None) -> None:
-        super().__init__()
-        self.linear, self.block = linear, block
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(round_blocks(x, self.block) if self.block else x, self.linear.weight, self.linear.bias)
 
 
 def arithmetic(model: Transformer, spec: Spec) -> tuple[Transformer, Recipe]:
@@ -51,4 +28,10 @@ def arithmetic(model: Transformer, spec: Spec) -> tuple[Transformer, Recipe]:
 def _fused(linear: IntegerLinear) -> nn.Module:
     """The layer as MatMulNBits computes it, which has no product of INT8 inputs with blocks below `FAST_BLOCK`."""
     block = form_of(linear.rule.weights, linear.integers.shape[1], rows=False, fused=True).block
-    return BlockInputs(linear, block if block and block >= FAST_BLOCK and rounds_inputs(linear.rule) else None)
+    if block and block >= FAST_BLOCK and rounds_inputs(linear.rule):
+        return RoundedInputs(linear, partial(round_blocks, block=block))
+    return RoundedInputs(linear, _unchanged)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x

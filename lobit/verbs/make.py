@@ -134,15 +134,11 @@ def export(
     calibration: Calibration | None = None,
     context: int | None = None,
     chunk: int | None = None,
-    portable: bool = False,
     all_logits: bool = False,
     threads: int = 0,
-    soc: str | None = None,
-    float32: bool = False,
-    explicit_cache: bool = False,
-    executorch: bool = False,
     command: Sequence[str] = (),
     progress: Progress | None = None,
+    **own: Any,
 ) -> Manifest:
     """Exports a float model (quantizing it on the way) or a quantized checkpoint to a bundle.
 
@@ -156,13 +152,9 @@ def export(
         calibration: a text to round a float model on by GPTQ.
         context: positions to hold; None: the model's own, at most `DEFAULT_CONTEXT`.
         chunk: the most tokens in one prefill call; None: the target's default (`Target.CHUNK`).
-        portable: whether the program has standard operators alone, where the target has others too.
         all_logits: whether the program returns the logits of every token of a call, not of the last alone.
         threads: how many the runtime uses unless it is told otherwise; 0: one per core.
-        soc: the chip to compile for, where the target has that choice; None: its default.
-        float32: whether to compute in float32, where the target computes in half precision otherwise.
-        explicit_cache: whether keys and values are inputs and outputs, where the target has states for them otherwise.
-        executorch: whether to write an ExecuTorch program, where the target has a form of its own otherwise.
+        own: options of one target alone, fields of `export.target.Spec` by the names in `OWN_OPTIONS`.
         command: the command line, for the record.
         progress: called as the whole export advances.
     """
@@ -195,8 +187,7 @@ def export(
     tokens = Tokens(None, [], None, {})
     if tokenizer is not None:
         tokens = Tokens(tokenizer.bos, tokenizer.stop, tokenizer.chat_template, tokenizer.special)
-    stop, forms = tuple(tokens.stop), (float32, explicit_cache, executorch)
-    spec = Spec(asked, context, chunk, portable, all_logits, tokens.bos, stop, threads, soc, *forms)
+    spec = Spec(asked, context, chunk, all_logits=all_logits, bos=tokens.bos, stop=tuple(tokens.stop), threads=threads, **own)
     check_target(target, spec, config)
     request = bundle.Request(source, out.name, target, tokens, Generation(**declared_generation(source)), spec, command)
     settings = {
@@ -226,15 +217,11 @@ def plan(
     *,
     context: int | None = None,
     chunk: int | None = None,
-    portable: bool = False,
     all_logits: bool = False,
-    soc: str | None = None,
-    float32: bool = False,
-    explicit_cache: bool = False,
-    executorch: bool = False,
     detail: bool = False,
     bandwidth: float | None = None,
     progress: Progress | None = None,
+    **own: Any,
 ) -> Plan:
     """What an export with the same arguments will give and take; nothing is written.
 
@@ -244,12 +231,8 @@ def plan(
         target: name of the target.
         context: positions to hold; None: as `export` has it.
         chunk: the most tokens in one call; None: as `export` has it.
-        portable: as `export` has it.
         all_logits: as `export` has it.
-        soc: as `export` has it.
-        float32: as `export` has it.
-        explicit_cache: as `export` has it.
-        executorch: as `export` has it.
+        own: as `export` has them.
         detail: whether to add speed and energy as the papers model them, and the entropy of the weights, which are read for it.
         bandwidth: that of the memory that decoding reads, in 10^9 bytes a second, for the detail; None: this machine's is measured.
         progress: called as the weights are read.
@@ -260,8 +243,7 @@ def plan(
 
     source = resolve(model)
     config, asked = load_config(source), _asked(source, recipe)
-    sizes = _sizes(config, target, context, chunk)
-    spec = Spec(asked, *sizes, portable, all_logits, soc=soc, float32=float32, explicit_cache=explicit_cache, executorch=executorch)
+    spec = Spec(asked, *_sizes(config, target, context, chunk), all_logits=all_logits, **own)
     found = planning.plan(config, spec, target)
     return replace(found, detail=_detail(found, source, asked, bandwidth, progress)) if detail else found
 

@@ -233,9 +233,9 @@ def _rounded(bundle: Bundle, asked: Sequence[str] | None) -> Any:
 
 def _spec(recipe: Recipe, manifest: Manifest) -> Spec:
     """The spec that a bundle's program was made for."""
-    from lobit.export.target import OWNERS, Spec
+    from lobit.export.target import OWN_OPTIONS, Spec
 
-    told: dict[str, Any] = {name: value for name, value in manifest.options.items() if name in OWNERS}
+    told: dict[str, Any] = {name: value for name, value in manifest.options.items() if name in OWN_OPTIONS}
     return Spec(recipe, manifest.context, manifest.chunk, all_logits=manifest.all_logits, **told)
 
 

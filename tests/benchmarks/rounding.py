@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import importlib.util
 import json
 import math
 import time
@@ -38,6 +37,7 @@ from lobit.quant_recipes.corpus import sequences_of
 from lobit.quant_recipes.fake_quant import attention_for
 from lobit.quant_recipes.quantized import load_checkpoint
 from lobit.quant_recipes.recipe import ENDS, Recipe, Rule, WeightGrid
+from lobit.runtime.llama_library import library
 from lobit.tokenizer import Tokenizer
 from lobit.verbs.calibrate import LENGTH, SAMPLES
 
@@ -110,17 +110,14 @@ def by_ggml(names: str, importance: bool = False) -> Callable[[Path, Texts], Cha
 
 def with_importance(weight: Tensor, squares: Tensor) -> np.ndarray:
     """Q4_0 blocks, uint8 [out, bytes], by llama.cpp's `ggml_quantize_chunk` with an importance for each input [in]."""
-    spec = importlib.util.find_spec("xllamacpp")
-    if spec is None or spec.origin is None:
-        raise SystemExit("llama.cpp's own Q4_0 needs the package xllamacpp: pip install -c constraints.txt 'lobit[dev]'")
-    library = ctypes.CDLL(str(next(Path(spec.origin).parent.glob("*.so"))))
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    quantize_chunk = library().ggml_quantize_chunk
+    quantize_chunk.restype = ctypes.c_size_t
     (out, inner), floats = weight.shape, ctypes.POINTER(ctypes.c_float)
     values, factors = weight.contiguous().numpy(), squares.float().contiguous().numpy()
     blocks = np.empty((out, inner // 32 * 18), np.uint8)
     sizes = [ctypes.c_int64(size) for size in (0, out, inner)]
     pointers = values.ctypes.data_as(floats), blocks.ctypes.data_as(ctypes.c_void_p)
-    written = library.ggml_quantize_chunk(int(Q4_0), *pointers, *sizes, factors.ctypes.data_as(floats))
+    written = quantize_chunk(int(Q4_0), *pointers, *sizes, factors.ctypes.data_as(floats))
     assert written == blocks.size, (written, blocks.size)
     return blocks
 

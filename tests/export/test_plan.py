@@ -79,8 +79,10 @@ EXPORT = """
 import sys
 from pathlib import Path
 from lobit import verbs
-verbs.export("demo", sys.argv[2], Path(sys.argv[1]), recipe=verbs.choose_recipe("8da4w-g32"), context=192, chunk=64)
+verbs.export("demo", sys.argv[2], Path(sys.argv[1]), recipe=verbs.choose_recipe("8da4w-g32"), context=int(sys.argv[3]), chunk=32)
 """
+CONTEXTS = {"gguf": 32}
+"""Where not 192: llama.cpp has no architecture with the demo's windows, so that a file for it holds what one of them does."""
 IN_ONE_PROCESS = [name for name, target in TARGETS.items() if not target.proof]
 """Targets whose exports and engines take memory of this process alone; tests/export/test_qnn.py has the others."""
 MEMORY_SHARE = 0.20
@@ -91,11 +93,12 @@ PARITY_SHARE = 0.30
 @pytest.mark.slow
 @pytest.mark.parametrize("target", IN_ONE_PROCESS)
 def test_the_plan_says_what_memory_the_export_takes(target: str, tmp_path: Path, another_process: Any) -> None:
-    another_process(EXPORT, tmp_path / "bundle", target)
+    context = CONTEXTS.get(target, 192)
+    another_process(EXPORT, tmp_path / "bundle", target, context)
     stages = json.loads((tmp_path / "bundle" / "build.json").read_text(encoding="utf-8"))["stages"]
     assert [stage["name"] for stage in stages] == ["quantize", "lower", "write"]
     found = max(stage["peak_rss_bytes"] for stage in stages)
-    plan = verbs.plan("demo", verbs.choose_recipe("8da4w-g32"), target, context=192, chunk=64)
+    plan = verbs.plan("demo", verbs.choose_recipe("8da4w-g32"), target, context=context, chunk=32)
     assert abs(plan.host_peak_bytes - found) < MEMORY_SHARE * found
 
 
@@ -105,7 +108,7 @@ from pathlib import Path
 from lobit import verbs
 from lobit.demo import held_out_text
 from lobit.memory import peak_rss_bytes
-verbs.export("demo", sys.argv[2], Path(sys.argv[1]), recipe=verbs.choose_recipe("8da4w-g32"), context=192, chunk=64)
+verbs.export("demo", sys.argv[2], Path(sys.argv[1]), recipe=verbs.choose_recipe("8da4w-g32"), context=int(sys.argv[3]), chunk=32)
 verbs.parity(Path(sys.argv[1]), "demo", held_out_text(20), tokens=600, threads=1)
 print(json.dumps(peak_rss_bytes()))
 """
@@ -118,6 +121,7 @@ def test_the_plan_reckons_with_as_many_logits_as_parity_compares_at_once() -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("target", IN_ONE_PROCESS)
 def test_the_plan_says_what_memory_parity_takes(target: str, tmp_path: Path, another_process: Any) -> None:
-    found = int(another_process(PARITY, tmp_path / "bundle", target).stdout.split()[-1])
-    plan = verbs.plan("demo", verbs.choose_recipe("8da4w-g32"), target, context=192, chunk=64)
+    context = CONTEXTS.get(target, 192)
+    found = int(another_process(PARITY, tmp_path / "bundle", target, context).stdout.split()[-1])
+    plan = verbs.plan("demo", verbs.choose_recipe("8da4w-g32"), target, context=context, chunk=32)
     assert abs(plan.parity_peak_bytes - found) < PARITY_SHARE * found

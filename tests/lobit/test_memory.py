@@ -4,6 +4,10 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+from lobit.memory import peak_rss_bytes
+
 HELD = 200 << 20
 """Bytes: far more than Python's own memory varies."""
 ASK = f"""
@@ -31,3 +35,13 @@ def test_peak_memory_is_what_was_held_and_stays() -> None:
 def test_peak_memory_is_not_the_parents() -> None:
     held = b"x" * (2 * HELD)
     assert peaks()[0] < len(held)
+
+
+@pytest.mark.skipif(sys.platform not in ("linux", "win32"), reason="other systems do not tell of other processes")
+def test_the_peak_of_another_process_is_told() -> None:
+    code = "content = b'x' * (1 << 26); print(len(content), flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert peak_rss_bytes(process.pid) > 1 << 26
+        process.communicate(b"\n")

@@ -1,6 +1,5 @@
 """Graphs that are not as export wrote them: one message that says what to do, no crash, in the process that asked."""
 
-import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,8 +15,8 @@ from lobit import verbs
 from lobit.errors import BundleError, InputError, LobitError, MissingPartError
 from lobit.runtime.bundle import open_bundle
 from lobit.runtime.engine import open_engine
-from lobit.runtime.manifest import FILE_NAME, FileEntry, sealed
 from lobit.runtime.onnxruntime import read_program
+from tests.mutations import reseal
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 THREADS = 1
@@ -35,15 +34,6 @@ def made(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(made: Path, tmp_path: Path) -> Path:
     """A bundle that a test may change."""
     return Path(shutil.copytree(made, tmp_path / "bundle"))
-
-
-def reseal(bundle: Path, edit: Callable[[dict[str, Any]], Any] = lambda _: None) -> None:
-    """Makes the manifest agree with the files as they are now, and with itself: what no accident does."""
-    values = json.loads((bundle / FILE_NAME).read_text(encoding="utf-8"))
-    for entry in values["files"]:
-        entry.update({key: value for key, value in vars(FileEntry.of(bundle, entry["path"], "")).items() if key in ("bytes", "sha256")})
-    edit(values)
-    (bundle / FILE_NAME).write_text(sealed(values), encoding="utf-8")
 
 
 def refused(work: Callable[[], Any]) -> str:

@@ -1,0 +1,114 @@
+"""The tokenizer in a GGUF file is the model's: llama.cpp cuts texts into the same tokens, or the export is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Inner
+
+from lobit.demo import held_out_text
+from lobit.errors import TargetError
+from lobit.export.gguf.file import write
+from lobit.export.gguf.vocabulary import CONTROL, NORMAL, UNUSED, fields_of
+from lobit.runtime.llama_library import Model
+from lobit.tokenizer import Tokenizer
+
+DEMO = Path(__file__).parents[2] / "lobit" / "demo" / "model"
+TEXT = "Once upon a time, in 1984,  there's a_small ñandú that SAID: \"don't!\"\n\n\tAnd so on…  "
+
+
+def fields(folder: Path, size: int) -> dict[str, Any]:
+    """What a file says of a folder's tokenizer."""
+    tokenizer = Tokenizer.from_folder(folder, size)
+    return fields_of(folder, size, tokenizer.bos, tuple(tokenizer.stop))
+
+
+def told_by_llama_cpp(values: dict[str, Any], size: int, path: Path, text: str, around: bool = False) -> list[int]:
+    write(path, "llama", {"llama.vocab_size": size, **values}, [], lambda *_: None)
+    return Model(path, vocabulary=True).tokenize(text, around)
+
+
+def saved(inner: Inner, folder: Path, **config: Any) -> Path:
+    folder.mkdir()
+    inner.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(("name", "kind", "size"), [("stories", "llama", 512), ("demo", "gpt2", 768), ("smollm2", "gpt2", 49152)])
+def test_real_tokenizers_are_taken_over(name: str, kind: str, size: int, shared: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    if name == "smollm2":
+        folder.mkdir()
+        shutil.copy(shared("tokenizers/smollm2.json"), folder / "tokenizer.json")
+    else:
+        shutil.copytree(DEMO if name == "demo" else shared("models/stories260k"), folder)
+    values = fields(folder, size)
+    assert values["tokenizer.ggml.model"] == kind
+    for text in (TEXT, held_out_text(4)):
+        assert told_by_llama_cpp(values, size, tmp_path / "v.gguf", text) == Tokenizer.from_folder(folder).encode(text, bos=False)
+
+
+def test_digits_are_cut_by_the_pre_tokenizer_that_does_so(shared: Any, tmp_path: Path) -> None:
+    shutil.copy(shared("tokenizers/smollm2.json"), tmp_path / "tokenizer.json")
+    assert fields(tmp_path, 49152)["tokenizer.ggml.pre"] == "smollm"
+
+
+def test_a_text_begins_and_ends_as_the_tokenizer_says(tmp_path: Path) -> None:
+    values = fields(DEMO, 768)
+    tokenizer = Tokenizer.from_folder(DEMO)
+    assert told_by_llama_cpp(values, 768, tmp_path / "v.gguf", "Hello", around=True) == tokenizer.encode("Hello")
+    assert (values["tokenizer.ggml.bos_token_id"], values["tokenizer.ggml.eos_token_id"]) == (tokenizer.bos, tokenizer.stop[0])
+    assert values["tokenizer.ggml.token_type"][:3] == [CONTROL, CONTROL, NORMAL]
+
+
+def test_tokens_that_the_tokenizer_lacks_are_unused_ones() -> None:
+    values = fields(DEMO, 800)
+    assert (len(values["tokenizer.ggml.tokens"]), values["tokenizer.ggml.token_type"][-1]) == (800, UNUSED)
+
+
+def test_unigram_is_taken_over(tmp_path: Path) -> None:
+    inner = Inner(models.Unigram())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    inner.train_from_iterator([held_out_text(30)], trainers.UnigramTrainer(vocab_size=400, special_tokens=["<unk>"], unk_token="<unk>"))
+    size = inner.get_vocab_size()
+    folder = saved(inner, tmp_path / "model")
+    found = fields(folder, size)
+    assert found["tokenizer.ggml.model"] == "t5"
+    text = held_out_text(3) + " Ünknown!"
+    assert told_by_llama_cpp(found, size, tmp_path / "v.gguf", text) == Tokenizer.from_folder(folder).encode(text, bos=False)
+
+
+def test_a_vocabulary_that_no_pre_tokenizer_cuts_alike_is_refused(tmp_path: Path) -> None:
+    inner = Inner.from_file(str(DEMO / "tokenizer.json"))
+    every_vowel = pre_tokenizers.Split(Regex("[aeiou]"), "isolated")
+    inner.pre_tokenizer = pre_tokenizers.Sequence([every_vowel, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    with pytest.raises(TargetError, match=r"llama.cpp has no tokenizer like this model's.*take target onnx or xnnpack"):
+        fields(saved(inner, tmp_path / "model"), 768)
+
+
+def test_a_tokenizer_of_words_is_refused(tmp_path: Path) -> None:
+    inner = Inner(models.WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>"))
+    inner.normalizer = normalizers.NFC()
+    with pytest.raises(TargetError, match=r"'WordLevel'.*take target onnx or xnnpack"):
+        fields(saved(inner, tmp_path / "model"), 3)
+
+
+def test_spaces_behind_a_special_token_go_where_the_tokenizer_takes_them_away(tmp_path: Path) -> None:
+    """llama.cpp does so for models of one name alone, which also need to have certain tokens."""
+    inner = Inner.from_file(str(DEMO / "tokenizer.json"))
+    names = ["</s>", "<unk>", "<s>", "<|endoftext|>"]
+    inner.add_special_tokens([AddedToken(name, normalized=False, rstrip=name == "</s>") for name in names])
+    values = fields(saved(inner, tmp_path / "model"), 772)
+    assert values["general.name"] == "Phi-3"
+    tokens = told_by_llama_cpp(values, 772, tmp_path / "v.gguf", "one</s>  \n two")
+    assert tokens == Tokenizer.from_folder(tmp_path / "model").encode("one</s>  \n two", bos=False)
+
+
+def test_a_model_without_a_tokenizer_has_none(tmp_path: Path) -> None:
+    assert fields_of(tmp_path, 9, None, ()) == {"tokenizer.ggml.model": "none"}
