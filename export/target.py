@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lobit.errors import MissingPartError, TargetError, listed
@@ -42,10 +44,23 @@ class Spec:
     """Threads that the runtime uses unless the user asks for another number; 0: one per core."""
     soc: str | None = None
     """The chip that the program is compiled for; None: the target's default, or the target has no such choice."""
+    activations: Literal["int16"] | None = None
+    """What the program computes with between its products, where the target has that choice; None: floats."""
+    sequences: tuple[tuple[int, ...], ...] = ()
+    """Tokens of a text, in sequences, on which the ranges of such integers are found."""
+    encodings: Path | None = None
+    """The file that says what such integers stand for, where they are found already."""
 
 
 RunGraph = Callable[[Tensor, Tensor], Tensor]
 """(tokens int64 [1, T], input_pos int64 [1]) -> logits float32 [1, 1, V] of the last token, or [1, T, V]; keeps keys and values."""
+
+
+class Reader(Protocol):
+    """A model that reads a whole sequence at once (`runtime.parity.Scorer`)."""
+
+    def read(self, tokens: list[int]) -> Callable[[Sequence[int]], NDArray[np.float32]]:
+        """Reads tokens [T] from position 0; returns what gives the logits [n, V] at any positions [n] of them."""
 
 
 @dataclass
@@ -120,6 +135,13 @@ class Target(Protocol):
             The program as a function; None: its operators are the runtime's own, and `arithmetic` gives what they compute.
         """
 
+    def floor(self, model: Transformer, spec: Spec) -> tuple[Reader, Reader] | None:
+        """What the program should compute, and the same with every operator off by as much as the device's are.
+
+        Returns:
+            None: `arithmetic` says what the program computes, and only the inputs of its products differ.
+        """
+
     def check(self, spec: Spec, config: Config) -> list[str]:
         """Every reason why the target cannot hold the model, found before anything slow is done."""
 
@@ -153,6 +175,12 @@ def with_rules(model: Transformer, change: Callable[[Rule], Rule]) -> Transforme
             rule = change(module.rule)
             other, module.rule = other or rule != module.rule, rule
     return changed if other else model
+
+
+def for_others(spec: Spec) -> list[str]:
+    """What was asked for that target qnn alone has."""
+    told = {"--soc": spec.soc, "--activations int16": spec.activations}
+    return [f"{option} is for target qnn: leave it out" for option, value in told.items() if value]
 
 
 def find_target(name: str) -> Target:

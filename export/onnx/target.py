@@ -19,7 +19,7 @@ from lobit.export.onnx.fused import in_place, inner_ropes, slots_name
 from lobit.export.onnx.weights import SMALLEST_BLOCK, Form, form_of, rounds_inputs
 from lobit.export.size_groups import Tally, stored_as
 from lobit.export.stages import Count
-from lobit.export.target import Costs, Lowered, Needs, Spec
+from lobit.export.target import Costs, Lowered, Needs, Reader, Spec, for_others
 from lobit.model import Config, Transformer
 from lobit.quant_recipes.apply import LayerPlan, layer_plans
 from lobit.quant_recipes.recipe import Rule
@@ -63,11 +63,16 @@ def graph(model: Transformer, spec: Spec) -> EagerGraph | None:
     return EagerGraph(model, spec.all_logits) if spec.portable else None
 
 
+def floor(model: Transformer, spec: Spec) -> tuple[Reader, Reader] | None:
+    """See `Target.floor`: `arithmetic` says what the program computes."""
+    return None
+
+
 def check(spec: Spec, config: Config) -> list[str]:
     """Every reason why ONNX Runtime's operators cannot hold the model under the recipe."""
     groups = {row.rule.weights.group_size for row in layer_plans(config, spec.recipe) if row.rule and row.name != "embedding"} - {None}
     odd = sorted(size for size in groups if size and size & -size < SMALLEST_BLOCK)
-    problems = ["--soc is for target qnn: leave it out"] if spec.soc else []
+    problems = for_others(spec)
     if spec.portable or not odd:
         return problems
     told = f"group_size={', '.join(map(str, odd))}: ONNX Runtime's products need a multiple of {SMALLEST_BLOCK}"

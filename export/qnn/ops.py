@@ -20,7 +20,7 @@ class HtpBuilder(Builder[V], Protocol[V]):
     """Small operations, and those that the HTP has beyond them; values have fixed shapes."""
 
     def input(self, name: str, *shape: int) -> V:
-        """An input of half floats."""
+        """An input."""
 
     def output(self, value: V, name: str) -> None:
         """Makes a value an output."""
@@ -30,6 +30,12 @@ class HtpBuilder(Builder[V], Protocol[V]):
 
     def append(self, axis: int, *parts: V) -> V:
         """The parts joined along an axis, one after the other."""
+
+    def kept(self, x: V) -> V:
+        """Rows as caches keep them."""
+
+    def choose(self, chosen: V, x: V) -> V:
+        """The row [1, 1, n] of x [1, T, n] at which `chosen` [1, 1, T] is 1, and not 0."""
 
     def rms_norm(self, x: V, weight: Tensor, eps: float) -> V:
         """RMSNorm over the last axis."""
@@ -89,7 +95,7 @@ class HtpOps(Composed[V]):
 
     def last(self, x: V) -> V:
         """See `walk.Ops`: the client marks the token that gets logits, as a call may read fewer tokens than it has room for."""
-        return x if self.all_logits else self.build.matmul(self.chosen, x)
+        return x if self.all_logits else self.build.choose(self.chosen, x)
 
     def activate(self, x: V) -> V:
         """See `walk.Ops`. SiLU is x · sigmoid(x) = h + h · tanh(h) with h = x / 2.
@@ -120,6 +126,7 @@ class HtpOps(Composed[V]):
         count, size = config.kv_heads, config.head_dim
         rows, slots = config.heads // count * tokens, config.cache_slots(self.context)[layer] + tokens
         q, k, v = (build.transpose(part, [0, 2, 1, 3]) for part in heads)
+        k, v = build.kept(k), build.kept(v)
         k_all, v_all = (build.append(2, before, new) for before, new in zip(self.caches[layer], (k, v), strict=True))
         for value, (_, name) in zip((k, v), cache_names(layer), strict=True):
             build.output(value, name)

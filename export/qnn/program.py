@@ -17,7 +17,7 @@ BACKEND, KEY = "QnnBackend", "qnn_compile_spec"
 """Names of the delegate and of its options in ExecuTorch."""
 ARENA, ALIGNMENT = 1, 64
 """Number of the memory that ExecuTorch plans, and bytes at whose multiples its tensors begin."""
-SCALARS = {"float16": (ScalarType.HALF, 2)}
+SCALARS = {"float16": (ScalarType.HALF, 2), "float32": (ScalarType.FLOAT, 4), "int16": (ScalarType.SHORT, 2), "uint8": (ScalarType.BYTE, 1)}
 
 
 def write_pte(methods: Sequence[Method], context: Path, options: bytes, path: Path, count: Count | None = None) -> None:

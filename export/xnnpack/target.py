@@ -17,7 +17,7 @@ from lobit.errors import TargetError, listed
 from lobit.export.pte import write_program
 from lobit.export.size_groups import Tally
 from lobit.export.stages import Count
-from lobit.export.target import Costs, Lowered, Needs, Spec, with_rules
+from lobit.export.target import Costs, Lowered, Needs, Reader, Spec, for_others, with_rules
 from lobit.export.xnnpack.attention import Caches
 from lobit.export.xnnpack.delegated import DelegatedLinear, DelegatedNorm, DelegatedTurn, PackedEmbedding, SharedHead
 from lobit.export.xnnpack.link import Linker
@@ -64,11 +64,16 @@ def arithmetic(model: Transformer, spec: Spec) -> tuple[Transformer, Recipe]:
     return with_rules(model, lambda rule: replace(rule, activation_rule="range")), recipe
 
 
+def floor(model: Transformer, spec: Spec) -> tuple[Reader, Reader] | None:
+    """See `Target.floor`: `arithmetic` says what the program computes."""
+    return None
+
+
 def check(spec: Spec, config: Config) -> list[str]:
     """Every reason why XNNPACK through ExecuTorch cannot hold the model under the recipe."""
     recipe = spec.recipe
     problems = ["--portable is for target onnx: leave it out"] if spec.portable else []
-    problems += ["--soc is for target qnn: leave it out"] if spec.soc else []
+    problems += for_others(spec)
     rows = [layer_plan for layer_plan in layer_plans(config, recipe) if layer_plan.rule]
     weight_only = [row.name for row in rows if row.rule and not row.rule.activation_bits and row.name != "embedding"]
     if weight_only:

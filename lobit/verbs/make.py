@@ -138,6 +138,7 @@ def export(
     all_logits: bool = False,
     threads: int = 0,
     soc: str | None = None,
+    activations: Literal["int16"] | None = None,
     command: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Manifest:
@@ -150,13 +151,14 @@ def export(
         target: name of the target.
         out: the bundle's folder; must not exist.
         recipe: how to quantize a float model.
-        calibration: a text to round a float model on by GPTQ.
+        calibration: a text to round a float model on by GPTQ; with `activations`, to find the ranges of activations on.
         context: positions to hold; None: the model's own, at most `DEFAULT_CONTEXT`.
         chunk: the most tokens in one prefill call; None: the target's default (`Target.CHUNK`).
         portable: whether the program has standard operators alone, where the target has others too.
         all_logits: whether the program returns the logits of every token of a call, not of the last alone.
         threads: how many the runtime uses unless it is told otherwise; 0: one per core.
         soc: the chip to compile for, where the target has that choice; None: its default.
+        activations: int16: what is between products are integers of 16 bits, where the target has that choice; None: floats.
         command: the command line, for the record.
         progress: called as the whole export advances.
     """
@@ -172,6 +174,7 @@ def export(
     from lobit.runtime.manifest_problems import MOST_THREADS
     from lobit.stage_cache import StageCache, files_of
     from lobit.tokenizer_files import declared_generation
+    from lobit.verbs.calibrate import ranging_sequences
 
     source = resolve(model)
     config = load_config(source)
@@ -181,6 +184,9 @@ def export(
     if not 0 <= threads <= MOST_THREADS:
         raise InputError(f"{threads} threads: give 0, for one per core, or up to {MOST_THREADS}")
     asked = _asked(source, recipe)
+    ranged, calibration = (calibration, None) if activations else (None, calibration)
+    if activations and ranged is None:
+        raise InputError("--activations int16 has ranges that are found on a text: give one with --calibration FILE")
     if calibration is not None:
         check_float(source)
         asked = asked.calibrated()
@@ -189,15 +195,17 @@ def export(
     tokens = Tokens(None, [], None, {})
     if tokenizer is not None:
         tokens = Tokens(tokenizer.bos, tokenizer.stop, tokenizer.chat_template, tokenizer.special)
-    spec = Spec(asked, context, chunk, portable, all_logits, tokens.bos, tuple(tokens.stop), threads, soc)
+    spec = Spec(asked, context, chunk, portable, all_logits, tokens.bos, tuple(tokens.stop), threads, soc, activations)
     check_target(target, spec, config)
+    if ranged is not None:
+        spec = replace(spec, sequences=ranging_sequences(source, config, ranged, context))
     request = bundle.Request(source, out.name, target, tokens, Generation(**declared_generation(source)), spec, command)
     settings = {
         "model": str(source),
         "files": files_of(source),
         "target": target,
-        "spec": asdict(spec),
-        "calibration": calibration and calibration.to_json(),
+        "spec": asdict(replace(spec, sequences=())),
+        "calibration": (calibration and calibration.to_json()) or (ranged and ranged.to_json()),
         "versions": bundle.versions(target),
     }
     with new_folder(out, Work("export", settings, shlex.join(command), resumes=True)) as folder:
@@ -222,6 +230,7 @@ def plan(
     portable: bool = False,
     all_logits: bool = False,
     soc: str | None = None,
+    activations: Literal["int16"] | None = None,
     detail: bool = False,
     bandwidth: float | None = None,
     progress: Progress | None = None,
@@ -237,6 +246,7 @@ def plan(
         portable: as `export` has it.
         all_logits: as `export` has it.
         soc: as `export` has it.
+        activations: as `export` has it.
         detail: whether to add speed and energy as the papers model them, and the entropy of the weights, which are read for it.
         bandwidth: that of the memory that decoding reads, in 10^9 bytes a second, for the detail; None: this machine's is measured.
         progress: called as the weights are read.
@@ -247,7 +257,8 @@ def plan(
 
     source = resolve(model)
     config, asked = load_config(source), _asked(source, recipe)
-    found = planning.plan(config, Spec(asked, *_sizes(config, target, context, chunk), portable, all_logits, soc=soc), target)
+    spec = Spec(asked, *_sizes(config, target, context, chunk), portable, all_logits, soc=soc, activations=activations)
+    found = planning.plan(config, spec, target)
     return replace(found, detail=_detail(found, source, asked, bandwidth, progress)) if detail else found
 
 
