@@ -48,12 +48,14 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Floor:
-    """Two versions of what the artifact should compute: they differ only by the order of sums and by what grows from that."""
+    """Two versions of what the artifact should compute: they differ as two right implementations do, and by what grows from that."""
 
     exact: Scorer
     """The converted model in the target's arithmetic; may be one of the stages."""
     moved: Scorer
-    """The same model with its sums in another order (`reference.moved`)."""
+    """The same model with its sums in another order (`reference.moved`), or with operators that are off as the device's are."""
+    how: str = "with the inputs of its products moved a little"
+    """What the second one is, for the limit's reason."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,7 @@ def parity(
     found = {name: [_joined(parts) for parts in compared] for name, compared in run.compared.items()}
     rows: list[dict[str, Any]] = [{"name": name, **(_summary(parts) or {})} for name, parts in found.items()]
     surprises, chaos = (np.concatenate(parts) for parts in (run.surprises, run.chaos))
-    limit, measured = judged(chaos)
+    limit, measured = judged(chaos, floor.how if floor else Floor.how)
     return {
         "kind": "parity",
         "tokens": sum(len(plan.tokens) for plan in passages),

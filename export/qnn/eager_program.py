@@ -13,10 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lobit.export.qnn.compiler import SCALE
 from lobit.export.qnn.eager import Constants, Each, run_graph
 from lobit.export.qnn.encodings import Encodings, Ranges, encodings_of
-from lobit.export.qnn.graph import Encoding, Graph
+from lobit.export.qnn.graph import Encoding, Graph, Operator
 from lobit.export.qnn.methods import NARROW, client, graphs, methods, soc_of, states
+from lobit.export.qnn.weights import WIDE
 from lobit.export.stages import Count
 from lobit.export.target import Spec
 from lobit.model import Transformer
@@ -24,15 +26,17 @@ from lobit.quant_recipes.precision import computing
 from lobit.quant_recipes.recipe import Recipe
 from lobit.runtime.client import CachedProgram, Ports
 
-INTEGER_ERRORS: dict[str | int, float] = {"Softmax": 1e-3, 2: 3e-3, 4: 1e-3, 8: 1e-4, 16: 1e-3}
-"""Root mean square of what the HTP's operators are off by among integers of 16 bits, relative to that of their results: of shares, and of
-products by the bits of their weights."""
-NARROW_ERRORS = INTEGER_ERRORS | {4: 1.5e-3, 8: 1e-3}
-"""The same for the chips of `methods.NARROW`."""
+DROPPED, WIDE_OFF = 128.0, 2.0**20
+"""What the HTP's products among integers of 16 bits are off by, in units of input's scale · weight's scale: with weights of 2, 4 and 8
+bits their sums lose 8 bits, 0 to 256 units, whatever their length; with weights of 16 bits the root mean square is as many."""
+NARROW_DROPPED, NARROW_STEPS = 256.0, 9.0
+"""The same for the chips of `methods.NARROW`, and what their products are off by besides, in steps of the result."""
+SHARES = {"MatMul": 2.5e-4, "Softmax": 1e-3}
+"""Root mean square of what other operators are off by, relative to that of their results."""
 EXACT = ("Concat", "Convert", "Pad", "Quantize", "Reshape", "Split", "Transpose")
 """Operators that compute nothing."""
-STEPS = 1.0
-"""The same for all other operators, in steps of the result's integers."""
+STEPS = 0.5
+"""The same of all others, in steps of the result."""
 
 
 class EagerProgram:
@@ -100,7 +104,7 @@ class EagerReader:
         self.chunk = spec.chunk
         self.program = EagerProgram(model, replace(spec, all_logits=True))
         if moved:
-            self.program.each = Moved(self.program, NARROW_ERRORS if soc_of(spec) in NARROW else INTEGER_ERRORS)
+            self.program.each = Moved(self.program, soc_of(spec) in NARROW)
 
     def read(self, tokens: list[int]) -> Callable[[Sequence[int]], NDArray[np.float32]]:
         """Reads a sequence from position 0; returns a function that gives the logits [n, V] at any of its positions."""
@@ -110,33 +114,43 @@ class EagerReader:
 
 
 class Moved:
-    """Moves every value at random before it is rounded (`eager.Each`).
+    """Moves every value by as much as the HTP's operators are off, at random, before it is rounded (`eager.Each`).
 
     Args:
         program: the program that is to be moved.
-        errors: root mean squares, as `INTEGER_ERRORS` has them.
+        narrow: whether it is for one of the chips of `methods.NARROW`.
     """
 
-    def __init__(self, program: EagerProgram, errors: Mapping[str | int, float]) -> None:
-        self.program, self.errors = program, errors
+    def __init__(self, program: EagerProgram, narrow: bool) -> None:
+        self.program, self.narrow = program, narrow
         self.random = torch.Generator().manual_seed(0)
-        self.kinds: dict[str, str | int] = {}
-        for graph in program.graphs.values():
-            bits = graph.weights.bits
-            for operator in graph.operators:
-                kind = bits[operator.inputs[1]] if operator.kind == "FullyConnected" else operator.kind
-                self.kinds |= dict.fromkeys(operator.outputs, kind)
+        self.weights = program.graphs["decode"].weights
+        self.operators = {name: each for graph in program.graphs.values() for each in graph.operators for name in each.outputs}
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
         """A value that is moved, then rounded."""
-        encoding, kind = self.program.encodings.get(name), self.kinds.get(name)
-        if encoding is None or kind in EXACT or kind is None:
+        encoding, operator = self.program.encodings.get(name), self.operators.get(name)
+        if encoding is None or operator is None or operator.kind in EXACT:
             return self.program.rounded(name, x)
-        size = STEPS * encoding.scale
-        if kind in self.errors:
-            size = self.errors[kind] * float(x.square().mean().sqrt())
-        noise = torch.empty_like(x).uniform_(-1, 1, generator=self.random)
-        return self.program.rounded(name, x + math.sqrt(3) * size * noise)
+        if operator.kind == "FullyConnected":
+            moved = self._product(operator, x, encoding)
+        elif operator.kind in SHARES:
+            moved = x * (1 + SHARES[operator.kind] * self._noise(x))
+        else:
+            moved = x + STEPS * encoding.scale * self._noise(x)
+        return self.program.rounded(name, moved)
+
+    def _product(self, operator: Operator, x: Tensor, encoding: Encoding) -> Tensor:
+        weight = operator.inputs[1]
+        unit = self.program.encodings[operator.inputs[0]].scale * self.weights.tensors[weight + SCALE]
+        if self.weights.bits[weight] == WIDE:
+            return x + unit * WIDE_OFF * self._noise(x)
+        lost = unit * (NARROW_DROPPED if self.narrow else DROPPED) * (1 + self._noise(x) / math.sqrt(3))
+        return x - lost + self.narrow * NARROW_STEPS * encoding.scale * self._noise(x)
+
+    def _noise(self, x: Tensor) -> Tensor:
+        """Evenly distributed numbers with a root mean square of 1."""
+        return math.sqrt(3) * torch.empty_like(x).uniform_(-1, 1, generator=self.random)
 
 
 def found_encodings(model: Transformer, spec: Spec, count: Count) -> Encodings:

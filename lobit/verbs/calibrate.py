@@ -105,12 +105,14 @@ def ranging_sequences(source: Path, config: Config, given: Calibration, context:
         context: positions that the program holds.
 
     Raises:
-        InputError: the text is too short, or a sequence too long.
+        InputError: the text is too short, a sequence too long, or an order of rounding is asked for.
         ModelError: the tokenizer cannot be read.
     """
     from lobit.quant_recipes.corpus import sequences_of
     from lobit.tokenizer import Tokenizer
 
+    if not given.act_order:
+        raise InputError("--in-order is for rounding by GPTQ, and with --activations int16 a text gives ranges alone: leave it out")
     length = min(context, RANGED_LENGTH) if given.length is None else given.length
     if length > context:
         raise InputError(f"a sequence of {length} tokens is longer than the program's context of {context}: take at most that")

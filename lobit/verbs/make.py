@@ -185,8 +185,6 @@ def export(
         raise InputError(f"{threads} threads: give 0, for one per core, or up to {MOST_THREADS}")
     asked = _asked(source, recipe)
     ranged, calibration = (calibration, None) if activations else (None, calibration)
-    if activations and ranged is None:
-        raise InputError("--activations int16 has ranges that are found on a text: give one with --calibration FILE")
     if calibration is not None:
         check_float(source)
         asked = asked.calibrated()
@@ -197,7 +195,9 @@ def export(
         tokens = Tokens(tokenizer.bos, tokenizer.stop, tokenizer.chat_template, tokenizer.special)
     spec = Spec(asked, context, chunk, portable, all_logits, tokens.bos, tuple(tokens.stop), threads, soc, activations)
     check_target(target, spec, config)
-    if ranged is not None:
+    if activations:
+        if ranged is None:
+            raise InputError("the ranges of --activations int16 are found on a text: give one with --calibration FILE")
         spec = replace(spec, sequences=ranging_sequences(source, config, ranged, context))
     request = bundle.Request(source, out.name, target, tokens, Generation(**declared_generation(source)), spec, command)
     settings = {

@@ -128,7 +128,11 @@ def parity(
     exact = _in_arithmetic(rounded, opened)
     arithmetic = exact.recipe or recipe
     share = max(order_share(arithmetic), target.OPERATOR_ERROR)
-    both = target.floor(model, spec) or (exact, ReferenceEngine(moved(exact.model, share), arithmetic, manifest.context))
+    own = target.floor(model, spec)
+    if own:
+        floor = comparison.Floor(*own, "with every operator off by as much as the device's are")
+    else:
+        floor = comparison.Floor(exact, ReferenceEngine(moved(exact.model, share), arithmetic, manifest.context))
     if progress:
         progress("parts", 0, 1)
     text_begins = [*([] if manifest.tokens.bos is None else [manifest.tokens.bos]), *ids]
@@ -151,7 +155,7 @@ def parity(
         lines=lines,
         window=manifest.model.largest_window if manifest.model.largest_window < manifest.context else 0,
         tried=_tried(recipe),
-        floor=comparison.Floor(*both),
+        floor=floor,
         progress=progress,
     )
     described = {"name": manifest.name, "target": manifest.target, "recipe": recipe.name}
