@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lobit.errors import BundleError, InputError
 from lobit.progress_callback import Progress
 from lobit.runtime.engine import Engine, Logits
-from lobit.runtime.verdict import judged, warnings
+from lobit.runtime.verdict import MOVED, judged, warnings
 
 PREFILL_LENGTHS = (16, 1, 7, 64, 2, 33, 3, 128, 5, 20)
 """Tokens of the prefill calls, in turn: short and long, odd and even, some longer than the chunk of a program with a short one."""
@@ -54,7 +54,7 @@ class Floor:
     """The converted model in the target's arithmetic; may be one of the stages."""
     moved: Scorer
     """The same model with its sums in another order (`reference.moved`), or with operators that are off as the device's are."""
-    how: str = "with the inputs of its products moved a little"
+    how: str = MOVED
     """What the second one is, for the limit's reason."""
 
 

@@ -140,7 +140,7 @@ class QnnBuilder:
         if self.graph.encodings is None:
             return self.graph.constant("bias", bias)
         assert isinstance(module, HtpLinear)
-        encoding = self.graph.encodings[x.name]
+        encoding = self.graph.encodings.get(x.name, over(0.0, 1.0))  # of one that is missing the graph's check tells
         return self.graph.bias(bias, module.scale * encoding.scale, encoding)
 
     def _over(self, low: float, high: float) -> Encoding | None:

@@ -156,7 +156,7 @@ class Moved:
 def found_encodings(model: Transformer, spec: Spec, count: Count) -> Encodings:
     """The encodings of a program of integers, from the ranges of its values on the spec's sequences.
 
-    Half of each sequence is read in calls of `chunk` tokens, the rest token by token.
+    The first call of a sequence, and all in its first half, read `chunk` tokens, the others one.
 
     Args:
         model: the converted model.
@@ -169,7 +169,7 @@ def found_encodings(model: Transformer, spec: Spec, count: Count) -> Encodings:
     for tokens in spec.sequences:
         at = 0
         while at < len(tokens):
-            whole = at + spec.chunk <= len(tokens) // 2
+            whole = at == 0 or at + spec.chunk <= len(tokens) // 2
             taken = tokens[at : at + (spec.chunk if whole else 1)]
             program.program.step(list(taken), at)
             at, done = at + len(taken), done + len(taken)

@@ -7,6 +7,7 @@ from typing import cast
 
 from torch import nn
 
+from lobit.errors import BundleError
 from lobit.export.composed import ropes, windows
 from lobit.export.qnn.builder import QnnBuilder
 from lobit.export.qnn.encodings import hidden, read_encodings
@@ -51,7 +52,22 @@ def graphs(model: Transformer, spec: Spec) -> dict[str, Graph]:
         found[name] = Graph(shared, encodings)
         build = cast(HtpBuilder[Value], QnnBuilder(found[name], is_narrow(spec)))  # it has what these operations need
         walk(model, HtpOps(build, model.config, spec.context, tokens, spec.all_logits))
+        _check_encodings(found[name])
     return found
+
+
+def _check_encodings(graph: Graph) -> None:
+    """Refuses encodings of another model, which leave values between operators without one.
+
+    Raises:
+        BundleError: there are such values.
+    """
+    if graph.encodings is None:
+        return
+    inside = [name for operator in graph.operators if operator.kind != "Dequantize" for name in operator.outputs]
+    without = [name for name in (*inside, *filter(is_cache, graph.inputs)) if name not in graph.encodings]
+    if without:
+        raise BundleError(f"{len(without)} values have no encoding ({without[0]}, …): give the model that the bundle was made from")
 
 
 def _prepared(model: Transformer, spec: Spec) -> Transformer:

@@ -105,7 +105,7 @@ def ranging_sequences(source: Path, config: Config, given: Calibration, context:
         context: positions that the program holds.
 
     Raises:
-        InputError: the text is too short, a sequence too long, or an order of rounding is asked for.
+        InputError: the text or a sequence is too short, a sequence too long, or an order of rounding is asked for.
         ModelError: the tokenizer cannot be read.
     """
     from lobit.quant_recipes.corpus import sequences_of
@@ -114,8 +114,8 @@ def ranging_sequences(source: Path, config: Config, given: Calibration, context:
     if not given.act_order:
         raise InputError("--in-order is for rounding by GPTQ, and with --activations int16 a text gives ranges alone: leave it out")
     length = min(context, RANGED_LENGTH) if given.length is None else given.length
-    if length > context:
-        raise InputError(f"a sequence of {length} tokens is longer than the program's context of {context}: take at most that")
+    if not 2 <= length <= context:
+        raise InputError(f"a sequence of {length} tokens is outside of 2 to the program's context of {context}: choose one inside")
     tokenizer = Tokenizer.from_folder(source, config.vocab_size)
     samples = RANGED if given.samples is None else given.samples
     found = sequences_of(tokenizer.encode(given.text, bos=False), samples, length, given.seed, tokenizer.bos)

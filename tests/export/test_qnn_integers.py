@@ -79,7 +79,7 @@ def test_encodings_are_read_as_they_were_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[1]", '{"a": 1}', '{"a": [0.1, 2]}', '{"a": [-0.1, 2, 16]}', '{"a": [0.1, 70000, 16]}', '{"a": [NaN, 1, 16]}', '{"a": [1, 1, 4]}']
+    "text", ["", "[1]", '{"a": 1}', '{"a": [0.1, 2]}', '{"a": [-0.1, 2, 16]}', '{"a": [0.1, 70000, 16]}', '{"a": [NaN, 1, 16]}']
 )
 def test_a_file_without_encodings_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text(text, encoding="utf-8")
@@ -206,7 +206,7 @@ def test_a_ternary_checkpoint_of_integers_is_proved(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("qnn_libraries", "one_thread")
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma3"])
 def test_families_of_integers_are_proved(name: str, small_models: Any, tmp_path: Path) -> None:
     """Biases, norms of queries and keys, capped scores, windows that wrap."""
     folder, _ = small_models(name)

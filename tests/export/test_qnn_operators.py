@@ -14,8 +14,8 @@ from lobit.export.qnn.builder import QnnBuilder
 from lobit.export.qnn.compiling import compile_variants
 from lobit.export.qnn.eager import Constants, run_graph
 from lobit.export.qnn.graph import Graph, Weights
-from lobit.export.qnn.proof import run_alone
 from lobit.export.qnn.methods import SOCS
+from lobit.export.qnn.proof import run_alone
 from lobit.export.qnn.target import OPERATOR_ERROR
 from lobit.export.qnn.weights import HtpLinear
 from lobit.quant_recipes.integer import IntegerLinear, quantize_linear
