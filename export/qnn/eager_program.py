@@ -33,10 +33,10 @@ NARROW_DROPPED, NARROW_STEPS = 256.0, 9.0
 """The same for the chips of `methods.NARROW`, and what their products are off by besides, in steps of the result."""
 SHARES = {"MatMul": 2.5e-4, "Softmax": 1e-3}
 """Root mean square of what other operators are off by, relative to that of their results."""
+STEPS, OTHER_STEPS = {"Tanh": 1.0, "Sigmoid": 1.5}, 0.5
+"""Root mean square of what the rest is off by, by kind and of all others, in steps of the result, rounding apart."""
 EXACT = ("Concat", "Convert", "Pad", "Quantize", "Reshape", "Split", "Transpose")
 """Operators that compute nothing."""
-STEPS = 0.5
-"""The same of all others, in steps of the result."""
 
 
 class EagerProgram:
@@ -137,7 +137,7 @@ class Moved:
         elif operator.kind in SHARES:
             moved = x * (1 + SHARES[operator.kind] * self._noise(x))
         else:
-            moved = x + STEPS * encoding.scale * self._noise(x)
+            moved = x + STEPS.get(operator.kind, OTHER_STEPS) * encoding.scale * self._noise(x)
         return self.program.rounded(name, moved)
 
     def _product(self, operator: Operator, x: Tensor, encoding: Encoding) -> Tensor:
