@@ -37,6 +37,8 @@ COSTS = Costs(
 PER_OPERATOR, COMPILED_SHARE = 390, 0.0282
 """Bytes of the program that are not weights: for each operator of both methods, and for each byte of weights, fitted to models of 2, 125
 and 1 084 million parameters."""
+OF_INTEGERS, OPERATOR_OF_INTEGERS, ROW_OF_INTEGERS = 74_000, 140, 9
+"""What a program of integers has besides: once, for each operator, and for each row of weights."""
 CHUNK = 32
 OPERATOR_ERROR = 2e-3
 """Softmax has the largest, 1.1e-3 to 1.5e-3 on the emulator (its shares add up to 0.999); rounding to half floats alone makes 2e-4."""
@@ -145,6 +147,9 @@ def needs(model: Transformer, spec: Spec) -> Needs:
     compiled = sum(group.bytes for group in groups if group.kind != "embedding")
     operators = sum(len(graph.operators) for graph in graphs(model, spec).values())
     overhead = PER_OPERATOR * operators + round(COMPILED_SHARE * compiled)
+    if spec.activations:
+        rows = sum(row.shape[0] for row in layer_plans(model.config, spec.recipe) if row.name != "embedding" and not row.shared_with)
+        overhead += OF_INTEGERS + OPERATOR_OF_INTEGERS * operators + ROW_OF_INTEGERS * rows
     return Needs(2, overhead, stored + overhead + cache(spec, model.config).bytes)
 
 
