@@ -21,11 +21,10 @@ HALF, SCALE_BYTES = 2, 4
 
 MULTIPLES: dict[int, int] = {2: 16, 4: 8, 8: 1}
 """What the number of inputs must be a multiple of, by the bits of the weights: otherwise the HTP computes something else, silently."""
-
-
 WIDE, WIDE_MOST = 16, (1 << 15) - 1
 """Bits of the integers that floats become where a program has no floats, and the largest of them."""
 SMALLEST_SCALE = 1e-20
+"""Of a row of zeros."""
 
 
 def stored_bits(grid: WeightGrid) -> Literal[2, 4, 8]:

@@ -233,4 +233,4 @@ def test_the_plan_says_what_the_files_of_integers_are(tale: Path, stories: Path)
     manifest = open_bundle(tale).manifest
     plan = verbs.plan(str(stories), verbs.choose_recipe("w4-channel"), "qnn", context=128, activations="int16")
     assert plan.file_bytes == pytest.approx(manifest.program_bytes, rel=0.03)
-    assert plan.kv_cache_bytes == manifest.cache.bytes
+    assert plan.cache == manifest.cache
