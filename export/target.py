@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lobit.errors import MissingPartError, TargetError, listed
@@ -50,20 +52,36 @@ class Spec:
     """Whether to write an ExecuTorch program, where the target has a form of its own otherwise."""
     smallest: bool = False
     """Whether weights take the fewest bytes that the target has for them, where others are read faster."""
+    activations: Literal["int16"] | None = None
+    """What the program computes with between its products, where the target has that choice; None: floats."""
+    sequences: tuple[tuple[int, ...], ...] = ()
+    """Tokens of a text, in sequences, on which the ranges of such integers are found."""
+    encodings: Path | None = None
+    """The file that says what such integers stand for, where they are found already."""
 
 
-OWN_OPTIONS = {"portable": "onnx", "soc": "qnn", "smallest": "gguf"} | dict.fromkeys(("float32", "explicit_cache", "executorch"), "coreml")
+OWN_OPTIONS = {"portable": "onnx", "soc": "qnn", "activations": "qnn", "smallest": "gguf"} | dict.fromkeys(
+    ("float32", "explicit_cache", "executorch"), "coreml"
+)
 """Fields of `Spec` that one target alone has, and that target; the names of its options in a manifest, and on the command line."""
 
 
 def foreign_options(spec: Spec, target: str) -> list[str]:
     """Messages about options that another target has."""
-    given = (name for name, owner in OWN_OPTIONS.items() if owner != target and getattr(spec, name))
-    return [f"--{name.replace('_', '-')} is for target {OWN_OPTIONS[name]}: leave it out" for name in given]
+    given = {name: getattr(spec, name) for name, owner in OWN_OPTIONS.items() if owner != target and getattr(spec, name)}
+    told = {name: f"--{name.replace('_', '-')}" + (f" {value}" if isinstance(value, str) else "") for name, value in given.items()}
+    return [f"{option} is for target {OWN_OPTIONS[name]}: leave it out" for name, option in told.items()]
 
 
 RunGraph = Callable[[Tensor, Tensor], Tensor]
 """(tokens int64 [1, T], input_pos int64 [1]) -> logits float32 [1, 1, V] of the last token, or [1, T, V]; keeps keys and values."""
+
+
+class Reader(Protocol):
+    """A model that reads a whole sequence at once (`runtime.parity.Scorer`)."""
+
+    def read(self, tokens: list[int]) -> Callable[[Sequence[int]], NDArray[np.float32]]:
+        """Reads tokens [T] from position 0; returns what gives the logits [n, V] at any positions [n] of them."""
 
 
 @dataclass
@@ -136,6 +154,13 @@ class Target(Protocol):
 
         Returns:
             The program as a function; None: its operators are the runtime's own, and `arithmetic` gives what they compute.
+        """
+
+    def floor(self, model: Transformer, spec: Spec) -> tuple[Reader, Reader] | None:
+        """What the program should compute, and the same with every operator off by as much as the device's are.
+
+        Returns:
+            None: `arithmetic` says what the program computes, and only the inputs of its products differ.
         """
 
     def check(self, spec: Spec, config: Config) -> list[str]:

@@ -29,6 +29,7 @@ from lobit.cli_options import (
     ModelArgument,
     Out,
     Portable,
+    ProgramActivations,
     Rotate,
     SampleLength,
     Samples,
@@ -40,6 +41,7 @@ from lobit.cli_options import (
     app,
     calibration_on,
     chosen_recipe,
+    integers_of,
     print_json,
     rotations,
 )
@@ -125,7 +127,7 @@ def plan(
     mixed: Mixed = None,
     scale_rule: ScaleRule = None,
     rotate: Rotate = None,
-    activations: Activations = None,
+    activations: ProgramActivations = None,
     portable: Portable = False,
     all_logits: AllLogits = False,
     soc: Soc = None,
@@ -143,7 +145,8 @@ def plan(
 
     if bandwidth is not None and not detail:
         raise InputError(f"--bandwidth {bandwidth:g} is for the bound on decode speed: add --detail")
-    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed, scale_rule, rotate, activations)
+    floats, integers = integers_of(activations)
+    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed, scale_rule, rotate, floats)
     with bar() as shown:
         found = verbs.plan(
             model,
@@ -158,6 +161,7 @@ def plan(
             explicit_cache=explicit_cache,
             executorch=executorch,
             smallest=smallest,
+            activations=integers,
             detail=detail,
             bandwidth=bandwidth,
             progress=shown.count,
@@ -229,7 +233,7 @@ def export(
     mixed: Mixed = None,
     scale_rule: ScaleRule = None,
     rotate: Rotate = None,
-    activations: Activations = None,
+    activations: ProgramActivations = None,
     portable: Portable = False,
     all_logits: AllLogits = False,
     soc: Soc = None,
@@ -244,7 +248,8 @@ def export(
     from lobit import tables, verbs
     from lobit.progress import bar
 
-    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed, scale_rule, rotate, activations)
+    floats, integers = integers_of(activations)
+    chosen = chosen_recipe(recipe, exclude, group_size, kv_cache, mixed, scale_rule, rotate, floats)
     given = calibration_on(calibration, samples, length, act_order)
     if chosen is not None:
         tables.show(tables.layer_plans(verbs.recipes(chosen, model)), error=True)
@@ -264,6 +269,7 @@ def export(
             explicit_cache=explicit_cache,
             executorch=executorch,
             smallest=smallest,
+            activations=integers,
             threads=threads,
             command=["lobit", *sys.argv[1:]],
             progress=shown.count,

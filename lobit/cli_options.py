@@ -42,14 +42,20 @@ Rotate = Annotated[
 Calibration = Annotated[
     Path | None, typer.Option("--calibration", metavar="FILE", help="Text to round on by GPTQ: a smaller loss, minutes more.")
 ]
-Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Sequences of the calibration text; default: 128.")]
-SampleLength = Annotated[int | None, typer.Option("--length", min=1, help="Their tokens; default: the context, at most 512.")]
+Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Sequences of the calibration text; default: 128, int16 8.")]
+SampleLength = Annotated[int | None, typer.Option("--length", min=1, help="Their tokens; default: the context, at most 512 or 256.")]
 ActOrder = Annotated[
     bool, typer.Option("--act-order/--in-order", help="GPTQ rounds the weights of large inputs first, or in the order of the inputs.")
 ]
 KVCache = Annotated[Literal["int8", "half", "float"] | None, typer.Option("--kv-cache", help="Instead of the recipe's.")]
 Activations = Annotated[
     Literal["half", "float"] | None, typer.Option("--activations", help="Of what is computed in floating point, instead of the recipe's.")
+]
+ProgramActivations = Annotated[
+    Literal["half", "float", "int16"] | None,
+    typer.Option(
+        "--activations", help="Instead of the recipe's half or float; int16: target qnn, integers whose ranges --calibration FILE gives."
+    ),
 ]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Where to write; must not exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -144,16 +150,21 @@ def chosen_recipe(
     return verbs.choose_recipe(recipe, exclude or (), group_size, kv_cache, mixed or (), scale_rule, rotations(rotate), activations)
 
 
+def integers_of(activations: ProgramActivations) -> tuple[Literal["half", "float"] | None, Literal["int16"] | None]:
+    """What `--activations` says of a recipe, and what of a program."""
+    return (None, "int16") if activations == "int16" else (activations, None)
+
+
 def calibration_on(path: Path | None, samples: int | None, length: int | None, act_order: bool) -> verbs.calibrate.Calibration | None:
     """The calibration that `--calibration` and its further options ask for; None without `--calibration`.
 
     Raises:
         InputError: the file cannot be read, or its further options are given without it.
     """
-    from lobit.verbs.calibrate import SAMPLES, Calibration
+    from lobit.verbs.calibrate import Calibration
 
     if path is None:
         if samples is not None or length is not None or not act_order:
             raise InputError("--samples, --length and --in-order say how a text is calibrated on: give it with --calibration FILE")
         return None
-    return Calibration(read_text(path), samples or SAMPLES, length, act_order)
+    return Calibration(read_text(path), samples, length, act_order)

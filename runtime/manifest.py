@@ -35,7 +35,8 @@ class FileEntry:
     """Path relative to the bundle's folder, with forward slashes."""
     role: str
     """`program`; `weights`, where the program's weights are a file of their own; `embedding`, a table that the client looks up in;
-    `emulated`: a program for an emulator, which no phone needs; `tokenizer` (tokenizer.json); `config`: any other."""
+    `emulated`: a program for an emulator, which no phone needs; `encodings`: what a program's integers stand for, for its proof alone;
+    `tokenizer` (tokenizer.json); `config`: any other."""
     bytes: int
     sha256: str
     """Digest of the file: 64 lower-case hexadecimal digits."""
@@ -87,7 +88,7 @@ class State:
     output: str
     """Name of the output port that gives it back."""
     dtype: str
-    """Element type by its NumPy name, such as `float32`."""
+    """Element type by its NumPy name, such as `float32`. What integers stand for only the program knows."""
     shape: list[int]
     """Shape of the tensor when it is full."""
     axis: int | None
@@ -107,7 +108,7 @@ class CacheInfo:
     """Size of the program's key-value cache."""
 
     dtype: str
-    """Element type of keys and values: `int8`, `float16` or `float32`."""
+    """Element type of keys and values: `int8`, `int16`, `uint8`, `float16` or `float32`."""
     slots: list[int]
     """Number of positions that each layer's cache holds, one entry for each layer."""
     value_bytes: int

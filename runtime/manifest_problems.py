@@ -17,7 +17,7 @@ LONGEST_PATH = 80
 """Characters that the path of a file may have; no target gives its files longer ones."""
 MOST_THREADS = 1024
 """Threads that a manifest may name for a runtime; no processor has more."""
-DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
+DTYPES = ("float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 """Element types that a state may have."""
 TABLE_BITS = (4, 8, 16, 32)
 """Bits that an entry of a table of embeddings may have."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lobit.errors import BundleError, InputError
 from lobit.progress_callback import Progress
 from lobit.runtime.engine import Engine, Logits
-from lobit.runtime.verdict import judged, warnings
+from lobit.runtime.verdict import MOVED, judged, warnings
 
 PREFILL_LENGTHS = (16, 1, 7, 64, 2, 33, 3, 128, 5, 20)
 """Tokens of the prefill calls, in turn: short and long, odd and even, some longer than the chunk of a program with a short one."""
@@ -52,12 +52,14 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Floor:
-    """Two versions of what the artifact should compute: they differ only by the order of sums and by what grows from that."""
+    """Two versions of what the artifact should compute: they differ as two right implementations do, and by what grows from that."""
 
     exact: Scorer
     """The converted model in the target's arithmetic; may be one of the stages."""
     moved: Scorer
-    """The same model with its sums in another order (`reference.moved`)."""
+    """The same model with its sums in another order (`reference.moved`), or with operators that are off as the device's are."""
+    how: str = MOVED
+    """What the second one is, for the limit's reason."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ def parity(
     every: list[dict[str, Any]] = [{"name": name, **(_summary(parts) or {})} for name, parts in found.items()]
     rows, others = ([row for row in every if (row["name"] in run.beside) is apart] for apart in (False, True))
     surprises, chaos = (np.concatenate(parts) for parts in (run.surprises, run.chaos))
-    limit, measured = judged(chaos)
+    limit, measured = judged(chaos, floor.how if floor else Floor.how)
     return {
         "kind": "parity",
         "tokens": sum(len(plan.tokens) for plan in passages),

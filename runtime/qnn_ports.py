@@ -10,6 +10,16 @@ def rotary_names(index: int) -> tuple[str, str]:
     return f"cos.{index}", f"sin.{index}"
 
 
+def is_mask(name: str) -> bool:
+    """Whether a port is that of a mask."""
+    return name.startswith("mask.")
+
+
+def is_cache(name: str) -> bool:
+    """Whether a port is one of a layer's keys or values, or of the call's own rows."""
+    return name.startswith(("k.", "v.", "k_rows.", "v_rows."))
+
+
 def mask_name(index: int) -> str:
     """Port of the mask of an attention window."""
     return f"mask.{index}"

@@ -26,16 +26,21 @@ ADVICE = {
 """What helps against loss, the cheapest first."""
 
 
-def judged(chaos: NDArray[np.float64]) -> tuple[dict[str, Any], dict[str, Any]]:
+MOVED = "with the inputs of its products moved a little"
+"""How a model is moved to find the floor, unless its target's operators are off in ways of their own."""
+
+
+def judged(chaos: NDArray[np.float64], how: str = MOVED) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the limit on the KL from what should be computed, and the floor that the limit is derived from.
 
     Args:
-        chaos: KL at every position between the model and itself with its sums in another order; zeros where it was not measured.
+        chaos: KL at every position between the model and itself, moved; zeros where it was not measured.
+        how: it was moved.
     """
     mean, error = float(chaos.mean()), float(chaos.std() / math.sqrt(len(chaos)))
     limit = FLOORS * mean + ERRORS * error * math.hypot(1, FLOORS) + FLOAT_ORDER
     reason = (
-        f"with the inputs of its products moved a little the model is {mean:.2g} ± {error:.1g} nats from itself; {FLOORS:g} times that, "
+        f"{how} the model is {mean:.2g} ± {error:.1g} nats from itself; {FLOORS:g} times that, "
         f"with {ERRORS:g} standard errors and {FLOAT_ORDER:g} for the sums themselves"
     )
     return {"limit": limit, "reason": reason}, {"kl_mean": mean, "kl_se": error, "kl_p99": float(np.quantile(chaos, 0.99))}

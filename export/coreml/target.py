@@ -20,7 +20,7 @@ from lobit.export.coreml.package import write_package
 from lobit.export.coreml.weights import form_of, inexact, sizes_of
 from lobit.export.size_groups import Tally, stored_as
 from lobit.export.stages import Count
-from lobit.export.target import Costs, Lowered, Needs, Spec, float_inputs, foreign_options
+from lobit.export.target import Costs, Lowered, Needs, Reader, Spec, float_inputs, foreign_options
 from lobit.export.walk import walk
 from lobit.model import Config, Transformer
 from lobit.quant_recipes.apply import LayerPlan, layer_plans
@@ -179,6 +179,11 @@ def needs(model: Transformer, spec: Spec) -> Needs:
     overhead = model_message(made, "decode").ByteSize() + blobs.end - stored
     work = 4 * model.config.vocab_size * (spec.chunk if spec.all_logits else 1)
     return Needs(1, overhead, stored + overhead + cache(spec, model.config).bytes + work)
+
+
+def floor(model: Transformer, spec: Spec) -> tuple[Reader, Reader] | None:
+    """See `Target.floor`: `arithmetic` says what the program computes."""
+    return None
 
 
 def graph(model: Transformer, spec: Spec) -> EagerProgram:

@@ -13,7 +13,7 @@ from lobit.export.gguf.vocabulary import fields_of as vocabulary_fields
 from lobit.export.gguf.weights import form, misfit, pattern_of
 from lobit.export.size_groups import Tally
 from lobit.export.stages import Count
-from lobit.export.target import Costs, Lowered, Needs, RunGraph, Spec, foreign_options
+from lobit.export.target import Costs, Lowered, Needs, Reader, RunGraph, Spec, foreign_options
 from lobit.model import Config, Transformer
 from lobit.quant_recipes.apply import LayerPlan, layer_plans
 from lobit.quant_recipes.sizes import FLOAT, kind_of, norms_and_biases
@@ -48,6 +48,11 @@ PACKED = 1.1
 def versions() -> dict[str, str]:
     """Versions of the package that writes the file, and of llama.cpp, which proves the vocabulary."""
     return {name: metadata.version(name) for name in ("gguf", "xllamacpp")}
+
+
+def floor(model: Transformer, spec: Spec) -> tuple[Reader, Reader] | None:
+    """See `Target.floor`: `arithmetic` says what the program computes."""
+    return None
 
 
 def graph(model: Transformer, spec: Spec) -> RunGraph | None:

@@ -19,7 +19,7 @@ from lobit.export.onnx.fused import in_place, inner_ropes, slots_name
 from lobit.export.onnx.weights import SMALLEST_BLOCK, Form, form_of, rounds_inputs
 from lobit.export.size_groups import Tally, stored_as
 from lobit.export.stages import Count
-from lobit.export.target import Costs, Lowered, Needs, Spec, foreign_options
+from lobit.export.target import Costs, Lowered, Needs, Reader, Spec, foreign_options
 from lobit.model import Config, Transformer
 from lobit.quant_recipes.apply import LayerPlan, layer_plans
 from lobit.quant_recipes.recipe import Rule
@@ -61,6 +61,11 @@ def versions() -> dict[str, str]:
 def graph(model: Transformer, spec: Spec) -> EagerGraph | None:
     """See `Target.graph`: standard operators are run by PyTorch as `EagerGraph`; for ONNX Runtime's own there is no such program."""
     return EagerGraph(model, spec.all_logits) if spec.portable else None
+
+
+def floor(model: Transformer, spec: Spec) -> tuple[Reader, Reader] | None:
+    """See `Target.floor`: `arithmetic` says what the program computes."""
+    return None
 
 
 def check(spec: Spec, config: Config) -> list[str]:

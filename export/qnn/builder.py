@@ -1,4 +1,4 @@
-"""Small operations as QNN's operators, and the same run at once by PyTorch."""
+"""Small operations as QNN's operators."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lobit.export.qnn.graph import Graph, Value
+from lobit.export.qnn.encodings import over
+from lobit.export.qnn.graph import Encoding, Graph, Value
 from lobit.export.qnn.weights import HtpLinear
-from lobit.export.static import EagerStaticBuilder, whole_shape
+from lobit.export.static import whole_shape
 from lobit.model import bias_of, weight_of
+from lobit.runtime.qnn_ports import is_cache
 
 
 class QnnBuilder:
-    """An `ops.HtpBuilder` that adds operators to a graph; operations that no model here needs are not there."""
+    """An `ops.HtpBuilder` that adds operators to a graph; operations that no model here needs are not there.
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    Args:
+        graph: the graph.
+        narrow: whether rows of caches become integers of 8 bits, for chips that multiply no 16 bits with 16.
+    """
+
+    def __init__(self, graph: Graph, narrow: bool = False) -> None:
+        self.graph, self.narrow = graph, narrow
         self._numbers: dict[float, Tensor] = {}
         self._biases: dict[int, Tensor] = {}
         self._ones: dict[int, Tensor] = {}
@@ -35,13 +41,30 @@ class QnnBuilder:
         return contextlib.nullcontext()  # nothing of it stands for an operator that the HTP lacks
 
     def input(self, name: str, *shape: int) -> Value:
-        return self.graph.input(name, *shape)
+        value = self.graph.input(name, *shape)
+        if self.graph.encodings is None or is_cache(name):
+            return value
+        with self.scope(name):
+            return self._one("Quantize", [value], shape)
 
     def output(self, value: Value, name: str) -> None:
+        if self.graph.encodings is not None and not is_cache(name):
+            with self.scope(name):
+                value = self._one("Dequantize", [value], value.shape)
         self.graph.output(value, name)
 
+    def kept(self, x: Value) -> Value:
+        return self._one("Convert", [x], x.shape) if self.narrow else x
+
+    def choose(self, chosen: Value, x: Value) -> Value:
+        if not self.narrow:
+            return self.matmul(chosen, x)
+        found = self.matmul(self.transpose(x, [0, 2, 1]), self.transpose(self._one("Convert", [chosen], chosen.shape), [0, 2, 1]))
+        return self.transpose(found, [0, 2, 1])
+
     def number(self, value: float) -> Value:
-        return self.graph.constant("number", self._numbers.setdefault(value, torch.tensor([value])))
+        tensor = self._numbers.setdefault(value, torch.tensor([value]))
+        return self.graph.constant("number", tensor, self._over(value, value))
 
     def add(self, a: Value, b: Value) -> Value:
         return self._binary("ElementWiseAdd", a, b)
@@ -96,8 +119,9 @@ class QnnBuilder:
         size = x.shape[-1]
         rows = self.view(x, 1, math.prod(x.shape[:-1]), size) if len(x.shape) > 3 else x
         weight = self._ones.setdefault(size, torch.ones(size)) if weight is None else weight  # the operator needs one
-        bias = self.graph.constant("no_bias", self._biases.setdefault(size, torch.zeros(size)))
-        inputs = [rows, self.graph.constant("norm", weight), bias]
+        bias = self.graph.constant("no_bias", self._biases.setdefault(size, torch.zeros(size)), self._over(0.0, 1.0))
+        encoding = None if self.graph.encodings is None else over(float(weight.min()), float(weight.max()))
+        inputs = [rows, self.graph.constant("norm", weight, encoding), bias]
         y = self._one("RmsNorm", inputs, rows.shape, epsilon=float(eps), axes=[len(rows.shape) - 1])
         return self.view(y, *x.shape) if y.shape != x.shape else y
 
@@ -111,8 +135,19 @@ class QnnBuilder:
         else:
             weight = self.graph.constant("weight", weight_of(module))
         bias = bias_of(module)
-        added = [] if bias is None else [self.graph.constant("bias", bias)]
+        added = [] if bias is None else [self._bias(module, bias, x)]
         return self._one("FullyConnected", [x, weight, *added], (*x.shape[:-1], weight.shape[0]))
+
+    def _bias(self, module: nn.Module, bias: Tensor, x: Value) -> Value:
+        """A bias, which among integers has the scales of the products that it is added to."""
+        if self.graph.encodings is None:
+            return self.graph.constant("bias", bias)
+        assert isinstance(module, HtpLinear)
+        encoding = self.graph.encodings.get(x.name, over(0.0, 1.0))  # of one that is missing the graph's check tells
+        return self.graph.bias(bias, module.scale * encoding.scale, encoding)
+
+    def _over(self, low: float, high: float) -> Encoding | None:
+        return None if self.graph.encodings is None else over(low, high)
 
     def _binary(self, kind: str, a: Value, b: Value) -> Value:
         return self._one(kind, [a, b], torch.broadcast_shapes(a.shape, b.shape))
@@ -120,15 +155,3 @@ class QnnBuilder:
     def _one(self, kind: str, inputs: Sequence[Value], shape: Sequence[int], **parameters: Any) -> Value:
         (value,) = self.graph.op(kind, inputs, shape, **parameters)
         return value
-
-
-class EagerHtpBuilder(EagerStaticBuilder):
-    """An `ops.HtpBuilder` that computes at once, from inputs by name."""
-
-    def input(self, name: str, *shape: int) -> Tensor:
-        return self.ports[name]
-
-    def product(self, module: nn.Module, x: Tensor) -> Tensor:
-        if not isinstance(module, HtpLinear):
-            return super().product(module, x)
-        return F.linear(F.pad(x, (0, module.extra)), module.integers.float() * module.scale[:, None], module.bias)

@@ -69,15 +69,22 @@ class _Wrapped:
                     kind = kinds.QNN_TENSOR_TYPE_APP_WRITE
                 elif name in self.names:
                     kind = kinds.QNN_TENSOR_TYPE_APP_READ
-                self.tensors[name] = wrapped(self.qnn, self.names.get(name, name), kind, values[name])
+                self.tensors[name] = wrapped(self.qnn, self.names.get(name, name), kind, values[name], *self._form(name))
         return self.tensors[name]
+
+    def _form(self, name: str) -> tuple[Any, ...]:
+        """Type, encoding and its parameters of a value."""
+        encodings = self.described["encodings"]
+        if encodings is None:
+            return ()
+        return encoded(self.qnn, encodings[name]) if name in encodings else (self.qnn.Qnn_DataType_t.QNN_DATATYPE_FLOAT_32,)
 
 
 class _Static:
     """Constants, read from their file; they live as long as this does, as QNN does not copy them."""
 
-    def __init__(self, qnn: Any, path: Path, bits: dict[str, int]) -> None:
-        self.qnn, self.bits = qnn, bits
+    def __init__(self, qnn: Any, path: Path, bits: dict[str, int], encodings: dict[str, list[Any]]) -> None:
+        self.qnn, self.bits, self.encodings = qnn, bits, encodings
         self.file = cast(Any, safe_open)(path, framework="numpy")
         self.kept: dict[str, tuple[NDArray[Any], NDArray[Any] | None]] = {}
 
@@ -88,6 +95,8 @@ class _Static:
             self.kept[name] = self._read(name, bits)
         values, pairs = self.kept[name]
         kind = qnn.Qnn_TensorType_t.QNN_TENSOR_TYPE_STATIC
+        if name in self.encodings:
+            return wrapped(qnn, name, kind, values.shape, *encoded(qnn, self.encodings[name]), values)
         if bits is None:
             return wrapped(qnn, name, kind, values.shape, values=values)
         encodings = qnn.Qnn_QuantizationEncoding_t
@@ -95,7 +104,7 @@ class _Static:
         encoding = encodings.QNN_QUANTIZATION_ENCODING_AXIS_SCALE_OFFSET
         if bits < 8:
             encoding, told["bitwidth"] = encodings.QNN_QUANTIZATION_ENCODING_BW_AXIS_SCALE_OFFSET, bits
-        dtype = qnn.Qnn_DataType_t.QNN_DATATYPE_SFIXED_POINT_8
+        dtype = getattr(qnn.Qnn_DataType_t, f"QNN_DATATYPE_SFIXED_POINT_{max(bits, 8)}")
         return wrapped(qnn, name, kind, values.shape, dtype, encoding, told, values)
 
     def _read(self, name: str, bits: int | None) -> tuple[NDArray[Any], NDArray[Any] | None]:
@@ -106,6 +115,14 @@ class _Static:
         pairs = np.zeros(len(scale), dtype=[("scale", np.float32), ("offset", np.int32)])
         pairs["scale"] = scale
         return values & np.int8((1 << bits) - 1) if bits < 8 else values, pairs
+
+
+def encoded(qnn: Any, told: list[Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """Type, encoding and its parameters of integers without a sign, of which bits, scale and offset are told."""
+    bits, scale, offset = told
+    encoding = qnn.Qnn_QuantizationEncoding_t.QNN_QUANTIZATION_ENCODING_SCALE_OFFSET
+    dtype = getattr(qnn.Qnn_DataType_t, f"QNN_DATATYPE_UFIXED_POINT_{bits}")
+    return dtype, encoding, {"scale": scale, "offset": offset}
 
 
 def wrapped(
@@ -138,7 +155,7 @@ def compile_graphs(folder: Path, out: Path) -> None:
     qnn = load_libraries()
     told = json.loads((folder / GRAPHS_FILE).read_text(encoding="utf-8"))
     graphs = told["graphs"]
-    weights = _Static(qnn, folder / WEIGHTS_FILE, told["bits"])
+    weights = _Static(qnn, folder / WEIGHTS_FILE, told["bits"], told["encodings"])
     operators = [_Wrapped(qnn, described, weights).operators() for described in graphs.values()]
     manager = qnn.QnnManager((out / OPTIONS).read_bytes())
     for step in (manager.InitBackend, lambda: manager.InitContext(list(graphs))):

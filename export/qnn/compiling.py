@@ -81,12 +81,13 @@ def compile_variants(
         with kept.making(GRAPHS) as folder:
             folder.mkdir()
             write_graphs(graphs, folder)
-        _compile(kept, missing, soc, count)
+        half = next(iter(graphs.values())).encodings is None
+        _compile(kept, {name: options(soc, VARIANTS[name], half) for name in missing}, count)
     return [Compiled(kept.folder / name) for name in names]
 
 
-def _compile(kept: StageCache, names: list[str], soc: str, count: Count) -> None:
-    """Compiles variants in a process each, side by side where there is memory for it, and keeps each that ends well."""
+def _compile(kept: StageCache, names: Mapping[str, bytes], count: Count) -> None:
+    """Compiles variants, by their names and options, in a process each, side by side where there is memory; keeps each that ends well."""
     running: dict[str, subprocess.Popen[bytes]] = {}
     waiting = list(names)
     folders = {name: kept.folder / f"{name}.compiling" for name in names}
@@ -97,7 +98,7 @@ def _compile(kept: StageCache, names: list[str], soc: str, count: Count) -> None
             while waiting and (side_by_side or not running):
                 name = waiting.pop(0)
                 folders[name].mkdir(exist_ok=True)
-                (folders[name] / OPTIONS).write_bytes(options(soc, VARIANTS[name]))
+                (folders[name] / OPTIONS).write_bytes(names[name])
                 command = [sys.executable, "-m", "lobit.export.qnn.compiler", str(kept.folder / GRAPHS), str(folders[name])]
                 with (folders[name] / LOG).open("wb") as log:
                     running[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
@@ -128,16 +129,17 @@ def _take(folder: Path, code: int, kept: StageCache, name: str) -> None:
         folder.rename(made)
 
 
-def options(soc: str, shared: bool) -> bytes:
+def options(soc: str, shared: bool, half: bool) -> bytes:
     """What ExecuTorch's delegate is opened with, as it keeps it in a program (`QnnExecuTorchOptions`).
 
     Args:
         soc: the chip's name, one of `QcomChipset`.
         shared: whether methods share their weights.
+        half: whether values are half floats.
     """
     from executorch.backends.qualcomm.serialization.qc_schema import QcomChipset
     from executorch.backends.qualcomm.utils.utils import generate_htp_compiler_spec, generate_qnn_executorch_compiler_spec
 
-    backend = generate_htp_compiler_spec(use_fp16=True, use_weight_sharing=shared)
+    backend = generate_htp_compiler_spec(use_fp16=half, use_weight_sharing=shared)
     (spec,) = generate_qnn_executorch_compiler_spec(soc_model=getattr(QcomChipset, soc), backend_options=backend)
     return bytes(spec.value)

@@ -17,7 +17,14 @@ class HtpBuilder(StaticBuilder[V], Protocol[V]):
     """Operations on half floats."""
 
     def input(self, name: str, *shape: int) -> V:
-        """An input of half floats."""
+        """An input."""
+
+
+    def kept(self, x: V) -> V:
+        """Rows as caches keep them."""
+
+    def choose(self, chosen: V, x: V) -> V:
+        """The row [1, 1, n] of x [1, T, n] at which `chosen` [1, 1, T] is 1, and not 0."""
 
 
 class HtpOps(StaticOps[V]):
@@ -49,7 +56,7 @@ class HtpOps(StaticOps[V]):
 
     def last(self, x: V) -> V:
         """See `walk.Ops`: the client marks the token that gets logits, as a call may read fewer tokens than it has room for."""
-        return x if self.all_logits else self.build.matmul(self.chosen, x)
+        return x if self.all_logits else self.build.choose(self.chosen, x)
 
     def activate(self, x: V) -> V:
         """See `walk.Ops`. SiLU is x · sigmoid(x) = h + h · tanh(h) with h = x / 2.
@@ -67,7 +74,7 @@ class HtpOps(StaticOps[V]):
         """See `StaticOps.cached`: the call's own rows are outputs, which the client writes into the caches."""
         build, found = self.build, []
         for before, value, (_, name) in zip(self.caches[layer], (k, v), cache_names(layer), strict=True):
-            rows = build.transpose(value, [0, 2, 1, 3])
+            rows = build.kept(build.transpose(value, [0, 2, 1, 3]))
             build.output(rows, name)
             found.append(build.append(2, before, rows))
         return found[0], found[1]

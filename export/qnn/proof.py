@@ -2,8 +2,8 @@
 
 A compiled program cannot be taken apart. So two things are shown, and together they say that the checkpoint's integers are in it:
 
-1. Products with the checkpoint's integers are compiled alone and run on the emulator with inputs that are 1 in one place: what they
-   give are the integers of one column times their scales.
+1. Products with the checkpoint's integers are compiled alone, with half floats, and run on the emulator with inputs that are 1 in one
+   place: what they give are the integers of one column times their scales.
 2. The whole model is compiled anew from the checkpoint. The compiler is deterministic: the result must be the bundle's own file, byte
    for byte, but for the number that it gives each of its runs.
 """
@@ -28,9 +28,10 @@ from lobit.errors import BundleError
 from lobit.export.qnn.builder import QnnBuilder
 from lobit.export.qnn.compiling import COPIED, compile_variants
 from lobit.export.qnn.graph import Graph, Weights
+from lobit.export.qnn.methods import SOCS, WITHOUT_HALF, graphs, soc_of
 from lobit.export.qnn.probe import PROBE
 from lobit.export.qnn.program import write_pte
-from lobit.export.qnn.target import DTYPE, EMULATED_FILE, PROGRAM_FILE, graphs, soc_of
+from lobit.export.qnn.target import EMULATED_FILE, PROGRAM_FILE
 from lobit.export.qnn.weights import HtpLinear
 from lobit.export.target import Spec
 from lobit.model import Transformer, weight_of
@@ -72,12 +73,12 @@ def read_back(
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, IntegerLinear)]
     if not every:
         layers = list({name.rpartition(".")[2]: (name, module) for name, module in reversed(layers)}.values())
-    rows = [_embedding_row(bundle, model)]
+    rows, soc = [_embedding_row(bundle, model)], SOCS[0] if soc_of(spec) in WITHOUT_HALF else soc_of(spec)
     with tempfile.TemporaryDirectory() as scratch:
         for start in range(0, len(layers), TOGETHER):
             if progress:
                 progress("probes", start, len(layers))
-            rows += _probe(layers[start : start + TOGETHER], every, soc_of(spec), Path(scratch) / f"{start}")
+            rows += _probe(layers[start : start + TOGETHER], every, soc, Path(scratch) / f"{start}")
         if progress:
             progress("compiler", 0, 1)
         return rows, _compiled_anew(bundle, model, spec, Path(scratch) / "again")
@@ -113,11 +114,11 @@ def _probe(layers: Sequence[tuple[str, IntegerLinear]], every: bool, soc: str, f
 
 
 def run_alone(graph: Graph, inputs: Mapping[str, Tensor], soc: str, folder: Path) -> dict[str, Tensor]:
-    """What the emulator gives for one graph, by the names of its outputs, in half floats.
+    """What the emulator gives for one graph, by the names of its outputs, in their types.
 
     Args:
         graph: the graph.
-        inputs: its inputs by name; they are rounded to half floats.
+        inputs: its inputs by name; they are rounded to the types of the ports.
         soc: the chip to compile for.
         folder: an empty folder to work in.
 
@@ -126,9 +127,10 @@ def run_alone(graph: Graph, inputs: Mapping[str, Tensor], soc: str, folder: Path
         BundleError: the emulator ended.
     """
     (copied,) = compile_variants({PROBE: graph}, soc, StageCache(folder / "stages"), names=[COPIED])
-    ports = [[Port(name, "client", [*graph.shape(name)], DTYPE) for name in names] for names in (graph.inputs, graph.outputs)]
+    ports = [[Port(name, "client", [*graph.shape(name)], graph.dtype(name)) for name in names] for names in (graph.inputs, graph.outputs)]
     write_pte([Method(PROBE, PROBE, *ports)], copied.context, copied.options, folder / "probe.pte")
-    save_file({f"{index:04}": inputs[name].half() for index, name in enumerate(graph.inputs)}, folder / "inputs")
+    given = (inputs[name].to(getattr(torch, graph.dtype(name))).contiguous() for name in graph.inputs)
+    save_file({f"{index:04}": tensor for index, tensor in enumerate(given)}, folder / "inputs")
     command = [sys.executable, "-m", "lobit.export.qnn.probe", *(str(folder / name) for name in ("probe.pte", "inputs", "outputs"))]
     done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode:

@@ -6,55 +6,25 @@ from collections import Counter
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import cast
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
-from lobit.export.composed import ropes, windows
-from lobit.export.qnn.builder import EagerHtpBuilder, QnnBuilder
 from lobit.export.qnn.compiling import compile_variants
-from lobit.export.qnn.graph import Graph, Value, Weights
-from lobit.export.qnn.ops import HtpBuilder, HtpOps
+from lobit.export.qnn.eager_program import EagerProgram, EagerReader, found_encodings
+from lobit.export.qnn.encodings import read_encodings, write_encodings
+from lobit.export.qnn.methods import NARROW, SOCS, TABLE_FILE, WITHOUT_HALF, client, graphs, is_narrow, methods, soc_of, states
 from lobit.export.qnn.program import BACKEND, write_pte
-from lobit.export.qnn.weights import HtpLinear, program_bytes, stored_bits, table_bits, table_bytes, write_table
+from lobit.export.qnn.weights import program_bytes, stored_bits, table_bits, table_bytes, write_table
 from lobit.export.size_groups import Tally, stored_as
 from lobit.export.stages import Count
-from lobit.export.target import Costs, Lowered, Needs, Spec, float_inputs, foreign_options
-from lobit.export.walk import walk
-from lobit.model import Config, Transformer, replace_layers, twin
+from lobit.export.target import Costs, Lowered, Needs, Reader, Spec, float_inputs, foreign_options
+from lobit.model import Config, Transformer
 from lobit.quant_recipes.apply import LayerPlan, layer_plans
-from lobit.quant_recipes.integer import IntegerLinear
-from lobit.quant_recipes.precision import computing
 from lobit.quant_recipes.recipe import Recipe
 from lobit.quant_recipes.sizes import kind_of, norms_and_biases
-from lobit.runtime.client import CachedProgram, Ports
-from lobit.runtime.manifest import (
-    CacheInfo,
-    ClientInputs,
-    Delegation,
-    FileEntry,
-    Lookup,
-    Mask,
-    Method,
-    Port,
-    Rotary,
-    State,
-    TensorGroup,
-)
+from lobit.runtime.manifest import CacheInfo, Delegation, FileEntry, TensorGroup
 from lobit.runtime.qnn_libraries import PACKAGE, library_folder
-from lobit.runtime.qnn_ports import EMBEDDINGS, LAST, LOGITS, cache_names, mask_name, rotary_names
 from lobit.stage_cache import StageCache
 
-PROGRAM_FILE, EMULATED_FILE, TABLE_FILE = "model.pte", "emulated.pte", "embedding.safetensors"
-SOCS = ("SM8650", "SM8450", "SM8550", "SM8750", "SM8850")
-"""Chips that programs are compiled for; the first is the default. The others of ExecuTorch's list fail or were not tried."""
-FAILING = ("SM8350", "QCM6490")
-"""Chips without half floats: the compiler refuses a model for them."""
-HIDDEN = -10_000.0
-"""What masks add to the score of an entry that a token must not see."""
+PROGRAM_FILE, EMULATED_FILE, ENCODINGS_FILE = "model.pte", "emulated.pte", "encodings.json"
 DTYPE = "float16"
 COSTS = Costs(
     imports_seconds=6.0,
@@ -67,6 +37,8 @@ COSTS = Costs(
 PER_OPERATOR, COMPILED_SHARE = 390, 0.0282
 """Bytes of the program that are not weights: for each operator of both methods, and for each byte of weights, fitted to models of 2, 125
 and 1 084 million parameters."""
+OF_INTEGERS, OPERATOR_OF_INTEGERS, ROW_OF_INTEGERS = 74_000, 140, 9
+"""What a program of integers has besides: once, for each operator, and for each row of weights."""
 CHUNK = 32
 OPERATOR_ERROR = 2e-3
 """Softmax has the largest, 1.1e-3 to 1.5e-3 on the emulator (its shares add up to 0.999); rounding to half floats alone makes 2e-4."""
@@ -83,25 +55,23 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in ("executorch", PACKAGE)}
 
 
-def soc_of(spec: Spec) -> str:
-    """The chip that a program is compiled for."""
-    return spec.soc or SOCS[0]
-
-
 def arithmetic(model: Transformer, spec: Spec) -> tuple[Transformer, Recipe]:
-    """See `Target.arithmetic`: inputs are half floats, whatever the recipe rounds them to, as are keys, values and all else."""
+    """See `Target.arithmetic`: inputs are half floats, whatever the recipe rounds them to, as are keys, values and all else.
+
+    A program of integers computes otherwise (`floor`); this is what it is rounded from.
+    """
     model, recipe = float_inputs(model, spec.recipe)
-    return model, replace(recipe, kv_bits=16, compute_bits=16)
+    return model, replace(recipe, kv_bits=None if spec.activations else 16, compute_bits=32 if spec.activations else 16)
 
 
 def check(spec: Spec, config: Config) -> list[str]:
     """Every reason why the HTP cannot hold the model under the recipe."""
     recipe = spec.recipe
     problems = foreign_options(spec, "qnn")
-    if soc_of(spec) in FAILING:
-        problems.append(f"{soc_of(spec)} has no half floats, its compiler refuses the model: choose one of {', '.join(SOCS)}")
-    elif soc_of(spec) not in SOCS:
-        problems.append(f"there is no chip {soc_of(spec)!r} here: choose one of {', '.join(SOCS)}")
+    if soc_of(spec) in WITHOUT_HALF and not spec.activations:
+        problems.append(f"{soc_of(spec)} has no half floats: add --activations int16 --calibration FILE, or choose of {', '.join(SOCS)}")
+    elif soc_of(spec) not in (*SOCS, *WITHOUT_HALF):
+        problems.append(f"there is no chip {soc_of(spec)!r} here: choose one of {', '.join((*SOCS, *WITHOUT_HALF))}")
     rows = [row for row in layer_plans(config, recipe) if row.rule and row.name != "embedding"]
     grouped = [row for row in rows if row.rule and row.rule.weights.group_size]
     if grouped:
@@ -109,7 +79,23 @@ def check(spec: Spec, config: Config) -> list[str]:
             f"{len(grouped)} layers have scales for groups of weights ({grouped[0].name}, …), the HTP has one for every row: choose "
             "w4-channel, w4-channel-learned, 8da8w, or a ternary recipe"
         )
-    return problems
+    return problems + (_narrow_problems(spec, config) if is_narrow(spec) else [])
+
+
+def _narrow_problems(spec: Spec, config: Config) -> list[str]:
+    """What chips without products of 16 bits and 16 cannot hold, of which 2-bit weights are computed wrongly, without a word."""
+    rows = [row for row in layer_plans(config, spec.recipe) if row.name != "embedding"]
+    few = [row.name for row in rows if row.rule and stored_bits(row.rule.weights) == 2]
+    floats = [row.name for row in rows if row.rule is None]
+    newer, found = ", ".join(soc for soc in SOCS if soc not in NARROW), []
+    if few:
+        found.append(f"{soc_of(spec)} has no products with weights of 2 bits and integers of 16 ({few[0]}, …): choose of {newer}")
+    if floats:
+        found.append(
+            f"{soc_of(spec)} has no products of floats, nor of 16 bits with 16 ({floats[0]}, …): give these layers integers, as with "
+            f"--mixed '{floats[0]}=int8', or choose of {newer}"
+        )
+    return found
 
 
 def step(spec: Spec) -> int:
@@ -119,7 +105,8 @@ def step(spec: Spec) -> int:
 
 def options(spec: Spec) -> dict[str, str | int | bool]:
     """See `Target.options`: the chip, which a compiled program does not tell itself."""
-    return {"soc": soc_of(spec)}
+    found: dict[str, str | int | bool] = {"soc": soc_of(spec)}
+    return found | ({"activations": spec.activations} if spec.activations else {})
 
 
 def weights(spec: Spec, config: Config) -> list[TensorGroup]:
@@ -130,9 +117,11 @@ def weights(spec: Spec, config: Config) -> list[TensorGroup]:
             tally.add("embedding", _format(row, table_bits(row)), row.shape[0] * row.shape[1], table_bytes(row))
         else:
             again = row.shared_with is not None
-            tally.add(kind_of(row.name), _format(row, 0), 0 if again else row.shape[0] * row.shape[1], program_bytes(row))
+            told = "int16 per channel" if spec.activations and row.rule is None else _format(row, 0)
+            tally.add(kind_of(row.name), told, 0 if again else row.shape[0] * row.shape[1], program_bytes(row))
     for kind, count in norms_and_biases(config):
-        tally.add(kind, DTYPE, count, 2 * count)
+        wide = spec.activations and kind == "biases"
+        tally.add(kind, ("int32" if wide else "int16") if spec.activations else DTYPE, count, (4 if wide else 2) * count)
     return tally.groups()
 
 
@@ -144,66 +133,9 @@ def _format(row: LayerPlan, bits: int) -> str:
 
 def cache(spec: Spec, config: Config) -> CacheInfo:
     """The size of the key-value cache: a layer with a window keeps as many positions as that, the others keep the context."""
-    slots = config.cache_slots(spec.context)
-    return CacheInfo(DTYPE, slots, 2 * sum(slots) * config.kv_heads * config.head_dim * 2, 0)
-
-
-def graphs(model: Transformer, spec: Spec) -> dict[str, Graph]:
-    """The graphs of the two methods, which share their weights."""
-    model, shared = _prepared(model), Weights()
-    found = {}
-    for name, tokens in _rooms(spec).items():
-        found[name] = Graph(shared)
-        build = cast(HtpBuilder[Value], QnnBuilder(found[name]))  # it has what these operations need
-        walk(model, HtpOps(build, model.config, spec.context, tokens, spec.all_logits))
-    return found
-
-
-def _prepared(model: Transformer) -> Transformer:
-    """The model with its products as the HTP has them."""
-    model = twin(model).eval()
-    replace_layers(model, IntegerLinear, HtpLinear)
-    return model
-
-
-def _rooms(spec: Spec) -> dict[str, int]:
-    """Names of the methods, and the tokens that each has room for."""
-    return {"prefill": spec.chunk, "decode": 1} if spec.chunk > 1 else {"decode": 1}
-
-
-def methods(config: Config, graphs: dict[str, Graph]) -> list[Method]:
-    """The methods with their ports, in the order in which the program takes and gives them."""
-    caches = {name for layer in range(len(config.layers)) for pair in cache_names(layer) for name in pair}
-
-    def port(graph: Graph, name: str) -> Port:
-        role = "logits" if name == LOGITS else "state" if name in caches else "client"
-        return Port(name, role, [*graph.shape(name)], DTYPE)
-
-    return [
-        Method(name, name, [port(graph, each) for each in graph.inputs], [port(graph, each) for each in graph.outputs])
-        for name, graph in graphs.items()
-    ]
-
-
-def states(spec: Spec, config: Config) -> list[State]:
-    """Keys and values [1, K, slots, E] of every layer, of which a call gives its own rows."""
-    return [
-        State(before, rows, DTYPE, [1, config.kv_heads, slots, config.head_dim], 2, config.layers[layer].window, False, True)
-        for layer, slots in enumerate(config.cache_slots(spec.context))
-        for before, rows in cache_names(layer)
-    ]
-
-
-def client(spec: Spec, config: Config) -> ClientInputs:
-    """What the client computes for a call."""
-    row = next(row for row in layer_plans(config, spec.recipe) if row.name == "embedding")
-    rotary = []
-    for index, rope in enumerate(ropes(config)):
-        frequencies, factor = rope.frequencies()
-        rotary.append(Rotary(*rotary_names(index), frequencies.tolist(), float(factor)))
-    masks = [Mask(mask_name(index), window, HIDDEN) for index, window in enumerate(windows(config))]
-    lookup = Lookup(EMBEDDINGS, TABLE_FILE, table_bits(row), float(config.embedding_scale))
-    return ClientInputs(lookup, rotary, masks, None if spec.all_logits or spec.chunk == 1 else LAST)
+    slots, size = config.cache_slots(spec.context), 1 if is_narrow(spec) else 2
+    dtype = ("uint8" if is_narrow(spec) else "int16") if spec.activations else DTYPE
+    return CacheInfo(dtype, slots, 2 * sum(slots) * config.kv_heads * config.head_dim * size, 0)
 
 
 def needs(model: Transformer, spec: Spec) -> Needs:
@@ -213,42 +145,20 @@ def needs(model: Transformer, spec: Spec) -> Needs:
     compiled = sum(group.bytes for group in groups if group.kind != "embedding")
     operators = sum(len(graph.operators) for graph in graphs(model, spec).values())
     overhead = PER_OPERATOR * operators + round(COMPILED_SHARE * compiled)
+    if spec.activations:
+        rows = sum(row.shape[0] for row in layer_plans(model.config, spec.recipe) if row.name != "embedding" and not row.shared_with)
+        overhead += OF_INTEGERS + OPERATOR_OF_INTEGERS * operators + ROW_OF_INTEGERS * rows
     return Needs(2, overhead, stored + overhead + cache(spec, model.config).bytes)
 
 
 def graph(model: Transformer, spec: Spec) -> EagerProgram:
-    """The program's operators, run by PyTorch one by one in half precision."""
-    return EagerProgram(model, spec)
+    """The program's operators, run by PyTorch one by one in half precision, or rounded to the program's integers."""
+    return EagerProgram(model, spec, arithmetic(model, spec)[1])
 
 
-class EagerProgram:
-    """Runs the methods by PyTorch (`target.RunGraph`), with a client that keeps the caches.
-
-    Args:
-        model: the converted model.
-        spec: what the program is made for.
-    """
-
-    def __init__(self, model: Transformer, spec: Spec) -> None:
-        self.model, self.spec = _prepared(model), spec
-        self.recipe = arithmetic(model, spec)[1]
-        config, ports = model.config, methods(model.config, graphs(model, spec))
-        self.program = CachedProgram(ports, states(spec, config), client(spec, config), self._row, self._run)
-
-    def __call__(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
-        return torch.from_numpy(self.program.step(tokens[0].tolist(), int(input_pos)))[None]
-
-    @torch.inference_mode()
-    def _row(self, token: int) -> NDArray[np.float32]:
-        row: NDArray[np.float32] = self.model.embed(torch.tensor([token]))[0].float().numpy()
-        return row
-
-    def _run(self, name: str, inputs: Ports) -> Ports:
-        with torch.inference_mode(), computing(self.recipe):
-            builder = EagerHtpBuilder({port: torch.from_numpy(array).float() for port, array in inputs.items()})
-            room = _rooms(self.spec)[name]
-            walk(self.model, HtpOps(builder, self.model.config, self.spec.context, room, self.spec.all_logits))
-        return {port: value.numpy() for port, value in builder.outputs.items()}
+def floor(model: Transformer, spec: Spec) -> tuple[Reader, Reader] | None:
+    """See `Target.floor`: a program of integers rounds every value."""
+    return (EagerReader(model, spec), EagerReader(model, spec, moved=True)) if spec.activations else None
 
 
 def lower(model: Transformer, spec: Spec, kept: StageCache, count: Count) -> Lowered:
@@ -257,22 +167,40 @@ def lower(model: Transformer, spec: Spec, kept: StageCache, count: Count) -> Low
     Raises:
         TargetError: Qualcomm's compiler refuses the graphs.
     """
-    config = model.config
+    config, encodings = model.config, None
+    if spec.activations:
+        encodings = _kept_encodings(model, spec, kept, count)
+        spec = replace(spec, encodings=encodings)
     made = graphs(model, spec)
     shared, copied = compile_variants(made, soc_of(spec), kept, count)
     told = sum((each.counts() for each in made.values()), Counter[str]())
     read = dict(zip(made, shared.read_bytes, strict=False))
     delegation = Delegation(BACKEND, len(made), dict(sorted(told.items())), {}, read)
-    ports = methods(config, made)
-    return Lowered(((shared, copied), model, ports), ports, states(spec, config), delegation, client(spec, config))
+    ports = methods(made)
+    payload = (shared, copied), model, ports, encodings and read_encodings(encodings)
+    return Lowered(payload, ports, states(made, spec, config), delegation, client(made, spec, config))
+
+
+def _kept_encodings(model: Transformer, spec: Spec, kept: StageCache, count: Count) -> Path:
+    """The file of the encodings, as an earlier run kept it, or made now."""
+    finished = kept.has("encodings")
+    if finished:
+        return finished
+    found = found_encodings(model, spec, count)
+    with kept.making("encodings") as path:
+        write_encodings(found, path)
+    return kept.folder / "encodings"
 
 
 def write(lowered: Lowered, folder: Path, count: Count) -> list[FileEntry]:
-    """Writes the program for a phone, its twin for the emulator, and the embedding."""
-    (shared, copied), model, ports = lowered.payload
+    """Writes the program for a phone, its twin for the emulator, the embedding, and what integers stand for."""
+    (shared, copied), model, ports, encodings = lowered.payload
     write_pte(ports, shared.context, shared.options, folder / PROGRAM_FILE, lambda done, total: count(done, 3 * total))
     write_pte(ports, copied.context, copied.options, folder / EMULATED_FILE, lambda done, total: count(total + done, 3 * total))
     assert lowered.client is not None
     write_table(model.embedding, folder / TABLE_FILE, lowered.client.embedding.bits)
     roles = {PROGRAM_FILE: "program", EMULATED_FILE: "emulated", TABLE_FILE: "embedding"}
+    if encodings:
+        write_encodings(encodings, folder / ENCODINGS_FILE)
+        roles[ENCODINGS_FILE] = "encodings"
     return [FileEntry.of(folder, name, role) for name, role in roles.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +21,10 @@ HALF, SCALE_BYTES = 2, 4
 
 MULTIPLES: dict[int, int] = {2: 16, 4: 8, 8: 1}
 """What the number of inputs must be a multiple of, by the bits of the weights: otherwise the HTP computes something else, silently."""
+WIDE, WIDE_MOST = 16, (1 << 15) - 1
+"""Bits of the integers that floats become where a program has no floats, and the largest of them."""
+SMALLEST_SCALE = 1e-20
+"""Of a row of zeros."""
 
 
 def stored_bits(grid: WeightGrid) -> Literal[2, 4, 8]:
@@ -33,19 +38,25 @@ def padding(grid: WeightGrid, inner: int) -> int:
 
 
 class HtpLinear(nn.Module):
-    """A linear layer whose integers [out, in] int8 have one scale [out] float32 for every row; rows are filled up with zeros.
+    """A linear layer whose integers [out, in] have one scale [out] float32 for every row; rows are filled up with zeros.
 
     Args:
-        linear: integers with a scale for every row or for several rows together.
+        linear: integers with a scale for every row or for several rows together; or floats, which become integers of 16 bits.
     """
 
-    def __init__(self, linear: IntegerLinear) -> None:
+    def __init__(self, linear: IntegerLinear | nn.Linear) -> None:
         super().__init__()
+        self.bias = linear.bias
+        if isinstance(linear, nn.Linear):
+            weight = linear.weight.detach().float()
+            self.bits, self.extra = WIDE, 0
+            self.scale: Tensor = weight.abs().amax(1).clamp(min=SMALLEST_SCALE) / WIDE_MOST
+            self.integers: Tensor = (weight / self.scale[:, None]).round().to(torch.int16)
+            return
         rows, grid = len(linear.integers), linear.rule.weights
         self.bits, self.extra = stored_bits(grid), padding(grid, linear.integers.shape[1])
-        self.integers: Tensor = F.pad(linear.integers, (0, self.extra)) if self.extra else linear.integers
-        self.scale: Tensor = linear.scale.repeat_interleave(rows // len(linear.scale), 0).flatten()
-        self.bias = linear.bias
+        self.integers = F.pad(linear.integers, (0, self.extra)) if self.extra else linear.integers
+        self.scale = linear.scale.repeat_interleave(rows // len(linear.scale), 0).flatten()
 
 
 def program_bytes(layer_plan: LayerPlan) -> int:

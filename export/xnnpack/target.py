@@ -17,7 +17,7 @@ from lobit.errors import TargetError, listed
 from lobit.export.pte import write_program
 from lobit.export.size_groups import Tally
 from lobit.export.stages import Count
-from lobit.export.target import Costs, Lowered, Needs, Spec, foreign_options, with_rules
+from lobit.export.target import Costs, Lowered, Needs, Reader, Spec, foreign_options, with_rules
 from lobit.export.xnnpack.attention import Caches
 from lobit.export.xnnpack.delegated import DelegatedLinear, DelegatedNorm, DelegatedTurn, PackedEmbedding, SharedHead
 from lobit.export.xnnpack.link import Linker
@@ -62,6 +62,11 @@ def arithmetic(model: Transformer, spec: Spec) -> tuple[Transformer, Recipe]:
     """See `Target.arithmetic`: XNNPACK's INT8 inputs have a zero point, also where the recipe has none, and its floats are float32."""
     recipe = replace(spec.recipe, kv_bits=8 if spec.recipe.kv_bits == 8 else None, compute_bits=32)
     return with_rules(model, lambda rule: replace(rule, activation_rule="range")), recipe
+
+
+def floor(model: Transformer, spec: Spec) -> tuple[Reader, Reader] | None:
+    """See `Target.floor`: `arithmetic` says what the program computes."""
+    return None
 
 
 def check(spec: Spec, config: Config) -> list[str]:

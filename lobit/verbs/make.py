@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lobit.errors import InputError
 from lobit.progress_callback import Progress
@@ -149,7 +149,7 @@ def export(
         target: name of the target.
         out: the bundle's folder; must not exist.
         recipe: how to quantize a float model.
-        calibration: a text to round a float model on by GPTQ.
+        calibration: a text to round a float model on by GPTQ; with `activations`, to find the ranges of activations on.
         context: positions to hold; None: the model's own, at most `DEFAULT_CONTEXT`.
         chunk: the most tokens in one prefill call; None: the target's default (`Target.CHUNK`).
         all_logits: whether the program returns the logits of every token of a call, not of the last alone.
@@ -170,6 +170,7 @@ def export(
     from lobit.runtime.manifest_problems import MOST_THREADS
     from lobit.stage_cache import StageCache, files_of
     from lobit.tokenizer_files import declared_generation
+    from lobit.verbs.calibrate import ranging_sequences
 
     source = resolve(model)
     config = load_config(source)
@@ -179,6 +180,7 @@ def export(
     if not 0 <= threads <= MOST_THREADS:
         raise InputError(f"{threads} threads: give 0, for one per core, or up to {MOST_THREADS}")
     asked = _asked(source, recipe)
+    ranged, calibration = (calibration, None) if own.get("activations") else (None, calibration)
     if calibration is not None:
         check_float(source)
         asked = asked.calibrated()
@@ -189,13 +191,17 @@ def export(
         tokens = Tokens(tokenizer.bos, tokenizer.stop, tokenizer.chat_template, tokenizer.special)
     spec = Spec(asked, context, chunk, all_logits=all_logits, bos=tokens.bos, stop=tuple(tokens.stop), threads=threads, **own)
     check_target(target, spec, config)
+    if spec.activations:
+        if ranged is None:
+            raise InputError("the ranges of --activations int16 are found on a text: give one with --calibration FILE")
+        spec = replace(spec, sequences=ranging_sequences(source, config, ranged, context))
     request = bundle.Request(source, out.name, target, tokens, Generation(**declared_generation(source)), spec, command)
     settings = {
         "model": str(source),
         "files": files_of(source),
         "target": target,
-        "spec": asdict(spec),
-        "calibration": calibration and calibration.to_json(),
+        "spec": asdict(replace(spec, sequences=())),
+        "calibration": (calibration and calibration.to_json()) or (ranged and ranged.to_json()),
         "versions": bundle.versions(target),
     }
     with new_folder(out, Work("export", settings, shlex.join(command), resumes=True)) as folder:

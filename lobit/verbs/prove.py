@@ -57,7 +57,7 @@ def verify(bundle: Path, checkpoint: str, *, every: bool = False, progress: Prog
     if proof := proof_of(opened.manifest.target):
         with quiet_python():
             reader = importlib.import_module(proof)
-        rows, files = reader.read_back(opened, model, _spec(recipe, opened.manifest), every, progress)
+        rows, files = reader.read_back(opened, model, _spec(recipe, opened), every, progress)
         result = verification.summary(opened, rows, fingerprint(model))
         same = not any(row["differing_bytes"] for row in files)
         return {**result, "compiled": files, "passed": result["passed"] and same}
@@ -123,9 +123,15 @@ def parity(
         )
     chosen = _stages(stages, manifest)
     rounded = ReferenceEngine(model, recipe, manifest.context)
-    exact = _in_arithmetic(rounded, manifest)
+    target, spec = find_target(manifest.target), _spec(recipe, opened)
+    exact = _in_arithmetic(rounded, opened)
     arithmetic = exact.recipe or recipe
-    share = max(order_share(arithmetic), find_target(manifest.target).OPERATOR_ERROR)
+    share = max(order_share(arithmetic), target.OPERATOR_ERROR)
+    own = target.floor(model, spec)
+    if own:
+        floor = comparison.Floor(*own, "with every operator off by as much as the device's are")
+    else:
+        floor = comparison.Floor(exact, ReferenceEngine(moved(exact.model, share), arithmetic, manifest.context))
     if progress:
         progress("parts", 0, 1)
     text_begins = [*([] if manifest.tokens.bos is None else [manifest.tokens.bos]), *ids]
@@ -134,7 +140,7 @@ def parity(
         parts = check_parts(exact.model, opened, text_begins, threads or default_threads(opened))
     engines: dict[str, Any] = {"fake_quant": rounded} if "fake_quant" in chosen else {}
     if "graph" in chosen:
-        graph = find_target(manifest.target).graph(model, _spec(recipe, manifest))
+        graph = target.graph(model, spec)
         engines["graph"] = exact if graph is None else _graph_engine(graph, manifest)
     engines["artifact"] = open_engine(opened, threads)
     if device != THIS_MACHINE:
@@ -151,7 +157,7 @@ def parity(
             window=manifest.model.largest_window if manifest.model.largest_window < manifest.context else 0,
             tried=_tried(recipe),
             beside={"rounded": rounding} if rounding else None,
-            floor=comparison.Floor(exact, ReferenceEngine(moved(exact.model, share), arithmetic, manifest.context)),
+            floor=floor,
             progress=progress,
         )
     except BundleError:
@@ -162,8 +168,8 @@ def parity(
     described = {"name": manifest.name, "target": manifest.target, "recipe": recipe.name}
     result["warnings"] += rounding.warnings() if rounding else []
     passed = result["passed"] and (parts is None or parts["passed"])
-    told = {"device": str(device), "emulated": says_nothing_of_time(manifest.target, device)} | ({"parts": parts} if parts else {})
-    return {**result, "passed": passed, "bundle": described, "model": reference, "entropy": None, **told}
+    where = {"device": str(device), "emulated": says_nothing_of_time(manifest.target, device)} | ({"parts": parts} if parts else {})
+    return {**result, "passed": passed, "bundle": described, "model": reference, "entropy": None, **where}
 
 
 def converted_for_bundle(source: Path, recipe: Recipe, bundle: Bundle) -> Transformer:
@@ -231,21 +237,24 @@ def _rounded(bundle: Bundle, asked: Sequence[str] | None) -> Any:
     return found
 
 
-def _spec(recipe: Recipe, manifest: Manifest) -> Spec:
+def _spec(recipe: Recipe, bundle: Bundle) -> Spec:
     """The spec that a bundle's program was made for."""
     from lobit.export.target import OWN_OPTIONS, Spec
 
+    manifest = bundle.manifest
     told: dict[str, Any] = {name: value for name, value in manifest.options.items() if name in OWN_OPTIONS}
-    return Spec(recipe, manifest.context, manifest.chunk, all_logits=manifest.all_logits, **told)
+    encodings = bundle.path("encodings") if told.get("activations") else None
+    return Spec(recipe, manifest.context, manifest.chunk, all_logits=manifest.all_logits, encodings=encodings, **told)
 
 
-def _in_arithmetic(rounded: ReferenceEngine, manifest: Manifest) -> ReferenceEngine:
+def _in_arithmetic(rounded: ReferenceEngine, bundle: Bundle) -> ReferenceEngine:
     """The converted model, with inputs and cache rounded as the target rounds them; `rounded` itself where the recipe does the same."""
     from lobit.export.target import find_target
     from lobit.runtime.reference import ReferenceEngine
 
     assert rounded.recipe is not None
-    model, recipe = find_target(manifest.target).arithmetic(rounded.model, _spec(rounded.recipe, manifest))
+    manifest = bundle.manifest
+    model, recipe = find_target(manifest.target).arithmetic(rounded.model, _spec(rounded.recipe, bundle))
     return rounded if model is rounded.model and recipe == rounded.recipe else ReferenceEngine(model, recipe, manifest.context)
 
 

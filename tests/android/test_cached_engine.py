@@ -22,8 +22,10 @@ from tests.golden.manifests import port, with_client
 VOCABULARY, WIDTH = 512, 64
 CALLS = [20, 1, 1, 70, *[1] * 30, 5, 0, 40, 1, 1]
 """Tokens of each call, 0 for a reset: a padded tail, rings that wrap, a context that is filled, and caches that hold what was before."""
-ONE_APART = ("cos.0", "sin.0")
-"""Inputs whose last bit may differ: the two mathematics libraries round some cosines to other floats."""
+TURNING = ("cos.0", "sin.0")
+"""Inputs that may differ a little: the two mathematics libraries round some cosines to other floats."""
+APART = {"float16": 1, "float32": 4}
+"""Steps by which they may, as NumPy's cosine of a float is off by up to 1.5."""
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +106,19 @@ def without_prefill(values: dict[str, Any]) -> None:
     values["client"]["last"] = None
 
 
+def of_integers(dtype: str) -> Callable[[dict[str, Any]], Any]:
+    """Ports of a program of integers: caches of a type whose entries are only copied, floats of 32 bits for all else."""
+
+    def edit(values: dict[str, Any]) -> None:
+        for method in values["methods"]:
+            for entry in (*method["inputs"], *method["outputs"]):
+                entry["dtype"] = dtype if entry["role"] == "state" else "float32"
+        for state in values["states"]:
+            state["dtype"] = dtype
+
+    return edit
+
+
 CASES: dict[str, tuple[Callable[[dict[str, Any]], Any], dict[str, NDArray[Any]]]] = {
     "int4-rows": (embedded(4), table(4)),
     "int4-groups-with-a-factor": (embedded(4, 12.3), table(4, 4)),
@@ -113,11 +128,13 @@ CASES: dict[str, tuple[Callable[[dict[str, Any]], Any], dict[str, NDArray[Any]]]
     "all-logits": (with_all_logits, table(4)),
     "windows-shorter-than-a-call": (with_short_windows, table(4)),
     "decode-alone": (without_prefill, table(4)),
+    "caches-of-16-bit-integers": (of_integers("int16"), table(4)),
+    "caches-of-8-bit-integers": (of_integers("uint8"), table(4)),
 }
 
 
 class Recorded:
-    """A program that gives random half floats; it keeps what it was given and what it gave, in the order of the ports."""
+    """A program that gives random numbers; it keeps what it was given and what it gave, in the order of the ports."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.methods = {method.name: method for method in manifest.methods}
@@ -129,7 +146,10 @@ class Recorded:
         method = self.methods[name]
         self.inputs += [(entry.name, inputs[entry.name].copy()) for entry in method.inputs]
         found = {
-            entry.name: self.random.standard_normal([int(size) for size in entry.shape]).astype(np.float16) for entry in method.outputs
+            entry.name: (10 * self.random.standard_normal([int(size) for size in entry.shape])).astype(np.int8).astype(entry.dtype)
+            if np.dtype(entry.dtype).kind in "iu"
+            else self.random.standard_normal([int(size) for size in entry.shape]).astype(entry.dtype)
+            for entry in method.outputs
         }
         self.outputs += [found[entry.name].tobytes() for entry in method.outputs]
         return found
@@ -153,10 +173,11 @@ def called(program: CachedProgram, manifest: Manifest, calls: list[list[int]]) -
     return found
 
 
-def steps(half_floats: NDArray[Any]) -> NDArray[np.int32]:
-    """Half floats numbered in their order, 0 for both zeros."""
-    bits = half_floats.view(np.int16).astype(np.int32)
-    return np.where(bits < 0, -(bits & 0x7FFF), bits)
+def steps(floats: NDArray[Any]) -> NDArray[np.int64]:
+    """Floats of 16 or 32 bits numbered in their order, 0 for both zeros."""
+    size = 8 * floats.itemsize
+    bits = floats.view(f"int{size}").astype(np.int64)
+    return np.where(bits < 0, -(bits & (1 << (size - 1)) - 1), bits)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -171,14 +192,16 @@ def test_a_program_is_given_what_the_client_in_python_gives(case: str, tmp_path:
     answer = asked(folder, tmp_path, calls)
     assert answer["outcome"] == "read", answer
     assert np.array_equal(np.frombuffer((tmp_path / "logits").read_bytes(), ">f4"), np.concatenate(expected))
-    found = np.frombuffer((tmp_path / "inputs").read_bytes(), np.float16)
-    assert len(found) == sum(array.size for _, array in recorded.inputs)
+    found = (tmp_path / "inputs").read_bytes()
+    assert len(found) == sum(array.nbytes for _, array in recorded.inputs)
     at = 0
     for name, array in recorded.inputs:
-        part = found[at : at + array.size]
-        at += array.size
-        apart = np.abs(steps(part) - steps(array.flatten())).max()
-        assert apart <= 1 if name in ONE_APART else part.tobytes() == array.tobytes(), (name, at, apart)
+        part = np.frombuffer(found[at : at + array.nbytes], array.dtype)
+        at += array.nbytes
+        if name in TURNING:
+            assert np.abs(steps(part) - steps(array.flatten())).max() <= APART[str(array.dtype)], (name, at)
+        else:
+            assert part.tobytes() == array.tobytes(), (name, at)
 
 
 def written(header: Any, data: bytes = b"", size: int | None = None) -> bytes:
@@ -247,7 +270,10 @@ def changed_input(name: str, **change: Any) -> Callable[[dict[str, Any]], Any]:
 CONTRADICTING: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no-client": (lambda values: values.update(client=None), "says nothing about its client's inputs"),
     "no-decode": (lambda values: values["methods"].pop(), "has no method for decode"),
-    "floats": (changed_input("mask.0", dtype="float32"), "'mask.0' is float32"),
+    "integers": (changed_input("mask.0", dtype="int16"), "'mask.0' is int16 of the shape"),
+    "wide-integers": (changed_input("k.0", dtype="int64"), "'k.0' is int64 of the shape"),
+    "rows-of-another-type": (changed_input("k_rows.0", dtype="int16"), "'k_rows.0' is int16, not float16"),
+    "logits-of-integers": (changed_input("logits", dtype="int16"), "has no logits"),
     "range": (changed_input("k.0", shape=[1, 2, "1..128", 16]), "'k.0' is float16 of the shape [1, 2, 1..128, 16]"),
     "width": (changed_input("embeddings", shape=[1, 1, 63]), "'embeddings' has the shape [1, 1, 63], not [1, 1, 64]"),
     "mask-of-no-slots": (changed_input("mask.0", shape=[1, 1, 1]), "'mask.0' has the shape [1, 1, 1]"),

@@ -1,4 +1,4 @@
-"""The app's engine for programs of fixed shapes on the phone's own library: it takes and gives half floats, in the order of the ports."""
+"""The app's engine for programs of fixed shapes on the phone's own library: it takes and gives tensors in the order of the ports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lobit.runtime.client import CachedProgram, Ports
 from lobit.runtime.manifest import Manifest
 from tests.android.kotlin_tool import run_on_library
-from tests.android.test_cached_engine import VOCABULARY, bundle, called, table
+from tests.android.test_cached_engine import VOCABULARY, bundle, called, of_integers, table
 
 CALLS = [[5, 6, 7, 8, 9], [10], [11], [], list(range(20, 90)), [3]]
 
@@ -46,13 +46,31 @@ class Alone(Mixing):
         return super().forward(x, cos, sin, narrow, wide, torch.ones(1, 1, 1, dtype=torch.half), *caches)
 
 
+class MixingIntegers(Mixing):
+    """The same with floats of 32 bits, and caches of integers that stand for 32ths."""
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, narrow: Tensor, wide: Tensor, last: Tensor, *caches: Tensor
+    ) -> tuple[Tensor, ...]:
+        floats = (each.half() for each in (x, cos, sin, narrow, wide, last))
+        *kept, logits = super().forward(*floats, *(cache.half() / 32 for cache in caches))
+        return *((rows * 32).to(torch.int16) for rows in kept), logits.float()
+
+
+class AloneIntegers(MixingIntegers):
+    """The same for one token."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, narrow: Tensor, wide: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        return super().forward(x, cos, sin, narrow, wide, torch.ones(1, 1, 1), *caches)
+
+
 def write_program(methods: dict[str, nn.Module], manifest: Manifest, path: Path) -> None:
     """A program of ExecuTorch's own kernels."""
     from executorch.exir import to_edge
 
     exported = {}
     for method in manifest.methods:
-        inputs = tuple(torch.zeros([int(size) for size in entry.shape], dtype=torch.half) for entry in method.inputs)
+        inputs = tuple(torch.zeros([int(size) for size in entry.shape], dtype=getattr(torch, entry.dtype)) for entry in method.inputs)
         exported[method.name] = torch.export.export(methods[method.name], inputs)
     path.write_bytes(to_edge(exported).to_executorch().buffer)
 
@@ -66,16 +84,16 @@ def read(folder: Path, work: Path, calls: list[list[int]]) -> tuple[NDArray[np.f
     return found.astype(np.float32), answer.read_text(encoding="utf-8") if answer.is_file() else ""
 
 
-@pytest.fixture(scope="module")
-def methods() -> dict[str, nn.Module]:
-    return {"prefill": Mixing(), "decode": Alone()}
+HALVES: dict[str, nn.Module] = {"prefill": Mixing(), "decode": Alone()}
+INTEGERS: dict[str, nn.Module] = {"prefill": MixingIntegers(), "decode": AloneIntegers()}
 
 
+@pytest.mark.parametrize(("methods", "edit"), [(HALVES, lambda values: None), (INTEGERS, of_integers("int16"))], ids=["halves", "integers"])
 def test_the_library_computes_what_pytorch_computes_from_the_same_inputs(
-    methods: dict[str, nn.Module], android_tools: Callable[[str], None], tmp_path: Path
+    methods: dict[str, nn.Module], edit: Callable[[dict[str, Any]], Any], android_tools: Callable[[str], None], tmp_path: Path
 ) -> None:
     android_tools("native")
-    manifest = bundle(tmp_path / "story", lambda values: None, table(4))
+    manifest = bundle(tmp_path / "story", edit, table(4))
     write_program(methods, manifest, tmp_path / "story/model.pte")
 
     def run(name: str, inputs: Ports) -> Any:

@@ -185,7 +185,7 @@ def test_nothing_is_timed(demo: Path) -> None:
     [
         ({"recipe": "fp"}, "half precision would round them: add --float32, or take recipe fp16"),
         ({"portable": True}, "--portable is for target onnx"),
-        ({"soc": "SM8650"}, "--soc is for target qnn"),
+        ({"soc": "SM8650"}, "--soc SM8650 is for target qnn"),
         ({"context": 4096}, "context 4096 is outside"),
     ],
 )

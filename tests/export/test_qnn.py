@@ -18,7 +18,7 @@ from lobit.demo import TERNARY_FOLDER, held_out_text
 from lobit.errors import BundleError, InputError, TargetError
 from lobit.export.qnn import compiling
 from lobit.export.qnn.compiling import compile_variants
-from lobit.export.qnn.target import SOCS
+from lobit.export.qnn.methods import SOCS
 from lobit.runtime.bundle import open_bundle
 from lobit.runtime.client import CachedProgram
 from lobit.runtime.engine import open_engine
@@ -186,7 +186,7 @@ def test_a_client_that_reads_the_manifest_alone_says_the_same(demo: Path) -> Non
     ("options", "told"),
     [
         ({"recipe": "8da4w-g32"}, "choose w4-channel, w4-channel-learned, 8da8w"),
-        ({"soc": "SM8350"}, "SM8350 has no half floats"),
+        ({"soc": "SM8350"}, "SM8350 has no half floats: add --activations int16 --calibration FILE"),
         ({"soc": "SM1"}, "there is no chip 'SM1' here: choose one of SM8650"),
         ({"portable": True}, "--portable is for target onnx"),
     ],
@@ -199,7 +199,7 @@ def test_what_the_htp_cannot_hold_is_refused_before_any_work(options: dict[str, 
 
 def test_a_chip_is_for_this_target_alone(models: Any, tmp_path: Path) -> None:
     for target, recipe in (("xnnpack", "8da4w-g32"), ("onnx", "8da4w-g32")):
-        with pytest.raises(TargetError, match="--soc is for target qnn"):
+        with pytest.raises(TargetError, match="--soc SM8650 is for target qnn"):
             verbs.export(str(models("demo")), target, tmp_path / "x", recipe=verbs.choose_recipe(recipe), context=64, soc="SM8650")
 
 
@@ -270,7 +270,7 @@ def test_the_plan_says_what_the_files_and_the_memory_are(another_process: Callab
 
 
 def test_what_was_compiled_before_a_kill_is_not_compiled_again(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lobit.export.qnn.target import graphs
+    from lobit.export.qnn.methods import graphs
     from lobit.export.target import Spec
 
     recipe = verbs.choose_recipe("w4-channel")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from lobit.errors import TargetError
-from lobit.export.qnn.builder import EagerHtpBuilder, QnnBuilder
+from lobit.export.qnn.builder import QnnBuilder
 from lobit.export.qnn.compiling import compile_variants
+from lobit.export.qnn.eager import Constants, run_graph
+from lobit.export.qnn.eager_program import DROPPED, NARROW_DROPPED, NARROW_STEPS, OTHER_STEPS, SHARES, STEPS, WIDE_OFF
+from lobit.export.qnn.encodings import Ranges, encodings_of
 from lobit.export.qnn.graph import Graph, Weights
+from lobit.export.qnn.methods import SOCS, WITHOUT_HALF
 from lobit.export.qnn.proof import run_alone
-from lobit.export.qnn.target import OPERATOR_ERROR, SOCS
-from lobit.export.qnn.weights import HtpLinear
+from lobit.export.qnn.target import OPERATOR_ERROR
+from lobit.export.qnn.weights import WIDE, HtpLinear
 from lobit.quant_recipes.integer import IntegerLinear, quantize_linear
 from lobit.quant_recipes.recipe import Rule, WeightGrid
 from lobit.stage_cache import StageCache
@@ -63,14 +70,13 @@ def test_every_operator_computes_on_the_emulator_what_pytorch_does(tmp_path: Pat
     layers: list[nn.Module] = [integer_linear(24, inner, bits, bias) for bits, inner, bias in PRODUCTS]
     layers.append(nn.Linear(64, 24).requires_grad_(False))
     norm = torch.rand(64, generator=generator)
-    eager = EagerHtpBuilder({})
-    every_operator(eager, x, wide, norm, layers)
     graph = Graph(Weights())
     build = QnnBuilder(graph)
     every_operator(build, build.input("x", 1, 4, 64), build.input("wide", 1, 4, 172), norm, layers)
     found = run_alone(graph, {"x": x, "wide": wide}, SOCS[0], tmp_path)
-    assert found.keys() == eager.outputs.keys()
-    errors = {name: float((found[name].float() - expected).abs().max() / expected.abs().max()) for name, expected in eager.outputs.items()}
+    exact = run_graph(graph, {"x": x, "wide": wide}, Constants(graph.weights))
+    assert found.keys() == exact.keys()
+    errors = {name: float((found[name].float() - expected).abs().max() / expected.abs().max()) for name, expected in exact.items()}
     assert {name: f"{error:.1e}" for name, error in errors.items() if not error < RELATIVE} == {}
 
 
@@ -96,6 +102,107 @@ def test_operators_are_as_exact_as_the_limit_of_parity_reckons_with(tmp_path: Pa
     found = run_alone(graph, inputs, SOCS[0], tmp_path)
     errors = {name: float((found[name].float() - expected).norm() / expected.norm()) for name, expected in exact.items()}
     assert OPERATOR_ERROR / 3 < max(errors.values()) < OPERATOR_ERROR, errors
+
+
+def of_integers(make: Callable[[Graph], None], inputs: dict[str, Tensor], soc: str, folder: Path) -> Computed:
+    """What a graph of integers gives on the emulator; `make` adds its operators to a graph."""
+    floats, ranges = Graph(Weights()), Ranges()
+    make(floats)
+    run_graph(floats, inputs, Constants(floats.weights), ranges)
+    encodings = encodings_of([floats], ranges.found)
+    graph, kinds = Graph(Weights(), encodings), dict[str, str]()
+    make(graph)
+    kinds = {operator.outputs[0]: operator.kind for operator in graph.operators}
+
+    def each(name: str, x: Tensor) -> Tensor:
+        return encodings[name].rounded(x) if kinds.get(name) == "Quantize" else x
+
+    found = run_alone(graph, inputs, soc, folder)
+    return Computed(graph, found, run_graph(graph, inputs, Constants(graph.weights), each))
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Outputs of a graph of integers, and what they are without rounding."""
+
+    graph: Graph
+    found: dict[str, Tensor]
+    exact: dict[str, Tensor]
+
+    def error(self, name: str) -> Tensor:
+        return (self.found[name] - self.exact[name]).double()
+
+    def step(self, name: str) -> float:
+        (operator,) = [each for each in self.graph.operators if each.outputs[0] == self.graph.outputs[name]]
+        assert self.graph.encodings is not None
+        return self.graph.encodings[operator.inputs[0]].scale
+
+
+def rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+@pytest.mark.parametrize(("soc", "lost"), [(SOCS[0], DROPPED), (WITHOUT_HALF[0], NARROW_DROPPED)])
+def test_products_of_integers_lose_what_the_limit_of_parity_reckons_with(soc: str, lost: float, tmp_path: Path) -> None:
+    """In units of input's scale times weight's scale, whatever the length of the sum and the bits of the weights."""
+    generator = torch.Generator().manual_seed(0)
+    narrow = soc in WITHOUT_HALF
+    inputs = {f"x{size}": torch.randn(1, 8, size, generator=generator) for size in (64, 1024)}
+    bits = (4, 8) if narrow else (2, 4, 8, 16)
+    layers = {f"{each}.{name}": layer_of(each, x.shape[-1]) for name, x in inputs.items() for each in bits}
+
+    def make(graph: Graph) -> None:
+        build = QnnBuilder(graph)
+        given = {name: build.input(name, *x.shape) for name, x in inputs.items()}
+        for name, layer in layers.items():
+            with graph.scope(name):
+                build.output(build.product(layer, given[name.partition(".")[2]]), name)
+
+    computed = of_integers(make, inputs, soc, tmp_path)
+    for name, layer in layers.items():
+        encodings = computed.graph.encodings
+        assert encodings is not None
+        unit = layer.scale * encodings[f"{name.partition('.')[2]}.Quantize@0"].scale
+        units, steps = computed.error(name) / unit, rms(computed.error(name)) / computed.step(name)
+        if layer.bits == WIDE:
+            assert WIDE_OFF / 2 < rms(units) < 1.5 * WIDE_OFF, name
+        elif narrow and layer.bits == 8:
+            assert NARROW_STEPS / 2 < steps < 1.5 * NARROW_STEPS, name
+        else:
+            assert 0.5 * lost < -float(units.mean()) < 1.5 * lost, (name, float(units.mean()))
+
+
+def layer_of(bits: int, inner: int) -> HtpLinear:
+    return HtpLinear(nn.Linear(inner, 64, bias=False)) if bits == WIDE else integer_linear(64, inner, bits, False)
+
+
+def test_operators_of_integers_are_as_exact_as_the_limit_of_parity_reckons_with(tmp_path: Path) -> None:
+    x = 2 * torch.randn(1, 4, 24, 88, generator=torch.Generator().manual_seed(0))
+
+    def make(graph: Graph) -> None:
+        build = QnnBuilder(graph)
+        given, one = build.input("x", 1, 4, 24, 88), build.input("one", 1, 4, 1, 88)
+        for name, value in {
+            "Softmax": build.softmax(given),
+            "MatMul": build.matmul(one, build.transpose(given, [0, 1, 3, 2])),
+            "Tanh": build.tanh(given),
+            "Sigmoid": build.sigmoid(given),
+            "Add": build.add(given, one),
+            "Multiply": build.multiply(given, given),
+            "RmsNorm": build.rms_norm(given, torch.rand(88, generator=torch.Generator().manual_seed(0)), 1e-5),
+        }.items():
+            build.output(value, name)
+
+    computed = of_integers(make, {"x": x, "one": x[:, :, :1].contiguous()}, SOCS[0], tmp_path)
+    large = computed.exact["Softmax"] > 0.05
+    shares = {
+        "Softmax": rms((computed.error("Softmax") / computed.exact["Softmax"])[large]),
+        "MatMul": rms(computed.error("MatMul")) / rms(computed.exact["MatMul"]),
+    }
+    assert all(share < 1.1 * SHARES[name] for name, share in shares.items()) and shares["Softmax"] > SHARES["Softmax"] / 4, shares
+    steps = {name: rms(computed.error(name)) / computed.step(name) for name in computed.exact if name not in SHARES}
+    rounding = 1 / math.sqrt(12)
+    assert all(error < math.hypot(STEPS.get(name, OTHER_STEPS), rounding) * 1.1 for name, error in steps.items()), steps
 
 
 def test_an_operator_that_is_not_known_is_one_message(tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ def test_parity_does_what_every_option_says(
     assert "graph" not in table.out
     assert lobit(*command, "--checkpoint", models("llama")).code == MISTAKE
     nothing = {"limit": -1.0, "reason": "nothing is that good"}
-    monkeypatch.setattr(parity_module, "judged", lambda chaos: (nothing, {}))
+    monkeypatch.setattr(parity_module, "judged", lambda chaos, how: (nothing, {}))
     failed = lobit(*command, "--tokens", 64, "--stages", "artifact")
     assert failed.code == GATE_FAILED
     assert f"parity {bundles('stories260k', 'fp').name}: FAILED" in failed.out

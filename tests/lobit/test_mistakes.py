@@ -89,6 +89,14 @@ MISTAKES: dict[str, Mistake] = {
         lambda p: ["export", p.small, "--recipe", "w4-channel", *TO_XNNPACK, "-o", p.folder / "b"],
         ["layers.0.attention.q", "8da4w-g32"],
     ),
+    "integers without a text": (
+        lambda p: ["export", p.small, "--recipe", "w4-channel", "--target", "qnn", "--activations", "int16", "-o", p.folder / "b"],
+        ["ranges of --activations int16", "--calibration FILE"],
+    ),
+    "integers for another target": (
+        lambda p: ["export", p.small, "--recipe", "8da8w", *TO_XNNPACK, "--activations", "int16", "-o", p.folder / "b"],
+        ["--activations int16 is for target qnn", "leave it out"],
+    ),
     "a context beyond the model's": (
         lambda p: ["export", p.stories, "--recipe", "fp", *TO_XNNPACK, "--context", "513", "-o", p.folder / "b"],
         ["513", "512"],

@@ -21,16 +21,16 @@ class Tensor private constructor(@JvmField val shape: LongArray, private val dat
         return FloatArray(floats.remaining()).also(floats::get)
     }
 
-    /** The half floats of a tensor, in the native order; they are the tensor's own memory. */
-    fun halves(): ByteBuffer {
-        check(dtype == HALF) { "the tensor has elements of type $dtype, not float16" }
+    /** The elements of a tensor of a type, in the native order; they are the tensor's own memory. */
+    fun elements(type: String): ByteBuffer {
+        check(dtype == CODES[type]) { "the tensor has elements of type $dtype, not $type" }
         return data.duplicate().order(ByteOrder.nativeOrder())
     }
 
     companion object {
         private const val INT64 = 4
-        private const val HALF = 5
         private const val FLOAT = 6
+        private val CODES = mapOf("uint8" to 0, "int16" to 2, "float16" to 5, "float32" to FLOAT)
 
         /** An int64 tensor that holds a copy of [values]. */
         fun of(values: LongArray, vararg shape: Long): Tensor {
@@ -39,8 +39,8 @@ class Tensor private constructor(@JvmField val shape: LongArray, private val dat
             return Tensor(shape, data, INT64)
         }
 
-        /** A float16 tensor over a direct buffer of the native order. */
-        fun ofHalves(data: ByteBuffer, vararg shape: Long): Tensor = Tensor(shape, data, HALF)
+        /** A tensor of a type over a direct buffer of the native order. */
+        fun of(data: ByteBuffer, type: String, vararg shape: Long): Tensor = Tensor(shape, data, CODES.getValue(type))
 
         /** Called by the native library. The buffer is the method's own memory: it holds until the next call. */
         @JvmStatic

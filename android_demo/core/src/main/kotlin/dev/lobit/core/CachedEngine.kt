@@ -2,9 +2,8 @@ package dev.lobit.core
 
 import java.io.File
 import java.nio.ByteBuffer
-import java.nio.ShortBuffer
 
-/** A program whose methods take and give half floats. */
+/** A program whose methods take and give tensors of fixed shapes. */
 interface Program : AutoCloseable {
     /**
      * Runs a method on a buffer for each of its inputs; returns one for each of its outputs, by the names of the ports.
@@ -52,10 +51,10 @@ class CachedEngine(bundle: Bundle, private val program: Program) : ChunkedEngine
         tokens.find { it !in 0 until table.size }?.let { throw IllegalArgumentException("token $it is outside of the vocabulary") }
         call.inputs.fill(tokens, position.toInt())
         val outputs = program.run(call.method, call.buffers)
-        for (cache in caches) cache.keep(outputs.getValue(cache.state.output).asShortBuffer(), call.inputs.room, position, tokens.size)
-        val logits = outputs.getValue(call.logits.name).asShortBuffer()
+        for (cache in caches) cache.keep(outputs.getValue(cache.state.output), call.inputs.room, position, tokens.size)
+        val logits = Floats(call.logits, outputs.getValue(call.logits.name))
         val vocabulary = manifest.model.vocabSize.toInt()
-        return FloatArray(minOf(logits.remaining() / vocabulary, tokens.size) * vocabulary) { Half.value(logits.get(it)) }
+        return FloatArray(minOf(logits.size / vocabulary, tokens.size) * vocabulary) { logits[it] }
     }
 
     override fun close() {
@@ -68,7 +67,7 @@ class CachedEngine(bundle: Bundle, private val program: Program) : ChunkedEngine
     /** A method with the buffers of all its inputs. */
     private inner class Call(val method: Method, client: ClientInputs) {
         val inputs = CallInputs(method, client, table)
-        val logits = method.outputs.find { it.role == "logits" } ?: wrong("method ${method.name} has no logits")
+        val logits = method.outputs.find { it.role == "logits" && it.isFloat } ?: wrong("method ${method.name} has no logits")
         val buffers = inputs.buffers + caches.associate { it.state.input to it.buffer }
 
         init {
@@ -76,8 +75,8 @@ class CachedEngine(bundle: Bundle, private val program: Program) : ChunkedEngine
             val vocabulary = manifest.model.vocabSize
             logits.checkShape(listOf(1, if (logits.shape.getOrNull(1) == room) room else 1, vocabulary))
             for (cache in caches) {
-                port(method.inputs, cache.state.input).checkShape(cache.state.shape)
-                port(method.outputs, cache.state.output).checkShape(cache.rowsShape(room))
+                cache.check(port(method.inputs, cache.state.input), cache.state.shape)
+                cache.check(port(method.outputs, cache.state.output), cache.rowsShape(room))
             }
             for (port in method.inputs) if (port.name !in buffers) wrong("the program's input ${shown(port.name)} is not explained")
         }
@@ -90,22 +89,28 @@ class CachedEngine(bundle: Bundle, private val program: Program) : ChunkedEngine
 /** A state that has all positions' entries on one axis, of which the program puts out the call's own. */
 private class Cache(val state: State, port: Port) {
     val buffer: ByteBuffer = port.buffer()
-    private val halves: ShortBuffer = buffer.asShortBuffer()
+    private val dtype = port.dtype
     private val axis = state.axis?.toInt().takeIf { state.rows && !state.inPlace }
         ?: wrong("this app keeps no state as ${shown(state.input)}")
     private val slots = state.shape[axis].toInt()
     private val outer = state.shape.take(axis).fold(1L, Long::times).toInt()
-    private val inner = state.shape.drop(axis + 1).fold(1L, Long::times).toInt()
+    private val inner = state.shape.drop(axis + 1).fold(port.elementBytes.toLong(), Long::times).toInt()
+
+    /** Refuses a port that has not the cache's own type, or another shape than is needed. */
+    fun check(port: Port, shape: List<Long>) {
+        port.checkShape(shape)
+        if (port.dtype != dtype) wrong("the program's port ${shown(port.name)} is ${port.dtype}, not $dtype")
+    }
 
     fun rowsShape(room: Long) = state.shape.mapIndexed { index, size -> if (index == axis) room else size }
 
     /** Writes the entries of a call's tokens; of those that fall into one slot the last one stays. */
-    fun keep(rows: ShortBuffer, room: Int, position: Long, count: Int) {
+    fun keep(rows: ByteBuffer, room: Int, position: Long, count: Int) {
         for (block in 0 until outer) {
             for (index in maxOf(0, count - slots) until count) {
                 val to = (block * slots + ((position + index) % slots).toInt()) * inner
                 val from = (block * room + index) * inner
-                for (entry in 0 until inner) halves.put(to + entry, rows.get(from + entry))
+                for (byte in 0 until inner) buffer.put(to + byte, rows.get(from + byte))
             }
         }
     }

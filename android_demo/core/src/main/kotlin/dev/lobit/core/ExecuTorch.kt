@@ -112,11 +112,11 @@ private class ModuleProgram(path: String, methods: List<Method>, threads: Int) :
     override fun run(method: Method, inputs: Map<String, ByteBuffer>): Map<String, ByteBuffer> {
         val arguments = method.inputs.map { port ->
             val shape = LongArray(port.shape.size) { port.shape[it] as Long }
-            EValue.from(Tensor.ofHalves(inputs.getValue(port.name), *shape))
+            EValue.from(Tensor.of(inputs.getValue(port.name), port.dtype, *shape))
         }
         val results = module.execute(method.name, *arguments.toTypedArray())
         check(results.size == method.outputs.size) { "method ${method.name} has ${results.size} results, not ${method.outputs.size}" }
-        return method.outputs.zip(results).associate { (port, result) -> port.name to result.toTensor().halves() }
+        return method.outputs.zip(results).associate { (port, result) -> port.name to result.toTensor().elements(port.dtype) }
     }
 
     override fun close() = module.close()

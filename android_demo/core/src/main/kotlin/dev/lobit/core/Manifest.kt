@@ -1,6 +1,6 @@
 package dev.lobit.core
 
-/** A file of the bundle. [role] is `program`, `weights`, `embedding`, `emulated`, `tokenizer` or `config`. */
+/** A file of the bundle. [role] is `program`, `weights`, `embedding`, `emulated`, `encodings`, `tokenizer` or `config`. */
 data class FileEntry(val path: String, val role: String, val bytes: Long, val sha256: String)
 
 /** An input or output of a method. Axes of [shape] are numbers (Long), or ranges such as `1..128`. */

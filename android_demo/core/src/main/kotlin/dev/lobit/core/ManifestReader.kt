@@ -17,7 +17,7 @@ internal object ManifestReader {
     private val AFTER_SEAL = "\"\n}\n".toByteArray()
     private val VERSION = Regex("([0-9]{1,9})\\.([0-9]{1,9})")
     private val TABLE_BITS = listOf(4L, 8L, 16L, 32L)
-    private val DTYPES = listOf("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
+    private val DTYPES = listOf("float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 
     fun read(data: ByteArray): Manifest {
         if (data.size > Manifest.LARGEST) throw tooLarge(data.size.toLong())

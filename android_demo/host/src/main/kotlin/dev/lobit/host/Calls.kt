@@ -7,6 +7,7 @@ import dev.lobit.core.Half
 import dev.lobit.core.Method
 import dev.lobit.core.Port
 import dev.lobit.core.Program
+import dev.lobit.core.elementBytes
 import java.io.DataInputStream
 import java.io.DataOutputStream
 import java.io.File
@@ -15,7 +16,7 @@ import java.io.OutputStream
 import java.nio.ByteBuffer
 import java.nio.ByteOrder
 
-/** A program that gives recorded outputs and records its inputs: of each call the half floats of all ports in their order. */
+/** A program that gives recorded outputs and records its inputs: of each call the bytes of all ports in their order. */
 private class RecordedProgram(outputs: InputStream, private val record: OutputStream) : Program {
     private val outputs = DataInputStream(outputs)
 
@@ -27,7 +28,7 @@ private class RecordedProgram(outputs: InputStream, private val record: OutputSt
     private fun bytesOf(buffer: ByteBuffer): ByteArray = ByteArray(buffer.capacity()).also { buffer.duplicate().get(it) }
 
     private fun recorded(port: Port): ByteBuffer {
-        val size = port.shape.fold(Short.SIZE_BYTES) { product, size -> product * (size as Long).toInt() }
+        val size = port.shape.fold(port.elementBytes) { product, size -> product * (size as Long).toInt() }
         val bytes = ByteArray(size).also(outputs::readFully)
         return ByteBuffer.allocateDirect(size).order(ByteOrder.nativeOrder()).apply { duplicate().put(bytes) }
     }
