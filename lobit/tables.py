@@ -252,7 +252,7 @@ def compiled(result: dict[str, Any]) -> Table:
         read = row["read_bytes"]
         told = ["unknown"] * 2 if read is None else [megabytes(read), megabytes(read / row["tokens"])]
         sizes = [megabytes(row["program_bytes"]), megabytes(row["cache_bytes"]), str(row["operators"])]
-        table.add_row(row["model"], str(row["recipe"]), str(row["soc"]), row["method"], str(row["tokens"]), *told, *sizes)
+        table.add_row(row["model"], str(row["recipe"]), row["soc"] or "–", row["method"], str(row["tokens"]), *told, *sizes)
     table.caption, table.caption_justify, table.caption_style = result["what"], "left", ""
     return table
 

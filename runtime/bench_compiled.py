@@ -21,7 +21,7 @@ def bench_compiled(folders: Sequence[Path | str]) -> dict[str, Any]:
     """The sizes of programs, and the bytes that each of their methods reads.
 
     Returns:
-        `{"kind": "compiled", "rows": [{"model", "recipe", "soc", "method", "tokens", "read_bytes", "operators", "delegates",
+        `{"kind": "compiled", "rows": [{"model", "target", "recipe", "soc", "method", "tokens", "read_bytes", "operators", "delegates",
         "program_bytes", "cache_bytes"}], "device", "what"}`, a row for each method.
 
     Raises:
@@ -45,7 +45,7 @@ def is_compiled(folder: Path | str) -> bool:
 
 def _rows(bundle: Bundle) -> list[dict[str, Any]]:
     manifest = bundle.manifest
-    common = {"model": manifest.name, "recipe": manifest.recipe["name"], "soc": manifest.options.get("soc")}
+    common = {"model": manifest.name, "target": manifest.target, "recipe": manifest.recipe["name"], "soc": manifest.options.get("soc")}
     sizes = {
         "operators": sum(manifest.delegation.delegated.values()),
         "delegates": manifest.delegation.partitions,

@@ -18,7 +18,7 @@ LARGEST_RESULT = 64 << 20
 COLOURS = 8
 """Number of bundles that have a colour of their own; the ninth has the first one's again."""
 ACCEPTED = (
-    "the JSON of `lobit parity`, `lobit bench` (where it timed), `lobit eval`, `lobit verify` and `lobit export`, and a bundle's "
+    "the JSON of `lobit parity`, `lobit bench`, `lobit eval`, `lobit verify` and `lobit export`, and a bundle's "
     "manifest.json"
 )
 
@@ -38,6 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "parity": {
         "bundle": _BUNDLE, "model": str, "text?": object, "tokens": int, "positions?": int, "reference_perplexity": float,
         "stages": [{"name": str, **_METRICS, "kl_se?": float, "kl_step?": float}],
+        "beside?": [{"name": str, **_METRICS, "kl_se?": float, "kl_step?": float}],
         "phases": {"prefill?": _PHASE, "decode?": _PHASE, "wrapped?": _PHASE},
         "limits": {"*": {"limit": float, "reason": str}}, "passed": bool, "entropy?": {"nats_per_token": float, "what": str},
         "parts?": {"tokens": int, "faults": [str], "worst": [str], "nearest": float, "all": [{"name": str}]},
@@ -46,6 +47,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "bench": {
         "rows": [_ROW], "device": object, "versions": {"*": object}, "memory_bandwidth_gb_s?": float, "cpu?": {"*": object},
         "what?": object, "skipped?": [object], "sustained?": [{"model": str, "seconds": float, "samples": [[float]]}],
+    },
+    "compiled": {
+        "rows": [{"model": str, "target": str, "recipe": object, "soc?": str, "method": str, "tokens": int, "read_bytes?": int,
+                  "operators": int, "delegates": int, "program_bytes": int, "cache_bytes": int}],
+        "device": str, "what": str,
     },
     "verify": {
         "bundle": _BUNDLE, "tensors": int, **_COUNTS, "checkpoint_matches?": bool, "layers": [{"name": str, **_COUNTS}], "passed": bool,
@@ -103,6 +109,10 @@ class Results:
     verify: dict[str, Any] | None = None
     build: dict[str, Any] | None = None
     speeds: list[Speed] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of `bench` for the methods of a program that is not timed."""
+    told: str = ""
+    """What `bench` says of them."""
     sustained: list[tuple[str, list[tuple[float, float]]]] = field(default_factory=list)
     """Of each sustained run, the device, and tokens a second by the seconds since it began."""
     evals: list[dict[str, Any]] = field(default_factory=list)
@@ -280,6 +290,8 @@ def group(results: Sequence[Result]) -> list[Results]:
     for result in results:
         if result.kind == "eval":
             _place_eval(bundles, result.values)
+        elif result.kind == "compiled":
+            _place_calls(bundles, result.values)
         elif result.kind != "bench":
             _place(bundles, result)
     benches = [result.values for result in results if result.kind == "bench"]
@@ -320,6 +332,14 @@ def _place(bundles: dict[str, Results], result: Result) -> None:
         raise InputError(f"{both} are both the {result.kind} of bundle {one.name}, and differ: leave one of them out")
     one.files[result.kind] = result.file
     setattr(one, result.kind, values)
+
+
+def _place_calls(bundles: dict[str, Results], values: dict[str, Any]) -> None:
+    """Gives each bundle the rows of its methods, the first time that they are told."""
+    for row in values["rows"]:
+        one = _bundle(bundles, row["model"], row["target"], name_of(row["recipe"]))
+        one.told = values["what"]
+        one.calls += [row] if row not in one.calls else []
 
 
 def _place_eval(bundles: dict[str, Results], values: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ SECTIONS = {
     "parity": {"parity"},
     "verify": {"weights"},
     "eval": {"tasks"},
+    "compiled": {"calls"},
     "bench": {"speed", "memory", "versions"},
     "manifest": {"sizes", "memory", "delegation", "recipe", "versions"},
     "build": {"build"},
@@ -90,6 +91,12 @@ def results(name: str = "stories", kl: float = 0.02, recipe: str = "8da4w-g32") 
                                       (("pp128", 128, 0), ("pp128@d256", 128, 256), ("tg32", 32, 0), ("tg32@d256", 32, 256))],
             "device": "host", "versions": {"executorch": "1.5.1"}, "memory_bandwidth_gb_s": 20.0, "what": "calls of the engine",
             "cpu": {"name": "a processor", "instruction_sets": ["avx2"], "cores": 2, "threads": 2}, "skipped": ["tg32@d512: too deep"],
+        },
+        "compiled": {
+            "kind": "compiled", "device": "an emulator", "what": "nothing is timed",
+            "rows": [{"model": name, "target": "xnnpack", "recipe": recipe, "soc": "SM8650", "method": method, "tokens": tokens,
+                      "read_bytes": 200_000, "operators": 900, "delegates": 2, "program_bytes": 212_000, "cache_bytes": 330_000}
+                     for method, tokens in (("prefill", 32), ("decode", 1))],
         },
         "verify": {
             "kind": "verify", "bundle": bundle, "tensors": 1, **counts, "layers": [{"name": "layers.0.mlp.up", **counts}], "passed": True,
