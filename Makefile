@@ -12,13 +12,15 @@ export LOBIT_ANDROID ?= $(CURDIR)/.android
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+HARNESS := $(VENV)-harness
 
-.PHONY: help demo app android-programs test check bench ablation rounding ternary venv clean
+.PHONY: help demo app android-programs test harness check bench ablation rounding ternary venv clean
 
 help:
 	@echo 'make demo    the shipped model through everything, to $(OUT)/report.html'
 	@echo 'make app     the Android app with the demo model, to app.apk; installs what is missing of Debian'\''s programs where it may'
 	@echo 'make test    every test; ARGS='\''-m "not slow"'\'' leaves out the slow ones, WORKERS=4 uses four cores'
+	@echo 'make harness  lobit eval beside lm-evaluation-harness, item by item, in an environment of its own'
 	@echo 'make check   lint, types, layout'
 	@echo 'make bench   beside export_llm and llama.cpp, to bench-out/peers.md; ARGS='\''--rounds 1'\'' is a quick look; hours the first time'
 	@echo 'make ablation  what every recipe costs and wins back, to tests/benchmarks/ablation/; about an hour. ARGS='\''--model demo'\'': the demo model, with accuracy'
@@ -44,6 +46,17 @@ android-programs: $(INSTALLED)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+# lm-evaluation-harness changes what transformers does (accelerate), so that it has an environment of its own, over the other one's packages.
+harness: $(HARNESS)/.installed
+	OMP_NUM_THREADS=1 $(HARNESS)/bin/python -m pytest tests/lobit/test_harness.py $(ARGS)
+
+$(HARNESS)/.installed: $(INSTALLED)
+	$(PYTHON) -m venv $(HARNESS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"), "$(CURDIR)", sep="\n")' \
+	  > "$$($(HARNESS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lobit.pth"
+	$(HARNESS)/bin/python -m pip install --disable-pip-version-check 'lm_eval[hf]==0.4.13'
+	touch $@
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -85,5 +98,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OUT) app.apk .android bench-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(HARNESS) $(OUT) app.apk .android bench-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

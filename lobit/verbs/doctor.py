@@ -159,7 +159,7 @@ def _compare_logits(source: Path, ids: list[int]) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lobit.checkpoint import load_model
+    from lobit.checkpoint import load_config, load_model
 
     what, tokens = f"logits after {len(ids)} tokens", torch.tensor([ids])
     with torch.inference_mode():
@@ -174,6 +174,10 @@ def _compare_logits(source: Path, ids: list[int]) -> dict[str, Any]:
         except Exception as error:  # as above
             return _unread(what, _largest(ours), reason(error))
     far = float((ours - theirs).abs().max() / theirs.std())
+    if far > FAR and load_config(source).ternary != "none":
+        # transformers does so where accelerate is installed, and refuses the folder where it is not.
+        theirs_told = "transformers rounds the inputs of ternary products to INT8, which the float model does not"
+        return {"what": what, "ours": _largest(ours), "theirs": theirs_told, "same": None}
     return {**_check(what, _largest(ours), _largest(theirs)), "same": far <= FAR, "apart": far}
 
 

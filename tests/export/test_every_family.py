@@ -29,9 +29,9 @@ KINDS: dict[str, tuple[str, dict[str, bool]]] = {
     "xnnpack": ("xnnpack", {}),
     "onnx": ("onnx", {}),
     "portable": ("onnx", {"portable": True}),
-    "coreml": ("coreml", {"float32": True}),
+    "coreml": ("coreml", {"float32": True, "explicit_cache": True}),
 }
-"""Target, and its options; tests/export/test_coreml.py has packages of half floats."""
+"""Target, and its options; tests/export/test_coreml.py has packages of half floats, and states, which are always half floats."""
 EVERY = [pytest.param(kind, name, marks=pytest.mark.slow if kind == "xnnpack" else ()) for kind in KINDS for name in FAMILIES]
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -97,6 +97,12 @@ def test_the_same_text_is_written(theirs: Any, ours: Any) -> None:
     assert ours.generate_until(requests, disable_tqdm=True) == theirs.generate_until(requests, disable_tqdm=True)
 
 
+def test_a_ternary_folder_is_no_mistake_where_accelerate_changes_what_transformers_computes(small_models: Any, lobit: Any) -> None:
+    answer = lobit("doctor", small_models("bitnet")[0], "--json")
+    assert answer.code == 0, answer.out
+    assert any(check["same"] is None and "INT8" in check["theirs"] for check in answer.json["checks"])
+
+
 def test_the_harness_command_line_runs_a_bundle(bundles: Any, shared: Any, tmp_path: Path) -> None:
     values = {
         "task": "things", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(shared("tasks/arc_easy.jsonl"))}},
