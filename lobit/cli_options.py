@@ -79,7 +79,7 @@ Source = Annotated[str, typer.Argument(metavar="MODEL|CKPT", help="A float model
 Target = Annotated[str, typer.Option("--target", help=f"{', '.join(f'{name} ({target.what})' for name, target in TARGETS.items())}.")]
 FloatRecipe = Annotated[str | None, typer.Option("--recipe", help="For a float model (`lobit recipes`).")]
 Context = Annotated[int | None, typer.Option("--context", help="Tokens to hold; default: the model's, at most 2048.")]
-Chunk = Annotated[int | None, typer.Option("--chunk", help="Most tokens in one prefill call; default: 512, 32 for target qnn.")]
+Chunk = Annotated[int | None, typer.Option("--chunk", help="Most tokens in one prefill call; default: 512, 32 for targets qnn and coreml.")]
 Soc = Annotated[str | None, typer.Option("--soc", metavar="CHIP", help="Target qnn: to compile for, such as SM8650 (default), SM8750.")]
 Float32 = Annotated[bool, typer.Option("--float32", help="Target coreml: compute in float32, not in half precision.")]
 ExplicitCache = Annotated[
