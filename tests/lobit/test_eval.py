@@ -135,6 +135,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(models: Any, shared: Any, tmp_pa
         """Sends a signal once so many bytes are kept; returns the exit code and what was said."""
         began = time.monotonic()
         options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
+        options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background has it ignored
         with subprocess.Popen([*command, "--cache", str(cache)], **options) as process:
             while sum(path.stat().st_size for path in cache.glob("*.jsonl")) < size and time.monotonic() < began + PATIENCE:
                 time.sleep(0.01)
