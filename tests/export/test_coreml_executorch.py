@@ -18,7 +18,7 @@ from lobit.runtime.coreml_executorch import REFERENCE, taken_out
 from lobit.runtime.coreml_file import read_package
 from lobit.runtime.coreml_ports import SPEC_FILE, WEIGHTS_FILE
 from lobit.runtime.engine import open_engine
-from lobit.runtime.manifest import FILE_NAME, FileEntry, sealed
+from tests.mutations import reseal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DAMAGES = 60
@@ -116,11 +116,7 @@ def test_any_damage_is_one_message_or_the_same_logits(bundle: Bundle, tmp_path: 
 
 def refused(folder: Path) -> bool:
     """Whether a program is refused by its contents; its manifest agrees with it, which no accident does."""
-    values = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
-    for entry in values["files"]:
-        found = FileEntry.of(folder, entry["path"], entry["role"])
-        entry |= {"bytes": found.bytes, "sha256": found.sha256}
-    (folder / FILE_NAME).write_text(sealed(values), encoding="utf-8")
+    reseal(folder)
     try:
         assert open_engine(open_bundle(folder)).prefill([1, 2, 3]).shape == (768,)
     except BundleError:

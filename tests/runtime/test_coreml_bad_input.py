@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from lobit.runtime import coreml_proto
 from lobit.runtime.bundle import open_bundle
 from lobit.runtime.coreml_ports import SPEC_FILE, WEIGHTS_FILE
 from lobit.runtime.engine import open_engine
-from lobit.runtime.manifest import FILE_NAME, FileEntry, sealed
+from tests.mutations import reseal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RANDOM_EDITS = 120
@@ -35,15 +34,6 @@ def made(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(made: Path, tmp_path: Path) -> Path:
     """A bundle that a test may change."""
     return Path(shutil.copytree(made, tmp_path / "bundle"))
-
-
-def reseal(bundle: Path) -> None:
-    """Makes the manifest agree with the files as they are now: what no accident does."""
-    values = json.loads((bundle / FILE_NAME).read_text(encoding="utf-8"))
-    for entry in values["files"]:
-        found = FileEntry.of(bundle, entry["path"], entry["role"])
-        entry |= {"bytes": found.bytes, "sha256": found.sha256}
-    (bundle / FILE_NAME).write_text(sealed(values), encoding="utf-8")
 
 
 def edited(bundle: Path, edit: Callable[[Any], Any]) -> None:
