@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 V = TypeVar("V")
+
+
+class Scoped:
+    """A graph under construction, whose names say where in the model a thing is."""
+
+    def __init__(self) -> None:
+        self._scope: list[str] = []
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Puts `name` before the names of all that is added inside the `with` block."""
+        self._scope.append(name)
+        try:
+            yield
+        finally:
+            self._scope.pop()
+
+    def path(self, name: str, between: str = ".") -> str:
+        """A name with those of the blocks that it is in."""
+        return between.join([*self._scope, name])
 
 
 class Builder(Protocol[V]):

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lobit.errors import TargetError
+from lobit.export.builder import Scoped
 from lobit.export.stages import Count
 from lobit.runtime.coreml_proto import blob_writer, messages
 
@@ -139,7 +139,7 @@ def immediate(value: NDArray[Any] | str, dtype: str) -> Any:
     return message
 
 
-class Function:
+class Function(Scoped):
     """One function under construction.
 
     Args:
@@ -148,24 +148,15 @@ class Function:
     """
 
     def __init__(self, blobs: Blobs, floats: str) -> None:
+        super().__init__()
         self.blobs, self.floats = blobs, floats
         self.inputs: list[Value] = []
         self.states: list[Value] = []
         self.outputs: list[Value] = []
         self.operations: list[Any] = []
         self.counts: Counter[str] = Counter()
-        self._scope: list[str] = []
         self._names: Counter[str] = Counter()
         self._constants: dict[tuple[Any, ...], Value] = {}
-
-    @contextmanager
-    def scope(self, name: str) -> Iterator[None]:
-        """Puts `name` before the names of all that is added inside the `with` block."""
-        self._scope.append(name)
-        try:
-            yield
-        finally:
-            self._scope.pop()
 
     def input(self, name: str, dtype: str, *shape: int) -> Value:
         """Declares an input."""
@@ -269,7 +260,7 @@ class Function:
 
     def _name(self, kind: str) -> str:
         """A name of its own, made of the characters that identifiers may have."""
-        path = re.sub(r"\W", "_", "_".join([*self._scope, kind]))
+        path = re.sub(r"\W", "_", self.path(kind, "_"))
         self._names[path] += 1
         return path if self._names[path] == 1 else f"{path}_{self._names[path]}"
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import helper
 from torch import Tensor
 
+from lobit.export.builder import Scoped
 from lobit.runtime.onnx_ports import DATA_FILE, GRAPH_FILE
 
 OPSET, IR_VERSION = 21, 10
@@ -37,10 +38,11 @@ class Region:
     """Makes the range's contents."""
 
 
-class OnnxGraph:
+class OnnxGraph(Scoped):
     """Nodes, ports and constants of a graph, in the order in which they are added."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.nodes: list[onnx.NodeProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
@@ -49,15 +51,7 @@ class OnnxGraph:
         self.composed: list[onnx.NodeProto] = []
         """Those of `nodes` of which several together stand for one operator that the graph does not use."""
         self.data_bytes = 0
-        self._scope: list[str] = []
         self._times: Counter[str] = Counter()
-
-    @contextlib.contextmanager
-    def scope(self, name: str) -> Iterator[None]:
-        """Puts `name` before the names of all that is added inside the `with` block."""
-        self._scope.append(name)
-        yield
-        self._scope.pop()
 
     @contextlib.contextmanager
     def composing(self) -> Iterator[None]:
@@ -68,7 +62,7 @@ class OnnxGraph:
 
     def name(self, what: str) -> str:
         """A name in the current scope that nothing else has."""
-        name = ".".join([*self._scope, what])
+        name = self.path(what)
         self._times[name] += 1
         return name if self._times[name] == 1 else f"{name}_{self._times[name]}"
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lobit.export.builder import Scoped
 from lobit.export.qnn.compiler import GRAPHS_FILE, SCALE, WEIGHTS_FILE
 from lobit.export.qnn.weights import HtpLinear
 
@@ -126,7 +126,7 @@ class Weights:
         return name, True
 
 
-class Graph:
+class Graph(Scoped):
     """One method's graph under construction.
 
     Args:
@@ -135,22 +135,13 @@ class Graph:
     """
 
     def __init__(self, weights: Weights, encodings: Mapping[str, Encoding] | None = None) -> None:
+        super().__init__()
         self.weights, self.encodings = weights, encodings
         self.values: dict[str, tuple[int, ...]] = {}
         self.inputs: list[str] = []
         self.outputs: dict[str, str] = {}
         self.operators: list[Operator] = []
-        self._scope: list[str] = []
         self._names: Counter[str] = Counter()
-
-    @contextmanager
-    def scope(self, name: str) -> Iterator[None]:
-        """Puts `name` before the names of all that is added inside the `with` block."""
-        self._scope.append(name)
-        try:
-            yield
-        finally:
-            self._scope.pop()
 
     def input(self, name: str, *shape: int) -> Value:
         """Declares an input."""
@@ -171,19 +162,19 @@ class Graph:
 
     def constant(self, name: str, values: Tensor, encoding: Encoding | None = None) -> Value:
         """Half floats, or integers where there is an encoding, stored once however often they are used."""
-        path = STATIC + self._path(name)
+        path = STATIC + self.path(name)
         found = self.weights.half(path, values) if encoding is None else self.weights.encoded(path, values, encoding)
         return Value(found, tuple(values.shape))
 
     def weight(self, linear: HtpLinear) -> Value:
         """The integers of a layer."""
-        name = self.weights.rows(STATIC + self._path("weight"), linear.integers, linear.integers, linear.bits, linear.scale)
+        name = self.weights.rows(STATIC + self.path("weight"), linear.integers, linear.integers, linear.bits, linear.scale)
         return Value(name, tuple(linear.integers.shape))
 
     def bias(self, bias: Tensor, scale: Tensor, key: object) -> Value:
         """A bias [out] as integers of 32 bits with a scale [out] for each, of which a tensor has one for every `key`."""
         integers = (bias.detach().double() / scale.double()).round().clamp(-BIAS_MOST, BIAS_MOST).to(torch.int32)
-        name = self.weights.rows(STATIC + self._path("bias"), bias, integers, 32, scale, key)
+        name = self.weights.rows(STATIC + self.path("bias"), bias, integers, 32, scale, key)
         return Value(name, tuple(bias.shape))
 
     def dtype(self, port: str) -> str:
@@ -205,11 +196,8 @@ class Graph:
         self.values[name] = tuple(shape)
         return Value(name, tuple(shape))
 
-    def _path(self, name: str) -> str:
-        return ".".join([*self._scope, name])
-
     def _name(self, kind: str) -> str:
-        path = self._path(kind)
+        path = self.path(kind)
         self._names[path] += 1
         return path if self._names[path] == 1 else f"{path}.{self._names[path]}"
 
