@@ -61,6 +61,7 @@ def nothing_differs(verified: dict[str, Any]) -> bool:
 # --- what packages hold and compute -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_exported_verified_and_proved(recipe: str, models: Any, tmp_path: Path) -> None:
     bundle = exported(models("demo"), tmp_path / "bundle", recipe)
@@ -71,6 +72,7 @@ def test_every_recipe_is_exported_verified_and_proved(recipe: str, models: Any, 
     assert result["phases"]["wrapped"] is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_what_was_quantized(family: str, small_models: Any, tmp_path: Path) -> None:
     folder, _ = small_models(family)
@@ -83,6 +85,7 @@ def test_every_family_is_what_was_quantized(family: str, small_models: Any, tmp_
 FORMS = [{"explicit_cache": True}, {"float32": True, "explicit_cache": True}, {"all_logits": True}, {"executorch": True}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", FORMS)
 @pytest.mark.parametrize("model", ["demo", "stories260k"])
 def test_every_form_of_package_computes_the_same(model: str, options: dict[str, bool], models: Any, tmp_path: Path) -> None:
