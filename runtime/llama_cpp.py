@@ -2,51 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 
 import numpy as np
 
-from lobit.errors import BundleError, LobitError
 from lobit.runtime.bundle import Bundle
 from lobit.runtime.engine import Logits, SteppingEngine, check_tokens
 from lobit.runtime.gguf_parts import read_program as read_program
 from lobit.runtime.gguf_ports import QUIET_END
 from lobit.runtime.llama_library import library_path
-from lobit.runtime.service import ServedProcess, logits_of
+from lobit.runtime.python_service import PythonProcess
+from lobit.runtime.service import logits_of
 from lobit.targets import THIS_MACHINE, Device
-
-SHOWN = 2
-"""Lines of what llama.cpp printed last that a message shows."""
-
-
-class _Llama(ServedProcess):
-    """The process that runs a bundle (`llama_process.py`)."""
-
-    def __init__(self, bundle: Bundle, threads: int) -> None:
-        library_path()
-        self.bundle = bundle
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
-        command = [sys.executable, "-m", "lobit.runtime.llama_process", str(bundle.folder.resolve()), str(threads)]
-        environment = {**os.environ, **QUIET_END}
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=environment)
-        assert process.stdout is not None
-        super().__init__(process, process.stdout)
-
-    def refused(self, message: str) -> LobitError:
-        """See `Peer.refused`."""
-        return BundleError(f"llama.cpp does not run bundle {self.bundle.manifest.name} ({message}): export it again")
-
-    def ended(self) -> LobitError:
-        """See `Peer.ended`."""
-        code = self.process.wait()
-        self.log.seek(0)
-        lines = [line for line in self.log.read().decode("utf-8", "replace").splitlines() if line.strip()]
-        told = "; ".join(lines[-SHOWN:]) or "it printed nothing"
-        return BundleError(f"llama.cpp ended with code {code} while it ran bundle {self.bundle.manifest.name} ({told}): export it again")
 
 
 class LlamaEngine(SteppingEngine):
@@ -63,7 +30,9 @@ class LlamaEngine(SteppingEngine):
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
         manifest = bundle.manifest
-        self.process = _Llama(bundle, threads)
+        library_path()
+        told = str(threads)
+        self.process = PythonProcess(bundle, "lobit.runtime.llama_process", "llama.cpp", told, environment=QUIET_END)
         super().__init__(self._read, manifest.context, manifest.chunk, manifest.model.vocab_size)
         self.served_by = self.process.process.pid
 

@@ -14,7 +14,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lobit.errors import MissingPartError
+from lobit.errors import LobitError, MissingPartError
 from lobit.targets import TARGETS
 
 PACKAGE = "xllamacpp"
@@ -186,7 +186,7 @@ def library_path() -> Path:
     return paths[0]
 
 
-class LlamaError(Exception):
+class LlamaError(LobitError):
     """llama.cpp refuses something; the message is its own."""
 
 

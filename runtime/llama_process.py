@@ -1,56 +1,40 @@
-"""Runs a bundle for target gguf with llama.cpp: `python -m lobit.runtime.llama_process BUNDLE THREADS`, in frames (`service.py`).
+"""Runs a bundle for target gguf with llama.cpp: `python -m lobit.runtime.llama_process BUNDLE THREADS`, in frames (`python_service.py`).
 
 It is a process of its own, as llama.cpp ends the process where an assumption of its does not hold, such as in a file that was changed.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import struct
 import sys
-from typing import IO
+from functools import partial
 
 import numpy as np
 
-from lobit.errors import LobitError
-from lobit.runtime.bundle import Bundle, open_bundle
+from lobit.runtime.bundle import open_bundle
+from lobit.runtime.engine import Logits, ReadChunk
 from lobit.runtime.llama_library import Context, LlamaError, Model
-from lobit.runtime.service import DONE, FAILED, HEADER, SCORE, STEP
+from lobit.runtime.python_service import serve
+from lobit.runtime.service import SCORE, STEP
 
 
-def serve(bundle: Bundle, threads: int, requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Answers requests until their stream ends."""
+def opened(folder: str, threads: int) -> dict[int, ReadChunk]:
+    """What llama.cpp does with the file of a bundle, by the kind of request.
 
-    def answer(kind: int, content: bytes) -> None:
-        answers.write(HEADER.pack(kind, len(content)) + content)
-        answers.flush()
+    Raises:
+        LlamaError: it refuses the file.
+    """
+    bundle = open_bundle(folder, hashes=False)
+    manifest, model = bundle.manifest, Model(bundle.path("program"))
+    if model.vocab_size != manifest.model.vocab_size:
+        raise LlamaError(f"it has {model.vocab_size} tokens, and the manifest {manifest.model.vocab_size}")
+    context = Context(model, manifest.context, manifest.chunk, threads)
 
-    manifest = bundle.manifest
-    try:
-        model = Model(bundle.path("program"))
-        if model.vocab_size != manifest.model.vocab_size:
-            raise LlamaError(f"it has {model.vocab_size} tokens, and the manifest {manifest.model.vocab_size}")
-        context = Context(model, manifest.context, manifest.chunk, threads)
-    except (LlamaError, LobitError) as error:
-        answer(FAILED, str(error).encode())
-        return
-    answer(DONE, json.dumps({"device": "llama.cpp"}).encode())
-    while len(header := requests.read(HEADER.size)) == HEADER.size:
-        kind, size = HEADER.unpack(header)
-        content = requests.read(size)
-        if kind not in (STEP, SCORE):
-            answer(FAILED, f"requests of kind {kind} are not known here".encode())
-            continue
-        position, *tokens = struct.unpack(f">{size // 8}q", content)
-        try:
-            rows = context.read(tokens, position, every=kind == SCORE)
-            answer(DONE, b"".join(np.ctypeslib.as_array(row, (model.vocab_size,)).astype(">f4").tobytes() for row in rows))
-        except LlamaError as error:
-            answer(FAILED, str(error).encode())
+    def read(tokens: list[int], position: int, every: bool) -> Logits:
+        rows = context.read(tokens, position, every)
+        return np.stack([np.ctypeslib.as_array(row, (model.vocab_size,)) for row in rows])
+
+    return {STEP: partial(read, every=False), SCORE: partial(read, every=True)}
 
 
 if __name__ == "__main__":
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what the library prints must not come between the frames
-    serve(open_bundle(sys.argv[1], hashes=False), int(sys.argv[2]), sys.stdin.buffer, answers)
+    serve("llama.cpp", lambda: opened(sys.argv[1], int(sys.argv[2])))

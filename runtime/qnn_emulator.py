@@ -1,24 +1,22 @@
-"""Runs a bundle for target qnn on the emulator of the HTP: `python -m lobit.runtime.qnn_emulator BUNDLE`, in frames (`service.py`).
+"""Runs a bundle for target qnn on the emulator of the HTP: `python -m lobit.runtime.qnn_emulator BUNDLE`, in frames (`python_service.py`).
 
 It is a process of its own, as the emulator ends the process where something is wrong, and prints what it does to the standard output.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import struct
 import sys
-from typing import IO, Any
+from typing import Any
 
 from numpy.typing import NDArray
 
-from lobit.errors import LobitError
 from lobit.quiet import quiet_python
 from lobit.runtime.bundle import Bundle, open_bundle
 from lobit.runtime.client import CachedProgram, Ports
+from lobit.runtime.engine import ReadChunk
+from lobit.runtime.python_service import serve
 from lobit.runtime.qnn_libraries import load_libraries
-from lobit.runtime.service import DONE, FAILED, HEADER, STEP
+from lobit.runtime.service import STEP
 
 
 class Emulated:
@@ -46,33 +44,15 @@ class Emulated:
         return {port.name: tensor.numpy().copy() for port, tensor in zip(method.outputs, outputs, strict=True)}
 
 
-def serve(bundle: Bundle, requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Answers requests until their stream ends."""
+def opened(folder: str) -> dict[int, ReadChunk]:
+    """What the emulator does with the program of a bundle, by the kind of request.
 
-    def answer(kind: int, content: bytes) -> None:
-        answers.write(HEADER.pack(kind, len(content)) + content)
-        answers.flush()
-
-    try:
-        program = CachedProgram.of(bundle.manifest, bundle.folder, Emulated(bundle).run)
-    except LobitError as error:
-        answer(FAILED, str(error).encode())
-        return
-    answer(DONE, json.dumps({"device": "emulator of the HTP"}).encode())
-    while len(header := requests.read(HEADER.size)) == HEADER.size:
-        kind, size = HEADER.unpack(header)
-        content = requests.read(size)
-        if kind != STEP:
-            answer(FAILED, f"requests of kind {kind} are not known here".encode())
-            continue
-        position, *tokens = struct.unpack(f">{size // 8}q", content)
-        try:
-            answer(DONE, program.step(tokens, position).astype(">f4").tobytes())
-        except Exception as error:  # whatever ExecuTorch raises is told to the other side
-            answer(FAILED, f"{type(error).__name__}: {error}".encode())
+    Raises:
+        LobitError: it cannot be loaded.
+    """
+    bundle = open_bundle(folder, hashes=False)
+    return {STEP: CachedProgram.of(bundle.manifest, bundle.folder, Emulated(bundle).run).step}
 
 
 if __name__ == "__main__":
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print must not come between the frames
-    serve(open_bundle(sys.argv[1], hashes=False), sys.stdin.buffer, answers)
+    serve("emulator of the HTP", lambda: opened(sys.argv[1]))

@@ -11,6 +11,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import pytest
+
 from lobit.errors import MOST_LISTED, LobitError
 from lobit.runtime.manifest import FILE_NAME, FileEntry, sealed
 
@@ -152,6 +154,13 @@ class Refusal(str):
 def dumped(document: Any) -> str:
     """JSON with NaN and Infinity, as Python and other writers produce it."""
     return json.dumps(document)
+
+
+def refused(work: Callable[[], Any]) -> str:
+    """The one message with which some work is refused."""
+    with pytest.raises(LobitError) as caught:
+        work()
+    return str(caught.value)
 
 
 def reseal(bundle: Path, edit: Callable[[dict[str, Any]], Any] = lambda _: None) -> None:

@@ -96,14 +96,10 @@ def rotary_tables(rope: Rope, count: int) -> tuple[Tensor, Tensor]:
 
 
 class CoreMlOps(StaticOps[V]):
-    """One call of a model that knows the tokens and the position of the first (see `StaticOps`).
+    """One call of a model that knows the tokens and the position of the first.
 
     Args:
-        build: adds the operations.
-        config: the model.
-        context: positions that the caches of layers without a window hold.
-        tokens: tokens of the call, T.
-        all_logits: whether the call gives the logits of all its tokens, not of one alone.
+        build, config, context, tokens, all_logits: see `StaticOps`.
         chunk: tokens of the longest call.
         explicit: whether caches are inputs, and the call's own rows outputs; otherwise caches are states.
     """

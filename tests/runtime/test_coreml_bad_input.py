@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from lobit import verbs
-from lobit.errors import BundleError, LobitError, MissingPartError
+from lobit.errors import BundleError, MissingPartError
 from lobit.runtime import coreml_proto
 from lobit.runtime.bundle import open_bundle
 from lobit.runtime.coreml_ports import SPEC_FILE, WEIGHTS_FILE
 from lobit.runtime.engine import open_engine
-from tests.mutations import reseal
+from tests.mutations import refused, reseal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RANDOM_EDITS = 120
@@ -28,12 +28,6 @@ def made(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("coreml") / "bundle"
     verbs.export(str(models("mobilellm_p1")), "coreml", out, recipe=verbs.choose_recipe("bitnet"), context=48, chunk=8)
     return out
-
-
-@pytest.fixture
-def bundle(made: Path, tmp_path: Path) -> Path:
-    """A bundle that a test may change."""
-    return Path(shutil.copytree(made, tmp_path / "bundle"))
 
 
 def edited(bundle: Path, edit: Callable[[Any], Any]) -> None:
@@ -59,12 +53,6 @@ def runs(bundle: Path) -> Any:
     engine = open_engine(open_bundle(bundle))
     engine.prefill([1, 2, 3])
     return engine.decode(4)
-
-
-def refused(work: Callable[[], Any]) -> str:
-    with pytest.raises(LobitError) as caught:
-        work()
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("name", [SPEC_FILE, WEIGHTS_FILE])

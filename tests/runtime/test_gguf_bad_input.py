@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,12 @@ import numpy as np
 import pytest
 
 from lobit import verbs
-from lobit.errors import BundleError, LobitError, MissingPartError
+from lobit.errors import BundleError, MissingPartError
 from lobit.runtime import llama_library
 from lobit.runtime.bundle import open_bundle
 from lobit.runtime.engine import open_engine
 from lobit.runtime.stored import read_program
+from tests import mutations
 from tests.mutations import reseal
 
 FILE = "model.gguf"
@@ -30,17 +30,10 @@ def made(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture
-def bundle(made: Path, tmp_path: Path) -> Path:
-    """A bundle that a test may change."""
-    return Path(shutil.copytree(made, tmp_path / "bundle"))
-
-
 def refused(work: Callable[[], Any]) -> str:
-    with pytest.raises(LobitError) as caught:
-        work()
-    assert len(str(caught.value).splitlines()) <= 2
-    return str(caught.value)
+    message = mutations.refused(work)
+    assert len(message.splitlines()) <= 2
+    return message
 
 
 def runs(bundle: Path) -> Any:

@@ -16,7 +16,7 @@ from lobit.errors import BundleError, InputError, LobitError, MissingPartError
 from lobit.runtime.bundle import open_bundle
 from lobit.runtime.engine import open_engine
 from lobit.runtime.onnxruntime import read_program
-from tests.mutations import reseal
+from tests.mutations import refused, reseal
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 THREADS = 1
@@ -28,18 +28,6 @@ def made(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = verbs.choose_recipe("8da4w-g32")
     verbs.export(str(models("mobilellm_p1")), "onnx", out, recipe=recipe, context=48, chunk=16)
     return out
-
-
-@pytest.fixture
-def bundle(made: Path, tmp_path: Path) -> Path:
-    """A bundle that a test may change."""
-    return Path(shutil.copytree(made, tmp_path / "bundle"))
-
-
-def refused(work: Callable[[], Any]) -> str:
-    with pytest.raises(LobitError) as caught:
-        work()
-    return str(caught.value)
 
 
 def runs(bundle: Path) -> Any:
