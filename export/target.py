@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lobit.errors import MissingPartError, TargetError, listed
+from lobit.errors import MissingPartError, TargetError, listed, shown
 from lobit.export.stages import Count
 from lobit.model import Config, Transformer, twin
 from lobit.quant_recipes.integer import IntegerLinear
@@ -64,6 +64,13 @@ OWN_OPTIONS = {"portable": "onnx", "soc": "qnn", "activations": "qnn", "smallest
     ("float32", "explicit_cache", "executorch"), "coreml"
 )
 """Fields of `Spec` that one target alone has, and that target; the names of its options in a manifest, and on the command line."""
+
+
+def odd_options(options: Mapping[str, Any]) -> list[str]:
+    """Messages about values that no option of one target has; export makes none, and a manifest that was edited may."""
+    kinds: dict[str, Callable[[Any], bool]] = {"soc": lambda value: isinstance(value, str), "activations": lambda value: value == "int16"}
+    odd = {name: value for name, value in options.items() if not kinds.get(name, lambda value: isinstance(value, bool))(value)}
+    return [f"option {name} is {shown(value)}" for name, value in odd.items()]
 
 
 def foreign_options(spec: Spec, target: str) -> list[str]:

@@ -16,6 +16,8 @@ from lobit.runtime.bundle import Bundle
 from lobit.runtime.engine import Logits, ReadChunk
 from lobit.runtime.service import DONE, FAILED, HEADER, ServedProcess
 
+PATIENCE = 1
+"""Seconds that the process has for its own end. It has nothing to finish, and may be in the middle of a call that takes longer."""
 SHOWN = 3
 """Lines of what the process printed last that a message shows."""
 
@@ -41,7 +43,7 @@ class PythonProcess(ServedProcess):
         told = {**os.environ, **(environment or {})}
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=told)
         assert process.stdout is not None
-        super().__init__(process, process.stdout)
+        super().__init__(process, process.stdout, PATIENCE)
 
     def refused(self, message: str) -> LobitError:
         """See `Peer.refused`."""

@@ -120,15 +120,16 @@ class ServedProcess:
     Args:
         process: the process; its input takes the requests.
         answers: where its answers come from.
+        patience: seconds that it has for its own end, once its input has ended.
 
     Raises:
         LobitError: the program cannot be run.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], answers: IO[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], answers: IO[bytes], patience: float = 10) -> None:
         assert process.stdin is not None
         self.process = process
-        self.close = weakref.finalize(self, _end, process, answers)
+        self.close = weakref.finalize(self, _end, process, answers, patience)
         self.service = Service(process.stdin, answers, self)
 
     def step(self, tokens: Sequence[int], position: int) -> bytes:
@@ -144,14 +145,14 @@ class ServedProcess:
         raise NotImplementedError
 
 
-def _end(process: subprocess.Popen[bytes], answers: IO[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], answers: IO[bytes], patience: float) -> None:
     """Ends the process by the end of its input, or by force."""
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
     answers.close()
     try:
-        process.wait(timeout=10)
+        process.wait(timeout=patience)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
@@ -173,7 +174,7 @@ def service_engine(bundle: Bundle, step: Callable[[list[int], int], bytes]) -> S
     """The engine of a bundle whose program a service runs.
 
     Args:
-        bundle: a bundle for target xnnpack.
+        bundle: the bundle that the service runs.
         step: `Service.step`, or a method that calls it; what it belongs to lives as long as the engine.
     """
     manifest = bundle.manifest

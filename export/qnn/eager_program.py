@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from lobit.export.qnn.compiler import SCALE
 from lobit.export.qnn.eager import Constants, Each, run_graph
-from lobit.export.qnn.encodings import Encodings, Ranges, encodings_of
+from lobit.export.qnn.encodings import MOVING, Encodings, Ranges, encodings_of
 from lobit.export.qnn.graph import Encoding, Graph, Operator
-from lobit.export.qnn.methods import NARROW, client, graphs, methods, soc_of, states
+from lobit.export.qnn.methods import client, graphs, methods, states
 from lobit.export.qnn.weights import WIDE
 from lobit.export.stages import Count
 from lobit.export.target import Spec
@@ -35,7 +34,7 @@ SHARES = {"MatMul": 2.5e-4, "Softmax": 1e-3}
 """Root mean square of what other operators are off by, relative to that of their results."""
 STEPS, OTHER_STEPS = {"Tanh": 1.0, "Sigmoid": 1.5}, 0.5
 """Root mean square of what the rest is off by, by kind and of all others, in steps of the result, rounding apart."""
-EXACT = ("Concat", "Convert", "Pad", "Quantize", "Reshape", "Split", "Transpose")
+EXACT = (*MOVING, "Convert", "Quantize")
 """Operators that compute nothing."""
 
 
@@ -95,19 +94,17 @@ class EagerReader:
     """Reads whole sequences with a program of integers (`target.Reader`).
 
     Args:
-        model: the converted model.
-        spec: what the program is made for.
-        moved: whether every operator is off by as much as the HTP's are.
+        program: the program, which gives the logits of every token; other readers may have it too.
+        chunk: the most tokens in one call.
+        each: what is done with every value.
     """
 
-    def __init__(self, model: Transformer, spec: Spec, moved: bool = False) -> None:
-        self.chunk = spec.chunk
-        self.program = EagerProgram(model, replace(spec, all_logits=True))
-        if moved:
-            self.program.each = Moved(self.program, soc_of(spec) in NARROW)
+    def __init__(self, program: EagerProgram, chunk: int, each: Each) -> None:
+        self.program, self.chunk, self.each = program, chunk, each
 
     def read(self, tokens: list[int]) -> Callable[[Sequence[int]], NDArray[np.float32]]:
         """Reads a sequence from position 0; returns a function that gives the logits [n, V] at any of its positions."""
+        self.program.each = self.each
         step = self.program.program.step
         found = np.concatenate([step(tokens[at : at + self.chunk], at) for at in range(0, len(tokens), self.chunk)])
         return lambda positions: found[list(positions)]

@@ -67,7 +67,8 @@ def _check_encodings(graph: Graph) -> None:
     inside = [name for operator in graph.operators if operator.kind != "Dequantize" for name in operator.outputs]
     without = [name for name in (*inside, *filter(is_cache, graph.inputs)) if name not in graph.encodings]
     if without:
-        raise BundleError(f"{len(without)} values have no encoding ({without[0]}, …): give the model that the bundle was made from")
+        told = f"{len(without)} values have no encoding ({without[0]}, …)"
+        raise BundleError(f"{told}: give the model that the bundle was made from, or export it again")
 
 
 def _prepared(model: Transformer, spec: Spec) -> Transformer:

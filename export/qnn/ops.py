@@ -14,7 +14,7 @@ V = TypeVar("V")
 
 
 class HtpBuilder(StaticBuilder[V], Protocol[V]):
-    """Operations on half floats."""
+    """Operations on values of the HTP, half floats or integers."""
 
     def input(self, name: str, *shape: int) -> V:
         """An input."""

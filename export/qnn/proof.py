@@ -92,7 +92,7 @@ def _embedding_row(bundle: Bundle, model: Transformer) -> dict[str, Any]:
     embedding = model.embedding
     if isinstance(embedding, IntegerEmbedding):
         return compare(StoredLayer("embedding", embedding.integers.numpy(), embedding.scale.numpy()), values, scale)
-    return compare(StoredLayer("embedding", weight_of(embedding).detach().half().numpy(), None), values, None)
+    return compare(StoredLayer("embedding", weight_of(embedding).detach().float().numpy(), None), values, None)
 
 
 def _probe(layers: Sequence[tuple[str, IntegerLinear]], every: bool, soc: str, folder: Path) -> Iterator[dict[str, Any]]:

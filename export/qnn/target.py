@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 from lobit.export.qnn.compiling import compile_variants
-from lobit.export.qnn.eager_program import EagerProgram, EagerReader, found_encodings
-from lobit.export.qnn.encodings import read_encodings, write_encodings
+from lobit.export.qnn.eager_program import EagerProgram, EagerReader, Moved, found_encodings
+from lobit.export.qnn.encodings import write_encodings
 from lobit.export.qnn.methods import NARROW, SOCS, TABLE_FILE, WITHOUT_HALF, client, graphs, is_narrow, methods, soc_of, states
 from lobit.export.qnn.program import BACKEND, write_pte
 from lobit.export.qnn.weights import program_bytes, stored_bits, table_bits, table_bytes, write_table
@@ -69,7 +70,8 @@ def check(spec: Spec, config: Config) -> list[str]:
     recipe = spec.recipe
     problems = foreign_options(spec, "qnn")
     if soc_of(spec) in WITHOUT_HALF and not spec.activations:
-        problems.append(f"{soc_of(spec)} has no half floats: add --activations int16 --calibration FILE, or choose of {', '.join(SOCS)}")
+        way = "add --activations int16 --calibration FILE (lobit plan: --activations int16 alone)"
+        problems.append(f"{soc_of(spec)} has no half floats: {way}, or choose of {', '.join(SOCS)}")
     elif soc_of(spec) not in (*SOCS, *WITHOUT_HALF):
         problems.append(f"there is no chip {soc_of(spec)!r} here: choose one of {', '.join((*SOCS, *WITHOUT_HALF))}")
     rows = [row for row in layer_plans(config, recipe) if row.rule and row.name != "embedding"]
@@ -158,7 +160,11 @@ def graph(model: Transformer, spec: Spec) -> EagerProgram:
 
 def floor(model: Transformer, spec: Spec) -> tuple[Reader, Reader] | None:
     """See `Target.floor`: a program of integers rounds every value."""
-    return (EagerReader(model, spec), EagerReader(model, spec, moved=True)) if spec.activations else None
+    if not spec.activations:
+        return None
+    program = EagerProgram(model, replace(spec, all_logits=True))
+    moved = Moved(program, soc_of(spec) in NARROW)
+    return EagerReader(program, spec.chunk, program.rounded), EagerReader(program, spec.chunk, moved)
 
 
 def lower(model: Transformer, spec: Spec, kept: StageCache, count: Count) -> Lowered:
@@ -167,17 +173,17 @@ def lower(model: Transformer, spec: Spec, kept: StageCache, count: Count) -> Low
     Raises:
         TargetError: Qualcomm's compiler refuses the graphs.
     """
-    config, encodings = model.config, None
+    config, compiling = model.config, count
     if spec.activations:
-        encodings = _kept_encodings(model, spec, kept, count)
-        spec = replace(spec, encodings=encodings)
+        spec = replace(spec, encodings=_kept_encodings(model, spec, kept, lambda done, total: count(done, 2 * total)))
+        compiling = lambda done, total: count(total + done, 2 * total)  # noqa: E731 (it is `count` otherwise)
     made = graphs(model, spec)
-    shared, copied = compile_variants(made, soc_of(spec), kept, count)
+    shared, copied = compile_variants(made, soc_of(spec), kept, compiling)
     told = sum((each.counts() for each in made.values()), Counter[str]())
     read = dict(zip(made, shared.read_bytes, strict=False))
     delegation = Delegation(BACKEND, len(made), dict(sorted(told.items())), {}, read)
     ports = methods(made)
-    payload = (shared, copied), model, ports, encodings and read_encodings(encodings)
+    payload = (shared, copied), model, ports, spec.encodings
     return Lowered(payload, ports, states(made, spec, config), delegation, client(made, spec, config))
 
 
@@ -201,6 +207,6 @@ def write(lowered: Lowered, folder: Path, count: Count) -> list[FileEntry]:
     write_table(model.embedding, folder / TABLE_FILE, lowered.client.embedding.bits)
     roles = {PROGRAM_FILE: "program", EMULATED_FILE: "emulated", TABLE_FILE: "embedding"}
     if encodings:
-        write_encodings(encodings, folder / ENCODINGS_FILE)
+        shutil.copyfile(encodings, folder / ENCODINGS_FILE)
         roles[ENCODINGS_FILE] = "encodings"
     return [FileEntry.of(folder, name, role) for name, role in roles.items()]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lobit.export.composed import ropes as ropes_of
 from lobit.export.xnnpack.attention import Caches
 from lobit.export.xnnpack.parts import INPUTS, OUTPUT, Parts, PerToken, Step, Value
 from lobit.model import Block, Config, Transformer, softcap
@@ -135,7 +136,7 @@ def build(model: Transformer, caches: Caches, all_logits: bool = False) -> Parts
     A part reaches from one layer's attention to the next, so that all products between two attentions are one graph.
     """
     config, parts = model.config, Parts()
-    ropes = sorted({layer.rope for layer in config.layers if layer.rope}, key=repr)
+    ropes = ropes_of(config)
     positions = Positions(config, caches, ropes)
     _declare(parts, config, positions, all_logits)
     caches.declare(parts)

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lobit.errors import BundleError, InputError
+from lobit.errors import BundleError, InputError, listed
 from lobit.progress_callback import Progress
 from lobit.targets import TARGETS, THIS_MACHINE, Device, TargetEntry, proof_of, says_nothing_of_time
 from lobit.verbs.make import converted_like
 
 if TYPE_CHECKING:
     from lobit.export.target import RunGraph, Spec
-    from lobit.model import Transformer
+    from lobit.model import Config, Transformer
     from lobit.quant_recipes.recipe import Recipe
     from lobit.runtime.bundle import Bundle
     from lobit.runtime.engine import Engine
@@ -57,7 +57,7 @@ def verify(bundle: Path, checkpoint: str, *, every: bool = False, progress: Prog
     if proof := proof_of(opened.manifest.target):
         with quiet_python():
             reader = importlib.import_module(proof)
-        rows, files = reader.read_back(opened, model, _spec(recipe, opened), every, progress)
+        rows, files = reader.read_back(opened, model, _spec(recipe, opened, model.config), every, progress)
         result = verification.summary(opened, rows, fingerprint(model))
         same = not any(row["differing_bytes"] for row in files)
         return {**result, "compiled": files, "passed": result["passed"] and same}
@@ -122,8 +122,9 @@ def parity(
             "from, and with --checkpoint its quantized checkpoint where it was trained"
         )
     chosen = _stages(stages, manifest)
+    rounding = _rounded(opened, stages) if "rounded" in chosen else None
     rounded = ReferenceEngine(model, recipe, manifest.context)
-    target, spec = find_target(manifest.target), _spec(recipe, opened)
+    target, spec = find_target(manifest.target), _spec(recipe, opened, config)
     exact = _in_arithmetic(rounded, opened)
     arithmetic = exact.recipe or recipe
     share = max(order_share(arithmetic), target.OPERATOR_ERROR)
@@ -145,7 +146,6 @@ def parity(
     engines["artifact"] = open_engine(opened, threads)
     if device != THIS_MACHINE:
         engines[str(device)] = open_engine(opened, threads, device)
-    rounding = _rounded(opened, stages) if "rounded" in chosen else None
     try:
         result = comparison.parity(
             ReferenceEngine(load_model(source, config), None, manifest.context),
@@ -237,14 +237,21 @@ def _rounded(bundle: Bundle, asked: Sequence[str] | None) -> Any:
     return found
 
 
-def _spec(recipe: Recipe, bundle: Bundle) -> Spec:
-    """The spec that a bundle's program was made for."""
-    from lobit.export.target import OWN_OPTIONS, Spec
+def _spec(recipe: Recipe, bundle: Bundle, config: Config) -> Spec:
+    """The spec that a bundle's program was made for.
+
+    Raises:
+        BundleError: its options are none that export would have taken.
+    """
+    from lobit.export.target import OWN_OPTIONS, Spec, find_target, odd_options
 
     manifest = bundle.manifest
     told: dict[str, Any] = {name: value for name, value in manifest.options.items() if name in OWN_OPTIONS}
     encodings = bundle.path("encodings") if told.get("activations") else None
-    return Spec(recipe, manifest.context, manifest.chunk, all_logits=manifest.all_logits, encodings=encodings, **told)
+    spec = Spec(recipe, manifest.context, manifest.chunk, all_logits=manifest.all_logits, encodings=encodings, **told)
+    if problems := odd_options(told) or find_target(manifest.target).check(spec, config):
+        raise BundleError(listed(problems, f"bundle {bundle.folder} is not as export wrote it, export it again:"))
+    return spec
 
 
 def _in_arithmetic(rounded: ReferenceEngine, bundle: Bundle) -> ReferenceEngine:
@@ -254,7 +261,7 @@ def _in_arithmetic(rounded: ReferenceEngine, bundle: Bundle) -> ReferenceEngine:
 
     assert rounded.recipe is not None
     manifest = bundle.manifest
-    model, recipe = find_target(manifest.target).arithmetic(rounded.model, _spec(rounded.recipe, bundle))
+    model, recipe = find_target(manifest.target).arithmetic(rounded.model, _spec(rounded.recipe, bundle, rounded.model.config))
     return rounded if model is rounded.model and recipe == rounded.recipe else ReferenceEngine(model, recipe, manifest.context)
 
 

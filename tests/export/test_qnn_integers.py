@@ -52,7 +52,7 @@ def test_an_encoding_holds_zero_exactly_and_its_range_to_half_a_step(low: float,
     assert (encoding.rounded(inside) - inside).abs().max() <= 1.01 * encoding.scale, "half a step, and half at the ends, as 0 is exact"
 
 
-def test_a_graph_has_one_encoding_where_entries_only_move(tmp_path: Path) -> None:
+def test_a_graph_has_one_encoding_where_entries_only_move() -> None:
     graph = Graph(Weights())
     a, b = graph.input("embeddings", 1, 2, 4), graph.input("k.0", 1, 2, 4)
     (moved,) = graph.op("Reshape", [a], (1, 1, 8))

@@ -110,7 +110,7 @@ def of_integers(make: Callable[[Graph], None], inputs: dict[str, Tensor], soc: s
     make(floats)
     run_graph(floats, inputs, Constants(floats.weights), ranges)
     encodings = encodings_of([floats], ranges.found)
-    graph, kinds = Graph(Weights(), encodings), dict[str, str]()
+    graph = Graph(Weights(), encodings)
     make(graph)
     kinds = {operator.outputs[0]: operator.kind for operator in graph.operators}
 

@@ -106,11 +106,15 @@ private class Cache(val state: State, port: Port) {
 
     /** Writes the entries of a call's tokens; of those that fall into one slot the last one stays. */
     fun keep(rows: ByteBuffer, room: Int, position: Long, count: Int) {
+        val source = rows.duplicate()
+        val target = buffer.duplicate()
         for (block in 0 until outer) {
             for (index in maxOf(0, count - slots) until count) {
                 val to = (block * slots + ((position + index) % slots).toInt()) * inner
                 val from = (block * room + index) * inner
-                for (byte in 0 until inner) buffer.put(to + byte, rows.get(from + byte))
+                source.limit(from + inner).position(from)
+                target.position(to)
+                target.put(source)
             }
         }
     }
