@@ -174,7 +174,7 @@ def write_program(linked: Linked, path: Path, count: Count | None = None) -> Non
     held = dict(zip(linked.constants, offsets, strict=True))
     program.named_data = []
     for key, weight in linked.weights.items():
-        offset = held[weight.digest] if weight.digest in held else layout.place(weight, weight.bytes, SEGMENT_ALIGNMENT)
+        offset = held[weight.digest] if held and weight.digest in held else layout.place(weight, weight.bytes, SEGMENT_ALIGNMENT)
         program.named_data.append(schema.NamedData(key=key, segment_index=layout.segment(offset, weight.bytes)))
     program.segments = layout.segments
     with path.open("wb") as file:

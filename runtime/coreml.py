@@ -17,7 +17,7 @@ from lobit.runtime.coreml_ports import PACKAGE
 from lobit.runtime.coreml_program import Evaluator
 from lobit.runtime.coreml_stored import read_program as read_program
 from lobit.runtime.engine import Logits, SteppingEngine
-from lobit.runtime.manifest import Manifest, Method
+from lobit.runtime.manifest import Manifest, Method, Port
 from lobit.targets import THIS_MACHINE, Device
 
 HALF_MAX = float(np.finfo(np.float16).max)
@@ -64,14 +64,17 @@ class StepByRole:
 
 
 def open_engine(bundle: Bundle, threads: int, device: Device = THIS_MACHINE) -> SteppingEngine:
-    """The engine of a package: Core ML on a Mac, an evaluation in float32 elsewhere; it has no threads to choose.
+    """The engine of a package: Core ML on a Mac, an evaluation in float32 elsewhere and of a package inside of an ExecuTorch program.
+
+    It has no threads to choose.
 
     Raises:
         MissingPartError: coremltools is not installed.
         BundleError: the package is damaged.
     """
     manifest = bundle.manifest
-    step = StepByRole(manifest, _core_ml(bundle) if sys.platform == "darwin" else evaluator(bundle).run)
+    native = sys.platform == "darwin" and not manifest.options.get("executorch")
+    step = StepByRole(manifest, _core_ml(bundle) if native else evaluator(bundle).run)
     return SteppingEngine(step, manifest.context, manifest.chunk, manifest.model.vocab_size, min(manifest.cache.slots), manifest.all_logits)
 
 
@@ -116,10 +119,14 @@ def evaluator(bundle: Bundle, half: bool = False) -> Evaluator:
         MissingPartError: coremltools is not installed.
         BundleError: the package is damaged, or lacks a function that the manifest names.
     """
+
+    def ports(told: list[Port]) -> set[str]:
+        return {port.name for port in told}
+
     found = Evaluator(read_package(bundle), half)
     for method in bundle.manifest.methods:
         function = found.package.functions.get(method.name)
-        if function is None or {port.name for port in method.inputs} != set(function.inputs):
+        if function is None or ports(method.inputs) != set(function.inputs) or ports(method.outputs) != set(function.outputs):
             raise BundleError(f"bundle {bundle.manifest.name} has no function {method.name} as its manifest tells: export it again")
     return found
 

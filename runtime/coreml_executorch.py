@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lobit.errors import BundleError
+from lobit.errors import BundleError, MissingPartError
 from lobit.quiet import quiet_python
+from lobit.runtime.coreml_ports import REFERENCE
 
-REFERENCE = b"CMJR"
-"""How the data of a method begins whose package is named data of the program; the rest is JSON."""
 LARGEST_PROGRAM, LARGEST_INDEX = 64 << 20, 1 << 20
 """Bytes of an ExecuTorch program without its data, and of the JSON behind a package, that are read."""
 FILE = 0
@@ -34,10 +33,14 @@ def taken_out(path: Path) -> dict[str, Raw]:
     """The files of the package that all methods of a program call, by their paths.
 
     Raises:
+        MissingPartError: ExecuTorch is not installed.
         BundleError: the program is damaged, calls anything else, or its methods call different packages.
     """
-    with quiet_python():
-        from executorch.exir._serialize import _flatbuffer_program, _program
+    try:
+        with quiet_python():
+            from executorch.exir._serialize import _flatbuffer_program, _program
+    except ImportError as error:
+        raise MissingPartError(f"{error.name} is not installed: pip install 'lobit[xnnpack]'") from None
 
     header = _program._ExtendedHeader
     data = mapped(path)
@@ -79,9 +82,11 @@ def _files(data: Raw) -> dict[str, Raw]:
     behind = data[: -LARGEST_INDEX - 1 : -1].tobytes().decode("latin-1")
     try:
         nodes = json.JSONDecoder().raw_decode(behind)[0]["nodes"]
-        inner = {name for node in nodes for name in node["children"].values()}
+        inner = [child for node in nodes for child in node["children"].values()]
+        if len(inner) != len(set(inner)) or min(inner, default=0) < 0:
+            raise ValueError("an entry is in two folders")  # so that no walk is longer than the list
         found: dict[str, Raw] = {}
-        for top in set(range(len(nodes))) - inner:  # the folder itself, whose name is no part of the paths
+        for top in set(range(len(nodes))) - set(inner):  # the folder itself, whose name is no part of the paths
             for index in nodes[top]["children"].values():
                 _walk(nodes, index, "", data, found)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
@@ -90,7 +95,7 @@ def _files(data: Raw) -> dict[str, Raw]:
 
 
 def _walk(nodes: list[dict[str, Any]], index: int, before: str, data: Raw, found: dict[str, Raw]) -> None:
-    """Adds the files of an entry and of those in it; a circle ends in a RecursionError."""
+    """Adds the files of an entry and of those in it."""
     node = nodes[index]
     path = f"{before}{node['name']}"
     if node["kind"] == FILE:

@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 from lobit.errors import BundleError, shown
 from lobit.runtime.bundle import Bundle
 from lobit.runtime.coreml_executorch import mapped, taken_out
-from lobit.runtime.coreml_ports import SPEC_FILE, WEIGHTS_FILE
+from lobit.runtime.coreml_ports import SPEC_FILE, WEIGHTS_FILE, WEIGHTS_PATH
 from lobit.runtime.coreml_proto import messages
 
 LARGEST_PROGRAM = 256 << 20
 """Bytes of a program's file that are read; 30 layers take 1 MB."""
-LARGEST_VALUE = 1 << 31
-"""Entries that a value of the program may have."""
+LARGEST_PORT = 1 << 28
+"""Entries that an input or a state may have: memory for it is taken whatever the file holds."""
+LARGEST_VALUE, MOST_AXES = 1 << 31, 5
+"""Entries and axes that a value of the program may have; Core ML takes no more axes."""
 RECORD = struct.Struct("<IIQQQ")
 MARK = 0xDEADBEEF
 """How a record in the file of weights begins."""
@@ -94,6 +96,7 @@ class Package:
 
     def __init__(self, spec: NDArray[np.uint8], weights: NDArray[np.uint8]) -> None:
         mil, model, _ = messages()
+        self._read_bytes = 0
         self._names = {number: name for name, number in mil.DataType.items()}
         self.weights = weights
         self._arrays: dict[tuple[int, Type], Array] = {}
@@ -116,13 +119,18 @@ class Package:
         for value in message.inputs:
             is_state = value.type.WhichOneof("type") == "stateType"
             (states if is_state else inputs)[value.name] = self._type(value.type.stateType.wrappedType if is_state else value.type)
+        large = [port for port, kind in (inputs | states).items() if math.prod(kind.shape) > LARGEST_PORT]
+        if large:
+            raise _damaged(f"input or state {shown(large[0])} of {name} has more than {LARGEST_PORT} entries")
         found = Function(name, inputs, states, list(block.outputs), {}, [])
         known = {*inputs, *states}
+        if len(known) < len(inputs) + len(states):
+            raise _damaged(f"function {name} has an input and a state of one name")
         for message in block.operations:
             self._add(found, message, known)
-        missing = [output for output in found.outputs if output not in known]
+        missing = [output for output in found.outputs if output not in known or output in states]
         if missing:
-            raise _damaged(f"function {name} gives {shown(missing[0])}, which nothing in it makes")
+            raise _damaged(f"function {name} gives {shown(missing[0])}, which no operation in it makes")
         return found
 
     def _add(self, function: Function, message: Any, known: set[str]) -> None:
@@ -138,6 +146,8 @@ class Package:
             function.constants[outputs[0][0]] = self._constant(message.attributes["val"])
             return
         inputs = {part: [self._bound(function, each, known) for each in told.arguments] for part, told in message.inputs.items()}
+        if (not outputs and message.type != "write_state") or not all(inputs.values()):
+            raise _damaged(f"an operation {message.type} of {function.name} makes nothing, or has an input that is nothing")
         label = message.attributes["name"].immediateValue.tensor.strings.values if "name" in message.attributes else ()
         function.operations.append(Operation(message.type, label[0] if label else message.type, inputs, outputs))
 
@@ -153,18 +163,22 @@ class Package:
         if message.WhichOneof("type") != "tensorType":
             raise _damaged(f"a value is no tensor but a {message.WhichOneof('type')}")
         tensor = message.tensorType
+        if tensor.rank > MOST_AXES or len(tensor.dimensions) != tensor.rank:
+            raise _damaged(f"a value has {tensor.rank} axes")
         if any(size.WhichOneof("dimension") != "constant" for size in tensor.dimensions):
             raise _damaged("a value has no fixed shape")
         shape = tuple(int(size.constant.size) for size in tensor.dimensions)
-        if len(shape) != tensor.rank or math.prod(shape) > LARGEST_VALUE or min(shape, default=1) < 1:
+        if min(shape, default=1) < 1 or math.prod(shape) > LARGEST_VALUE:
             raise _damaged(f"a value has the shape {shown(shape)}")
         return Type(self._names.get(tensor.dataType, "UNUSED_TYPE"), shape)
 
     def _constant(self, message: Any) -> Constant:
         kind = self._type(message.type)
         if message.WhichOneof("value") == "blobFileValue":
-            offset = int(message.blobFileValue.offset)
-            return Constant(kind, self._array(offset, kind), (message.blobFileValue.fileName, offset))
+            offset, name = int(message.blobFileValue.offset), message.blobFileValue.fileName
+            if name != WEIGHTS_PATH:
+                raise _damaged(f"the program points at the file {shown(name)}")
+            return Constant(kind, self._array(offset, kind), (name, offset))
         tensor = message.immediateValue.tensor
         field = tensor.WhichOneof("value")
         if field is None:
@@ -176,7 +190,10 @@ class Package:
             return Constant(kind, values[0], values[0].encode())
         if field == "bytes":
             return Constant(kind, _decoded(np.frombuffer(values, np.uint8), kind), values)
-        array = np.array(values, FLOATS.get(kind.dtype) or WHOLE.get(kind.dtype) or np.int32)
+        try:
+            array = np.array(values, FLOATS.get(kind.dtype) or WHOLE.get(kind.dtype) or np.int32)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise _damaged(f"a constant of type {kind.dtype} is {error}") from None
         if array.size != math.prod(kind.shape):
             raise _damaged(f"a constant has {array.size} entries instead of {math.prod(kind.shape)}")
         return Constant(kind, array.reshape(kind.shape), array.tobytes())
@@ -195,6 +212,9 @@ class Package:
             raise _damaged(f"weight.bin has no record of an array of {kind.dtype} at byte {offset}")
         if begin + size > len(self.weights):
             raise _damaged(f"an array of weight.bin ends at byte {begin + size} of {len(self.weights)}")
+        self._read_bytes += size
+        if self._read_bytes > len(self.weights):  # export stores each array once
+            raise _damaged("arrays of weight.bin have the same bytes")
         return _decoded(self.weights[begin : begin + size], kind)
 
 
@@ -229,12 +249,17 @@ def _decoded(raw: NDArray[np.uint8], kind: Type) -> Array:
 
 
 def same_weights(functions: Sequence[Function]) -> bool:
-    """Whether functions read the same arrays of the file of weights, in the same order."""
+    """Whether functions read the same weights, in the same order: arrays of the file of weights, and all parts of compressed ones."""
 
     def keys(function: Function) -> list[Any]:
-        told = [each for operation in function.operations for part in operation.inputs.values() for each in part]
-        constants = [each if isinstance(each, Constant) else function.constants.get(each) for each in told]
-        return [each.key for each in constants if each is not None and isinstance(each.key, tuple) and each.type.dtype != "INT32"]
+        told = [(operation, each) for operation in function.operations for part in operation.inputs.values() for each in part]
+        found = [(operation.kind, each if isinstance(each, Constant) else function.constants.get(each)) for operation, each in told]
+        constants = [(kind, each) for kind, each in found if each is not None]
+        return [
+            (each.key, each.type)
+            for kind, each in constants
+            if kind.startswith("constexpr_") or (isinstance(each.key, tuple) and each.type.dtype != "INT32")
+        ]
 
     return all(keys(function) == keys(functions[0]) for function in functions)
 

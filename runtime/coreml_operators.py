@@ -130,6 +130,8 @@ def expected_shape(kind: str, inputs: Mapping[str, Any]) -> tuple[int, ...] | No
     shapes = {name: value.shape for name, value in inputs.items() if isinstance(value, np.ndarray)}
     if kind in BROADCAST:
         return np.broadcast_shapes(*shapes.values())
+    if kind == "concat":
+        return _joined([value.shape for value in inputs["values"]], int(inputs["axis"]))
     if kind == "linear":
         return (*shapes["x"][:-1], shapes["weight"][0])
     if kind == "matmul":
@@ -140,6 +142,13 @@ def expected_shape(kind: str, inputs: Mapping[str, Any]) -> tuple[int, ...] | No
         axis = int(inputs["axis"])
         return (*shapes["x"][:axis], *shapes["indices"], *shapes["x"][axis + 1 :])
     return None
+
+
+def _joined(shapes: Sequence[tuple[int, ...]], axis: int) -> tuple[int, ...]:
+    """The shape of arrays of these shapes, one after the other along an axis."""
+    joined = list(shapes[0])
+    joined[axis] = sum(shape[axis] for shape in shapes)
+    return tuple(joined)
 
 
 def expand_blockwise(data: Array, scale: Array) -> NDArray[np.float32]:

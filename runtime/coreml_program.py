@@ -56,10 +56,6 @@ class Evaluator:
                 told = ", ".join(unknown)
                 raise BundleError(f"function {function.name} has operations that are not known here ({told}): export it again")
 
-    def reset(self) -> None:
-        """Fills all states with zeros."""
-        self.states = {}
-
     def run(self, name: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs of a function; states change.
 
@@ -73,7 +69,9 @@ class Evaluator:
                 raise BundleError(f"input {port} of {name} has the shape {inputs[port].shape} instead of {kind.shape}: export it again")
             values[port] = self._cast(inputs[port], kind)
         for state, kind in function.states.items():
-            held = self.states.setdefault(state, np.zeros(kind.shape, np.float32))
+            if state not in self.states:
+                self.states[state] = np.zeros(kind.shape, np.float32)
+            held = self.states[state]
             if held.shape != kind.shape:
                 raise BundleError(f"state {state} of {name} has the shape {kind.shape}, in another function {held.shape}: export it again")
         # An unknown number may come of what is not used, such as rows of tokens that are none.
@@ -98,29 +96,44 @@ class Evaluator:
         """A constant as operators take it; arrays of the file of weights are shared by all functions."""
         if isinstance(constant.array, str) or not isinstance(constant.key, tuple):
             return constant.array if isinstance(constant.array, str) else self._cast(constant.array, constant.type)
-        if constant.key not in self._dense:
-            self._dense[constant.key] = self._cast(constant.array, constant.type)
-        return self._dense[constant.key]
+        key = constant.key, constant.type
+        if key not in self._dense:
+            self._dense[key] = self._cast(constant.array, constant.type)
+        return self._dense[key]
 
     def _expanded(self, operation: Operation, function: Function) -> Array:
+        """A compressed weight as floats, made once for all functions that have the same parts."""
         expand, names = EXPANDERS[operation.kind]
-        if set(operation.inputs) != set(names):
-            raise self._failed(operation, f"inputs {', '.join(operation.inputs)}")
-        parts = [function.constants.get(each) if isinstance(each, str) else each for name in names for each in operation.inputs[name]]
-        arrays = [part.array for part in parts if part is not None and not isinstance(part.array, str)]
-        keys = tuple(part.key for part in parts if part is not None)
-        if keys not in self._dense:
-            try:
-                self._dense[keys] = expand(*arrays)
-            except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-                raise self._failed(operation, str(error)) from None
-            _, kind = operation.outputs[0]
-            if self._dense[keys].shape != kind.shape:
-                raise self._failed(operation, f"shape {self._dense[keys].shape} instead of {kind.shape}")
-        return self._dense[keys]
+        try:
+            bound = [operation.inputs[name] for name in names]
+            parts = [function.constants[each] if isinstance(each, str) else each for (each,) in bound]
+            key = tuple((part.key, part.type) for part in parts)
+            if key not in self._dense:
+                arrays: list[Any] = [part.array for part in parts]
+                self._dense[key] = expand(*arrays)
+            ((_, kind),) = operation.outputs
+        except Exception as error:  # whatever is wrong with the parts of an edited program
+            raise self._failed(operation, error) from None
+        if self._dense[key].shape != kind.shape:
+            raise self._failed(operation, f"shape {self._dense[key].shape} instead of {kind.shape}")
+        return self._dense[key]
 
     def _step(self, operation: Operation, values: dict[str, Any]) -> None:
         """Runs one operation."""
+        try:
+            results = self._computed(operation, self._inputs(operation, values))
+            told = list(zip(operation.outputs, results, strict=True))
+        except Exception as error:  # whatever is wrong with the inputs of an edited program
+            raise self._failed(operation, error) from None
+        for (name, kind), result in told:
+            if result.shape != kind.shape:
+                raise self._failed(operation, f"shape {result.shape} instead of {kind.shape}")
+            values[name] = result if id(operation) in self._in_place else self._cast(result, kind)
+            if self.half and kind.dtype == "FLOAT16" and id(operation) not in self._in_place:
+                values[name] = self._rounded(name, values[name])
+
+    def _inputs(self, operation: Operation, values: dict[str, Any]) -> dict[str, Any]:
+        """An operation's inputs: values, but the name of a state."""
         inputs: dict[str, Any] = {}
         for part, bound in operation.inputs.items():
             if operation.kind in ("read_state", "write_state") and part == "input":
@@ -128,19 +141,7 @@ class Evaluator:
                 continue
             found = [values[each] if isinstance(each, str) else self._value(each) for each in bound]
             inputs[part] = found if MANY.get(operation.kind) == part else found[0]
-        try:
-            results = self._computed(operation, inputs)
-        except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
-            raise self._failed(operation, str(error)) from None
-        if id(operation) in self._in_place:
-            values[operation.outputs[0][0]] = results[0]
-            return
-        for (name, kind), result in zip(operation.outputs, results, strict=True):
-            if result.shape != kind.shape:
-                raise self._failed(operation, f"shape {result.shape} instead of {kind.shape}")
-            values[name] = self._cast(result, kind)
-            if self.half and kind.dtype == "FLOAT16":
-                values[name] = self._rounded(name, values[name])
+        return inputs
 
     def _computed(self, operation: Operation, inputs: dict[str, Any]) -> list[Array]:
         match operation.kind:
@@ -174,7 +175,7 @@ class Evaluator:
         """An array in the type that this evaluation has for a type of the program: float32 for all floats."""
         return array.astype(np.float32, copy=False) if kind.dtype.startswith("FLOAT") else array
 
-    def _failed(self, operation: Operation, why: str) -> BundleError:
+    def _failed(self, operation: Operation, why: object) -> BundleError:
         return BundleError(f"operation {operation.name} ({operation.kind}) of the package cannot be computed ({why}): export it again")
 
 
@@ -187,7 +188,8 @@ def _updates(function: Function) -> list[Operation]:
     uses = Counter(each for each in bound if isinstance(each, str))
     made = {name: operation for operation in function.operations for name, _ in operation.outputs}
     writes = (operation.inputs for operation in function.operations if operation.kind == "write_state")
-    written = {inputs["data"][0]: inputs["input"][0] for inputs in writes if isinstance(inputs["data"][0], str)}
+    pairs = ((inputs.get("data") or [""], inputs.get("input") or [""]) for inputs in writes)
+    written = {data: state for (data, *_), (state, *_) in pairs if isinstance(data, str)}
     found = []
     for operation in function.operations:
         if operation.kind != "slice_update":
@@ -196,6 +198,6 @@ def _updates(function: Function) -> list[Operation]:
         read = made.get(source) if isinstance(source, str) else None
         if read is None or read.kind != "read_state" or name in function.outputs:
             continue
-        if uses[name] == uses[read.outputs[0][0]] == 1 and written.get(name) == read.inputs["input"][0]:
+        if uses[name] == uses[read.outputs[0][0]] == 1 and [written.get(name)] == read.inputs.get("input"):
             found.append(operation)
     return found

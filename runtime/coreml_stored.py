@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from lobit.errors import BundleError
 from lobit.runtime.bundle import Bundle
 from lobit.runtime.coreml_file import Constant, Function, Operation, Package, read_package, same_weights
+from lobit.runtime.coreml_ports import NO_BIAS
 from lobit.runtime.stored import StoredLayer
 
 TABLES = {2: (-1, 1), 4: (-1, 0, 1, 0)}
@@ -36,20 +37,33 @@ class StoredPackage:
 
     def layers(self) -> Iterator[StoredLayer]:
         """See `StoredProgram.layers`: the embedding is the one weight that rows are gathered from, the others are multiplied."""
-        for operation in self.function.operations:
-            part = {"gather": "x", "linear": "weight"}.get(operation.kind)
-            weight = None if part is None else self._weight(operation, part)
-            if weight is not None:
-                yield weight
+        return self._each({"gather": "x", "linear": "weight"}, self._weight)
 
     def vectors(self) -> Iterator[StoredLayer]:
-        """See `StoredProgram.vectors`: norms are multiplied entry by entry, and products have a bias always, zeros where there is none."""
+        """See `StoredProgram.vectors`: norms are multiplied entry by entry."""
+        return self._each({"mul": "y", "linear": "bias"}, self._vector)
+
+    def _each(self, parts: Mapping[str, str], read: Callable[[Operation, str], StoredLayer | None]) -> Iterator[StoredLayer]:
+        """What is read of one input of all operations of some kinds.
+
+        Raises:
+            BundleError: an operation is not as export writes it.
+        """
         for operation in self.function.operations:
-            part = {"mul": "y", "linear": "bias"}.get(operation.kind)
-            constant = None if part is None else self._constant(operation, part)
-            if constant is None or constant.array.ndim != 1 or (part == "bias" and not constant.array.any()):
-                continue
-            yield StoredLayer(operation.name, constant.array, None)
+            if operation.kind in parts:
+                try:
+                    found = read(operation, parts[operation.kind])
+                except (KeyError, ValueError, IndexError, TypeError) as error:
+                    raise BundleError(f"operation {operation.name} of the package cannot be read ({error}): export it again") from None
+                if found is not None:
+                    yield found
+
+    def _vector(self, operation: Operation, part: str) -> StoredLayer | None:
+        """A norm or a bias; None: neither. Core ML's products have a bias always, zeros of this name where the model has none."""
+        (bound,) = operation.inputs[part]
+        constant = self._constant(operation, part)
+        none = isinstance(bound, str) and NO_BIAS in bound and constant is not None and not constant.array.any()
+        return None if constant is None or constant.array.ndim != 1 or none else StoredLayer(operation.name, constant.array, None)
 
     def _weight(self, operation: Operation, part: str) -> StoredLayer | None:
         """The weight [out, in] that an operation reads; None: what it reads is computed, or a table of angles."""

@@ -17,6 +17,7 @@ from lobit.export.coreml.mil import Function, Value
 from lobit.export.coreml.weights import weight_value
 from lobit.export.static import EagerStaticBuilder, whole_shape
 from lobit.model import bias_of, weight_of
+from lobit.runtime.coreml_ports import NO_BIAS
 
 SMALLEST = 2.0**-14
 """What a norm takes for the largest entry of a row of zeros: half precision's smallest normal number."""
@@ -165,7 +166,7 @@ class MilBuilder:
         weight = weight_value(self.function, module)
         bias = bias_of(module)
         # Core ML's `linear` has a bias always.
-        added = self.function.constant(np.zeros(weight.shape[0]), "no_bias") if bias is None else self._vector("bias", bias)
+        added = self.function.constant(np.zeros(weight.shape[0]), NO_BIAS) if bias is None else self._vector("bias", bias)
         return self._one("linear", {"x": x, "weight": weight, "bias": added}, (*x.shape[:-1], weight.shape[0]))
 
     def read(self, state: Value) -> Value:

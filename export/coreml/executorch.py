@@ -22,13 +22,11 @@ from lobit.errors import MissingPartError
 from lobit.export.pte import Linked, delegate_plan, program_of, write_program
 from lobit.export.stages import Count
 from lobit.quiet import quiet_python
-from lobit.runtime.coreml_ports import PACKAGE, SPEC_FILE, WEIGHTS_FILE
+from lobit.runtime.coreml_ports import PACKAGE, REFERENCE, SPEC_FILE, WEIGHTS_FILE
 from lobit.runtime.manifest import Method, sha256_of
 
 BACKEND = "CoreMLBackend"
 METADATA_FILE = "metadata.json"
-REFERENCE = b"CMJR"
-"""How the data of a method begins whose package is named data of the program; the rest is JSON."""
 DEPLOYMENT_TARGET = "9"
 """iOS 18, by the number of its file format."""
 
@@ -37,7 +35,7 @@ DEPLOYMENT_TARGET = "9"
 class _Flat:
     """The package in one piece (`pte.Named`)."""
 
-    content: bytes
+    content: bytearray
 
     @property
     def bytes(self) -> int:
@@ -48,7 +46,7 @@ class _Flat:
         return hashlib.sha256(self.content).hexdigest()
 
     def data(self) -> Tensor:
-        return torch.frombuffer(bytearray(self.content), dtype=torch.uint8)
+        return torch.frombuffer(self.content, dtype=torch.uint8)
 
 
 def write_pte(methods: Sequence[Method], folder: Path, path: Path, float32: bool, count: Count) -> None:
@@ -65,7 +63,8 @@ def write_pte(methods: Sequence[Method], folder: Path, path: Path, float32: bool
         MissingPartError: ExecuTorch has no Core ML delegate for this system.
     """
     inside = folder / "lowered_module"
-    inside.mkdir(exist_ok=True)
+    shutil.rmtree(inside, ignore_errors=True)  # of a run that was killed
+    inside.mkdir()
     (folder / PACKAGE).rename(inside / PACKAGE)
     digest = "".join(sha256_of(inside / name) for name in (SPEC_FILE, WEIGHTS_FILE))
     identifier = f"executorch_{uuid.uuid5(uuid.NAMESPACE_OID, digest)}"
@@ -89,11 +88,11 @@ def _names(method: Method) -> dict[str, list[str]]:
     return {"inputNames": [port.name for port in method.inputs], "outputNames": [port.name for port in method.outputs]}
 
 
-def _flattened(folder: Path) -> bytes:
+def _flattened(folder: Path) -> bytearray:
     """A folder in one piece, as ExecuTorch's own code makes it."""
     try:
         with quiet_python():
             from executorch.backends.apple.coreml import executorchcoreml
     except ImportError as error:
         raise MissingPartError(f"ExecuTorch has no Core ML delegate here ({error}): use Linux or macOS, and a wheel from PyPI") from None
-    return bytes(executorchcoreml.flatten_directory_contents(str(folder)) or b"")
+    return bytearray(executorchcoreml.flatten_directory_contents(str(folder)) or b"")

@@ -21,6 +21,7 @@ from torch import Tensor
 from lobit.errors import TargetError
 from lobit.export.builder import Scoped
 from lobit.export.stages import Count
+from lobit.runtime.coreml_ports import WEIGHTS_PATH
 from lobit.runtime.coreml_proto import blob_writer, messages
 
 MIL, MODEL, FEATURES = messages()
@@ -32,7 +33,6 @@ ALIGNMENT = 64
 """Bytes at whose multiples the records of arrays and the arrays begin; also the size of a record and of the file's header."""
 BITS = {"fp16": 16, "fp32": 32, "int32": 32, "int8": 8, "int4": 4, "uint2": 2, "uint1": 1}
 """Bits of an entry in the file of weights."""
-WEIGHTS_PATH = "@model_path/weights/weight.bin"
 TYPES = {
     "fp16": MIL.FLOAT16,
     "fp32": MIL.FLOAT32,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -88,6 +89,7 @@ def slots(config: Config, context: int, chunk: int, explicit: bool) -> list[int]
     return [min(rounded_up(layer.window + chunk), whole) if layer.window else whole for layer in config.layers]
 
 
+@functools.lru_cache(maxsize=8)
 def rotary_tables(rope: Rope, count: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines [count, dim / 2] of all positions: half floats would not hold the angles of large ones."""
     frequencies, factor = rope.frequencies()

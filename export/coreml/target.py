@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from lobit.export.coreml.mil import Blobs, Function, Value
 from lobit.export.coreml.ops import CoreMlBuilder, CoreMlOps, rounded_up, slots
 from lobit.export.coreml.package import model as model_message
 from lobit.export.coreml.package import write_package
-from lobit.export.coreml.weights import form_of, inexact, sizes_of
+from lobit.export.coreml.weights import form_of, inexact, stored_bytes
 from lobit.export.size_groups import Tally, stored_as
 from lobit.export.stages import Count
 from lobit.export.target import Costs, Lowered, Needs, Reader, Spec, float_inputs, foreign_options
@@ -27,6 +29,7 @@ from lobit.quant_recipes.apply import LayerPlan, layer_plans
 from lobit.quant_recipes.precision import computing
 from lobit.quant_recipes.recipe import Recipe
 from lobit.quant_recipes.sizes import kind_of, norms_and_biases
+from lobit.runtime.client import Ports, keep
 from lobit.runtime.coreml_ports import LAST, LOGITS, MANIFEST_FILE, POSITION, SPEC_FILE, TOKENS, WEIGHTS_FILE, cache_names, row_names
 from lobit.runtime.manifest import CacheInfo, Delegation, FileEntry, Method, Port, State, TensorGroup
 from lobit.stage_cache import StageCache
@@ -110,8 +113,7 @@ def weights(spec: Spec, config: Config) -> list[TensorGroup]:
     tally, size, name = Tally(), 4 if spec.float32 else 2, "float32" if spec.float32 else "float16"
     for row in layer_plans(config, spec.recipe):
         if row.shared_with is None:
-            sizes = sizes_of(row, size)
-            tally.add(kind_of(row.name), _format(row, name), row.shape[0] * row.shape[1], sizes.bytes)
+            tally.add(kind_of(row.name), _format(row, name), row.shape[0] * row.shape[1], stored_bytes(row, size))
     for kind, count in norms_and_biases(config):
         tally.add(kind, name, count, size * count)
     tally.add("tables", name, 0, sum(rope.dim * (spec.context + spec.chunk) * size for rope in ropes(config)))
@@ -202,7 +204,8 @@ class EagerProgram:
     def __init__(self, model: Transformer, spec: Spec) -> None:
         self.model, self.spec, self.recipe = model, spec, arithmetic(model, spec)[1]
         self.states: dict[str, Tensor] = {}
-        self.told = {state.input: (state.output, torch.zeros(state.shape)) for state in states(spec, model.config)}
+        self.told = states(spec, model.config)
+        self.caches: Ports = {state.input: np.zeros(state.shape, np.float32) for state in self.told}
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
@@ -212,14 +215,13 @@ class EagerProgram:
             TOKENS: torch.nn.functional.pad(tokens, (0, room - count)),
             POSITION: input_pos,
             LAST: torch.tensor([count - 1]),
-        } | {name: cache for name, (_, cache) in self.told.items()}
+        } | {name: torch.from_numpy(cache) for name, cache in self.caches.items()}
         builder = EagerMilBuilder(ports, self.states)
         ops = CoreMlOps(builder, config, spec.context, room, spec.all_logits, spec.chunk, _explicit(spec))
         with computing(self.recipe):
             walk(self.model, ops)
-        for output, cache in self.told.values():
-            at = (int(input_pos) + torch.arange(max(0, count - cache.shape[1]), count)) % cache.shape[1]
-            cache[:, at] = builder.outputs[output][:, max(0, count - cache.shape[1]) : count]
+        for state in self.told:
+            keep(self.caches, state, builder.outputs[state.output].numpy(), int(input_pos), count)
         return builder.outputs[LOGITS][:, :count]
 
 
@@ -233,7 +235,7 @@ def lower(model: Transformer, spec: Spec, kept: StageCache, count: Count) -> Low
     if rounded and not spec.float32:
         raise TargetError(f"{rounded} scales are not values of half precision, and Core ML would round them: add --float32")
     made, blobs = functions(model, spec)
-    counts = sum((function.counts for function in made.values()), next(iter(made.values())).counts.__class__())
+    counts = sum((function.counts for function in made.values()), Counter[str]())
     delegation = Delegation(BACKEND, len(made), dict(sorted(counts.items())), {}, {})
     return Lowered((made, blobs, spec), methods(made), states(spec, model.config), delegation)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -27,24 +26,15 @@ def form_of(grid: WeightGrid) -> Form:
     return "int4" if grid.bits <= 4 else "int8"
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes of a layer's weight in the package."""
-
-    bits: int
-    """Bits of a stored integer, or of a float."""
-    bytes: int
-
-
-def sizes_of(layer_plan: LayerPlan, scale_bytes: int) -> Sizes:
+def stored_bytes(layer_plan: LayerPlan, scale_bytes: int) -> int:
     """Bytes of a layer's integers and scales, or of its floats, where a scale or a float has `scale_bytes`."""
     (out, inner), rule = layer_plan.shape, layer_plan.rule
     if rule is None:
-        return Sizes(8 * scale_bytes, out * inner * scale_bytes)
+        return out * inner * scale_bytes
     grid, form = rule.weights, form_of(rule.weights)
     scales = grid.shards or out * (inner // (grid.group_size or inner))
     values = scales * len(TABLES[form]) if form in TABLES else scales
-    return Sizes(BITS[form], -(-out * inner * BITS[form] // 8) + values * scale_bytes)
+    return -(-out * inner * BITS[form] // 8) + values * scale_bytes
 
 
 def weight_value(function: Function, module: nn.Module) -> Value:

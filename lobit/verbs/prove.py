@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -247,11 +248,10 @@ def _spec(recipe: Recipe, bundle: Bundle, config: Config) -> Spec:
 
     manifest = bundle.manifest
     told: dict[str, Any] = {name: value for name, value in manifest.options.items() if name in OWN_OPTIONS}
-    encodings = bundle.path("encodings") if told.get("activations") else None
-    spec = Spec(recipe, manifest.context, manifest.chunk, all_logits=manifest.all_logits, encodings=encodings, **told)
+    spec = Spec(recipe, manifest.context, manifest.chunk, all_logits=manifest.all_logits, **told)
     if problems := odd_options(told) or find_target(manifest.target).check(spec, config):
         raise BundleError(listed(problems, f"bundle {bundle.folder} is not as export wrote it, export it again:"))
-    return spec
+    return replace(spec, encodings=bundle.path("encodings")) if spec.activations else spec
 
 
 def _in_arithmetic(rounded: ReferenceEngine, bundle: Bundle) -> ReferenceEngine:

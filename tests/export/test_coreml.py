@@ -25,6 +25,7 @@ from lobit.runtime.coreml_file import read_package
 from lobit.runtime.engine import open_engine
 from lobit.runtime.reference import ReferenceEngine
 from lobit.verbs.calibrate import Calibration
+from tests.mutations import refused, reseal
 from tests.small_models import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -180,6 +181,15 @@ def test_nothing_is_timed(demo: Path) -> None:
     assert verbs.run(demo, "Once", max_new_tokens=2)["stats"]["emulated"]
 
 
+def test_a_bias_of_zeros_is_a_bias(small_models: Any, tmp_path: Path) -> None:
+    """Core ML's products have zeros where a model has no bias: these are not taken for one, nor one of zeros for none."""
+    folder, _ = small_models("qwen2")
+    model = load_model(folder)
+    model.blocks[0].attention.k.bias.data.zero_()
+    save_as(model, folder, tmp_path / "zeros")
+    assert nothing_differs(verbs.verify(exported(tmp_path / "zeros", tmp_path / "bundle", "8da8w"), str(tmp_path / "zeros")))
+
+
 # --- what is refused, and what is told ----------------------------------------------------------------------------------------------
 
 
@@ -235,6 +245,14 @@ def test_a_package_in_float32_has_no_rounded_stage(models: Any, tmp_path: Path) 
     bundle = exported(models("demo"), tmp_path / "bundle", "fp", float32=True)
     with pytest.raises(InputError, match="has no stage rounded"):
         verbs.parity(bundle, "demo", held_out_text(8), tokens=40, stages=["rounded"])
+
+
+@pytest.mark.parametrize(("option", "value"), [("float32", "yes"), ("soc", "SM8650"), ("soc", 5), ("activations", "int8")])
+def test_options_that_export_would_not_have_taken_are_refused(option: str, value: Any, demo: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(demo, tmp_path / "bundle"))
+    reseal(bundle, lambda values: values["options"].update({option: value}))
+    told = refused(lambda: verbs.parity(bundle, "demo", held_out_text(8), tokens=40))
+    assert option in told and "export it again" in told
 
 
 def test_large_rows_are_normed_in_half_precision(small_models: Any, tmp_path: Path) -> None:

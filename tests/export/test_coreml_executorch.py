@@ -14,9 +14,9 @@ import torch
 from lobit import verbs
 from lobit.errors import BundleError
 from lobit.runtime.bundle import Bundle, open_bundle
-from lobit.runtime.coreml_executorch import REFERENCE, taken_out
+from lobit.runtime.coreml_executorch import taken_out
 from lobit.runtime.coreml_file import read_package
-from lobit.runtime.coreml_ports import SPEC_FILE, WEIGHTS_FILE
+from lobit.runtime.coreml_ports import REFERENCE, SPEC_FILE, WEIGHTS_FILE
 from lobit.runtime.engine import open_engine
 from tests.mutations import reseal
 

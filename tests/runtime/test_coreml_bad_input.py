@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from lobit import verbs
-from lobit.errors import BundleError, MissingPartError
+from lobit.errors import BundleError, LobitError, MissingPartError
 from lobit.runtime import coreml_proto
 from lobit.runtime.bundle import open_bundle
 from lobit.runtime.coreml_ports import SPEC_FILE, WEIGHTS_FILE
@@ -132,7 +133,89 @@ def more_parts(spec: Any) -> None:
     of_kind(spec, "softmax").inputs["beta"].arguments.add().name = "tokens"
 
 
+def other_file(spec: Any) -> None:
+    for name in ("prefill", "decode"):
+        for operation in operations(spec, name):
+            for message in (*operation.attributes.values(), *(each.value for part in operation.inputs.values() for each in part.arguments)):
+                if message.WhichOneof("value") == "blobFileValue":
+                    message.blobFileValue.fileName = "@model_path/weights/other.bin"
+
+
+def nothing_bound(spec: Any) -> None:
+    del of_kind(spec, "softmax").inputs["x"].arguments[:]
+
+
+def no_outputs(spec: Any) -> None:
+    del of_kind(spec, "softmax").outputs[:]
+
+
+def state_as_value(spec: Any) -> None:
+    of_kind(spec, "softmax").inputs["x"].arguments[0].name = "k_0"
+
+
+def state_as_output(spec: Any) -> None:
+    function = spec.mlProgram.functions["decode"]
+    function.block_specializations[function.opset].outputs[0] = "k_0"
+
+
+def more_results(spec: Any) -> None:
+    added = of_kind(spec, "softmax").outputs.add()
+    added.CopyFrom(of_kind(spec, "softmax").outputs[0])
+    added.name = "another"
+
+
+def no_data(spec: Any) -> None:
+    del of_kind(spec, "write_state").inputs["data"]
+
+
+def other_output(spec: Any) -> None:
+    operations(spec)[-1].outputs[0].name = "scores"
+    function = spec.mlProgram.functions["decode"]
+    function.block_specializations[function.opset].outputs[0] = "scores"
+
+
+def text_as_number(spec: Any) -> None:
+    constants = (operation for operation in operations(spec) if operation.type == "const")
+    value = next(each for each in constants if each.attributes["val"].immediateValue.tensor.HasField("strings"))
+    value.attributes["val"].type.tensorType.dataType = coreml_proto.messages()[0].FLOAT16
+
+
+def many_axes(spec: Any) -> None:
+    kind = of_kind(spec, "softmax").outputs[0].type.tensorType
+    kind.rank = 65
+    for _ in range(65 - len(kind.dimensions)):
+        kind.dimensions.add().constant.size = 1
+
+
+def large_join(spec: Any) -> None:
+    join = of_kind(spec, "concat")
+    for _ in range(50_000):
+        join.inputs["values"].arguments.add().CopyFrom(join.inputs["values"].arguments[0])
+
+
+def large_state(spec: Any) -> None:
+    state = next(value for value in spec.mlProgram.functions["decode"].inputs if value.type.WhichOneof("type") == "stateType")
+    state.type.stateType.wrappedType.tensorType.dimensions[1].constant.size = 1 << 24
+
+
+def no_table(spec: Any) -> None:
+    del of_kind(spec, "constexpr_lut_to_dense").inputs["lut"]
+
+
 EDITS = {
+    other_file: "points at the file",
+    nothing_bound: "has an input that is nothing",
+    no_outputs: "makes nothing",
+    state_as_value: "cannot be computed",
+    state_as_output: "which no operation in it makes",
+    more_results: "cannot be computed",
+    no_data: "cannot be computed",
+    other_output: "no function decode as its manifest tells",
+    text_as_number: "a constant of type FLOAT16",
+    many_axes: "has 65 axes",
+    large_join: "cannot be computed",
+    large_state: "entries",
+    no_table: "cannot be computed",
     changed_name: "operations that are not known here (while_loop)",
     read_later: "before anything makes it",
     made_twice: "makes",
@@ -153,6 +236,16 @@ EDITS = {
 def test_a_program_edited_by_hand_is_refused_with_what_is_wrong(edit: Callable[[Any], None], bundle: Path) -> None:
     edited(bundle, edit)
     assert EDITS[edit] in refused(lambda: runs(bundle))
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+def test_verify_of_a_program_edited_by_hand_is_one_message_or_a_result(edit: Callable[[Any], None], models: Any, bundle: Path) -> None:
+    """What changes no weight may pass: whether it computes is for parity to say."""
+    edited(bundle, edit)
+    try:
+        verbs.verify(bundle, str(models("mobilellm_p1")))
+    except LobitError as error:
+        assert len(str(error).splitlines()) == 1
 
 
 def test_what_is_no_program_is_refused(bundle: Path) -> None:
@@ -222,10 +315,12 @@ def test_a_table_of_other_values_is_found(models: Any, bundle: Path) -> None:
     assert result["differing_scales"] > 0 and not result["passed"]
 
 
-def test_functions_that_read_different_weights_are_refused(models: Any, bundle: Path) -> None:
+@pytest.mark.parametrize("name", ["prefill", "decode"])
+@pytest.mark.parametrize("parts", [("indices", "lut"), ("lut",)])
+def test_functions_that_read_different_weights_are_refused(parts: tuple[str, ...], name: str, models: Any, bundle: Path) -> None:
     def edit(spec: Any) -> None:
-        first, second = [operation for operation in operations(spec) if operation.type == "constexpr_lut_to_dense"][:2]
-        for part in ("indices", "lut"):
+        first, second = [operation for operation in operations(spec, name) if operation.type == "constexpr_lut_to_dense"][:2]
+        for part in parts:
             first.inputs[part].CopyFrom(second.inputs[part])
 
     edited(bundle, edit)
@@ -244,7 +339,18 @@ def test_without_coremltools_the_message_says_how_to_install_it(bundle: Path, mo
         open_engine(open_bundle(bundle))
 
 
-def test_a_full_disk_is_one_message_and_keeps_what_is_finished(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_executorch_a_program_for_it_says_how_to_install_it(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, recipe = tmp_path / "bundle", verbs.choose_recipe("bitnet")
+    verbs.export(str(models("mobilellm_p1")), "coreml", out, recipe=recipe, context=48, chunk=8, executorch=True)
+    monkeypatch.setitem(sys.modules, "executorch.exir._serialize", None)
+    with pytest.raises(MissingPartError, match=r"pip install 'lobit\[xnnpack\]'"):
+        open_engine(open_bundle(out))
+
+
+@pytest.mark.parametrize("executorch", [False, True])
+def test_a_full_disk_is_one_message_and_keeps_what_is_finished(
+    executorch: bool, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lobit.export.coreml import mil
 
     class Full:
@@ -258,9 +364,17 @@ def test_a_full_disk_is_one_message_and_keeps_what_is_finished(models: Any, tmp_
             return fail
 
     model, recipe, out = str(models("mobilellm_p1")), verbs.choose_recipe("bitnet"), tmp_path / "bundle"
+    options: dict[str, Any] = {"recipe": recipe, "context": 48, "chunk": 8, "executorch": executorch}
+
+    def full_program(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
     with monkeypatch.context() as full:
-        full.setattr(mil, "blob_writer", Full)
-        told = refused(lambda: verbs.export(model, "coreml", out, recipe=recipe, context=48, chunk=8))
+        if executorch:  # the package is whole, the program around it is not
+            full.setattr("lobit.export.coreml.executorch.write_program", full_program)
+        else:
+            full.setattr(mil, "blob_writer", Full)
+        told = refused(lambda: verbs.export(model, "coreml", out, **options))
     assert "No space left on device" in told and "make space" in told and not out.exists()
-    verbs.export(model, "coreml", out, recipe=recipe, context=48, chunk=8)
+    verbs.export(model, "coreml", out, **options)
     assert verbs.verify(out, model)["passed"]
