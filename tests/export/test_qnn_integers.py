@@ -170,7 +170,7 @@ def test_tokens_are_those_of_the_rounded_graph(tale: Path, stories: Path) -> Non
     opened = open_bundle(tale)
     recipe = verbs.choose_recipe("w4-channel")
     model = verbs.make.converted(stories, recipe)[0]
-    graph = find_target("qnn").graph(model, prove._spec(recipe, opened))
+    graph = find_target("qnn").graph(model, prove._spec(recipe, opened, model.config))
     assert graph is not None
     prompt, texts = [1, 403, 407, 261, 378, 31, 281], []
     for engine in (open_engine(opened), prove._graph_engine(graph, opened.manifest)):
