@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, cast
 
@@ -46,8 +47,12 @@ class Engine(Protocol):
             InputError: as `prefill`.
         """
 
-    def score(self, tokens: Sequence[int]) -> Logits:
-        """Reads tokens as `prefill` does; returns the logits [T, V] after each of them.
+    def score(self, tokens: Sequence[int], count: int | None = None) -> Logits:
+        """Reads tokens as `prefill` does; returns the logits [count, V] after each of the last ones.
+
+        Args:
+            tokens: what to read.
+            count: number of tokens at the end, 1 or more, after which the logits are wanted; None: all.
 
         Raises:
             InputError: as `prefill`.
@@ -108,19 +113,28 @@ class SteppingEngine:
 
     def prefill(self, tokens: Sequence[int]) -> Logits:
         """See `Engine.prefill`; long prompts are read in chunks."""
-        for rows in self._steps(tokens, self.chunk):
+        for rows in self._steps(tokens, len(tokens)):
             logits: Logits = rows[-1]
         return logits
 
-    def score(self, tokens: Sequence[int]) -> Logits:
-        """See `Engine.score`; reads token by token where the program gives the logits of a chunk's last token alone."""
-        return np.concatenate(list(self._steps(tokens, self.chunk if self.all_logits else 1)))
+    def score(self, tokens: Sequence[int], count: int | None = None) -> Logits:
+        """See `Engine.score`; the last tokens are read one by one where the program gives the logits of a chunk's last token alone."""
+        count = len(tokens) if count is None else count
+        found: list[Logits] = []
+        unwanted = -count
+        for rows in self._steps(tokens, len(tokens) if self.all_logits else len(tokens) - count + 1):
+            found.append(rows)
+            unwanted += len(rows)
+            while unwanted >= len(found[0]):
+                unwanted -= len(found.pop(0))
+        return np.concatenate(found)[-count:]
 
-    def _steps(self, tokens: Sequence[int], length: int) -> Iterator[Logits]:
-        """Reads tokens in pieces of `length`; yields the logits of each step."""
+    def _steps(self, tokens: Sequence[int], in_chunks: int) -> Iterator[Logits]:
+        """Reads so many tokens in chunks and the others one by one; yields the logits of each step."""
         check_tokens(self, tokens)
-        for start in range(0, len(tokens), length):
-            part = list(tokens[start : start + length])
+        starts = [*range(0, in_chunks, self.chunk), *range(in_chunks, len(tokens)), len(tokens)]
+        for start, end in itertools.pairwise(starts):
+            part = list(tokens[start:end])
             rows = self.step(part, self.position)
             self.position += len(part)
             yield rows

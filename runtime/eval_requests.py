@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -153,8 +152,9 @@ def _query(task: Task, item: Item, encoder: Encoder) -> Query:
     return Query(tuple(asked))
 
 
-def shared_beginning(found: Sequence[Query]) -> tuple[int, ...]:
-    """The tokens that the contexts of all items begin with, as far as an item's own context goes on after them."""
-    contexts = [query.asked[0].context for query in found]
-    count = sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*contexts, strict=False)))
-    return contexts[0][: min(count, min(map(len, contexts)) - 1)]
+def beginning_of(task: Task, encoder: Encoder) -> tuple[int, ...]:
+    """The tokens of a task's examples, with which every context that was not cut begins; empty: it has none.
+
+    Space at their end is left out: many tokenizers split it otherwise where a question follows.
+    """
+    return tuple(encoder.encode(task.examples.rstrip())) if task.examples else ()

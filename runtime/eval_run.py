@@ -14,7 +14,7 @@ from lobit.progress_callback import Progress
 from lobit.runtime.engine import Engine
 from lobit.runtime.eval_cache import Kept, key_of
 from lobit.runtime.eval_metrics import Answers, answers, paired, share, target_perplexity, text_figures
-from lobit.runtime.eval_requests import Encoder, Query, queries, shared_beginning
+from lobit.runtime.eval_requests import Encoder, Query, beginning_of, queries
 from lobit.runtime.eval_scoring import Reader, Score
 from lobit.runtime.eval_tasks import Task
 
@@ -70,10 +70,10 @@ class _Part:
     """Bytes of the text in each window; empty for a task."""
     read: str = ""
     """The text as far as it is read."""
+    beginning: tuple[int, ...] = ()
+    """Tokens of a task's examples."""
 
     def __post_init__(self) -> None:
-        has_examples = isinstance(self.what, Task) and bool(self.what.examples)
-        self.beginning = shared_beginning(self.found) if has_examples else ()
         self.keys = [key_of(query, self.beginning) for query in self.found]
         self.costs = [sum({one.context: len(one.context) for one in query.asked}.values()) + _asked(query) for query in self.found]
 
@@ -134,7 +134,8 @@ def evaluate(
 
 def _parts(column: Column, context: int, tasks: Sequence[Task], texts: Sequence[Text], limit: int | None) -> list[_Part]:
     encoder = Encoder(column.tokenizer, context)
-    return [*(_Part(task, queries(task, encoder), []) for task in tasks), *(_windows(text, encoder, limit) for text in texts)]
+    asked = [_Part(task, queries(task, encoder), [], beginning=beginning_of(task, encoder)) for task in tasks]
+    return [*asked, *(_windows(text, encoder, limit) for text in texts)]
 
 
 def _windows(text: Text, encoder: Encoder, limit: int | None) -> _Part:

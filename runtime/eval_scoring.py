@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,21 +41,33 @@ class Reader:
         Raises:
             BundleError: logits are not finite.
         """
-        return [self._one(asked) for asked in item]
+        self._after = None
+        times = Counter(asked.context for asked in item)
+        return [self._one(asked, times[asked.context] > 1) for asked in item]
 
-    def _one(self, asked: Asked) -> Score:
-        first = self._logits_after(asked.context)
+    def _one(self, asked: Asked, is_shared: bool) -> Score:
+        """The likelihood of a request.
+
+        A context that no other request has, or to whose end the engine cannot be taken back, is read in one call with what follows it.
+        """
         tokens = asked.continuation
-        scores = [_of(first[None], tokens[:1])]
-        for start in range(0, len(tokens) - 1, self._piece):
+        after = self._logits_after(asked.context) if is_shared else None
+        if after is None:
+            self._after = self._after if is_shared else None
+            first, given = tokens[: self._piece], asked.context[self._begin(asked.context) :]
+            rows = self.engine.score([*given, *first[:-1]], len(first))
+        else:
+            first, rows = tokens[:1], after[None]
+        scores = [_of(rows, first)]
+        for start in range(len(first) - 1, len(tokens) - 1, self._piece):
             piece = tokens[start : start + self._piece + 1]
             scores.append(_of(self.engine.score(piece[:-1]), piece[1:]))
         return sum(value for value, _ in scores), all(greedy for _, greedy in scores)
 
-    def _logits_after(self, context: tuple[int, ...]) -> Logits:
-        """The logits [V] after a context, with which the engine then ends."""
-        if self._after is not None and context == self._context and self.engine.rewind(len(context)):
-            return self._after
+    def _logits_after(self, context: tuple[int, ...]) -> Logits | None:
+        """The logits [V] after a context, with which the engine then ends; None where it read the context and cannot be taken back."""
+        if self._after is not None and context == self._context:
+            return self._after if self.engine.rewind(len(context)) else None
         start = self._begin(context)
         self._context, self._after = context, self.engine.prefill(context[start:])
         return self._after

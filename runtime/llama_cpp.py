@@ -39,15 +39,19 @@ class LlamaEngine(SteppingEngine):
     def _read(self, tokens: list[int], position: int) -> Logits:
         return logits_of(self.process.step(tokens, position), self.vocab_size)
 
-    def score(self, tokens: Sequence[int]) -> Logits:
+    def score(self, tokens: Sequence[int], count: int | None = None) -> Logits:
         """See `Engine.score`."""
         check_tokens(self, tokens)
+        count = len(tokens) if count is None else count
         rows = []
         for start in range(0, len(tokens), self.chunk):
             part = tokens[start : start + self.chunk]
-            rows.append(logits_of(self.process.service.score(part, self.position), self.vocab_size))
+            if start + len(part) > len(tokens) - count:
+                rows.append(logits_of(self.process.service.score(part, self.position), self.vocab_size))
+            else:
+                self.step(list(part), self.position)
             self.position += len(part)
-        return np.concatenate(rows)
+        return np.concatenate(rows)[-count:]
 
 
 def open_engine(bundle: Bundle, threads: int, device: Device = THIS_MACHINE) -> LlamaEngine:

@@ -53,7 +53,7 @@ class ReferenceEngine(SteppingEngine):
         self.cache: FloatCache | None = None
 
     @torch.inference_mode()
-    def _step(self, tokens: list[int], position: int, all_logits: bool = False) -> Logits:
+    def _step(self, tokens: list[int], position: int, count: int = 1) -> Logits:
         if self.cache is None:
             self.cache = FloatCache(self.model.config, self.context)
         self.cache.position = position
@@ -61,12 +61,12 @@ class ReferenceEngine(SteppingEngine):
         attend = attention_for(self.recipe, self.cache)
         with computing(self.recipe):
             x = self.model.run(self.model.embed(torch.tensor([tokens])), tables, attend)
-            return self.model.score(x if all_logits else x[:, -1:])[0].numpy()
+            return self.model.score(x[:, -count:])[0].numpy()
 
-    def score(self, tokens: Sequence[int]) -> Logits:
+    def score(self, tokens: Sequence[int], count: int | None = None) -> Logits:
         """See `Engine.score`."""
         check_tokens(self, tokens)
-        logits = self._step(list(tokens), self.position, all_logits=True)
+        logits = self._step(list(tokens), self.position, len(tokens) if count is None else count)
         self.position += len(tokens)
         return logits
 

@@ -18,6 +18,7 @@ from typing import Any
 import lobit
 from lobit.errors import MissingPartError, listed
 from lobit.runtime.manifest import sha256_of
+from lobit.user_cache import user_cache
 
 SOURCES = Path(lobit.__file__).parent / "android_demo"
 """The app's sources and the list of artifacts."""
@@ -35,9 +36,7 @@ DEPENDENCY = """<dependency><groupId>{}</groupId><artifactId>{}</artifactId><ver
 def cache_folder() -> Path:
     """The folder that keeps what was fetched and compiled: LOBIT_ANDROID, or lobit's part of the user's cache."""
     told = os.environ.get("LOBIT_ANDROID")
-    if told:
-        return Path(told).resolve()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lobit" / "android"
+    return Path(told).resolve() if told else user_cache("android")
 
 
 @dataclass(frozen=True)

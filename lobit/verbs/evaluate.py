@@ -6,7 +6,6 @@ Imports are inside the functions: what a verb does not need is not loaded.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lobit.errors import InputError
 from lobit.progress_callback import Progress
 from lobit.targets import TARGETS
+from lobit.user_cache import user_cache
 
 if TYPE_CHECKING:
     from lobit.runtime.bundle import Bundle
@@ -22,13 +22,8 @@ if TYPE_CHECKING:
     from lobit.tokenizer import Tokenizer
 
 STAGES = ("float", "fake_quant", "artifact")
-FORMAT = 1
+FORMAT = 2
 """Number to raise where items that were kept are no longer what would be computed."""
-
-
-def default_cache() -> Path:
-    """Where finished items are kept by default: in the user's folder for caches."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lobit" / "eval"
 
 
 def eval(
@@ -57,7 +52,7 @@ def eval(
         stages: which of `float`, `fake_quant` and `artifact`; None: all that the subjects and the reference have.
         reference: the float model of the bundles, which is measured too, and rounded as each bundle's recipe says.
         threads: how many a bundle's runtime uses; None: as the bundle says.
-        cache: where finished items are kept; None: `default_cache`.
+        cache: where finished items are kept; None: `user_cache("eval")`.
         progress: called as items advance.
 
     Returns:
@@ -88,7 +83,7 @@ def eval(
             f"nothing here has stage {', '.join(missing or STAGES)}: a float model has float, a checkpoint fake_quant, a bundle artifact, "
             "and with --reference MODEL a bundle has all three"
         )
-    folder, told = cache or default_cache(), [Text(name, text) for name, text in texts]
+    folder, told = cache or user_cache("eval"), [Text(name, text) for name, text in texts]
     result = evaluate(columns, read, told, limit=limit, folder=folder, progress=progress)
     return {**result, "shots": shots, "limit": limit}
 

@@ -67,10 +67,10 @@ def test_a_run_that_was_killed_goes_on_to_the_same_result(column: Any, tmp_path:
             inner = engine(1, calls)
             score = inner.score
 
-            def scored(tokens: Any) -> Any:
+            def scored(*asked: Any) -> Any:
                 if len(calls) > limit:
                     raise KilledError
-                return score(tokens)
+                return score(*asked)
 
             inner.score = scored  # type: ignore[method-assign]
             return inner
@@ -98,6 +98,13 @@ def test_what_is_finished_is_not_computed_again_and_a_changed_model_is(column: A
     changed = run([replace(column("float", 2, calls), name="m0")], tmp_path)
     assert len(calls) == 2 * count
     assert without_speed(changed) != without_speed(first)
+
+
+def test_more_items_of_a_task_with_examples_are_asked_beside_those_that_are_kept(column: Any, tmp_path: Path) -> None:
+    task = TASK.with_shots(1)
+    for count, asked in ((1, 1), (2, 1)):
+        result = evaluate([column("float", 0)], [task.first(count)], [], limit=None, folder=tmp_path)
+        assert [row["items"] for row in result["speed"]] == [asked]
 
 
 def test_damaged_lines_of_the_cache_are_computed_again(column: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from lobit.errors import BundleError, InputError
 from lobit.quant_recipes.catalog import find_recipe
 from lobit.runtime.bundle import open_bundle
 from lobit.runtime.engine import Engine, SteppingEngine, open_engine
-from lobit.runtime.eval_requests import Asked, Encoder, Query, queries, shared_beginning
+from lobit.runtime.eval_requests import Asked, Encoder, beginning_of, queries
 from lobit.runtime.eval_scoring import Reader
-from lobit.runtime.eval_tasks import Item, Task
+from lobit.runtime.eval_tasks import Item, Task, read_task
 from lobit.runtime.parity import log_softmax
 from lobit.runtime.reference import ReferenceEngine
 from lobit.tokenizer import Tokenizer
@@ -140,6 +141,21 @@ def test_a_context_is_read_once_for_all_its_choices() -> None:
     assert calls == [(0, 3), (3, 1)]
 
 
+def test_what_cannot_be_rewound_is_read_in_one_call_with_what_follows() -> None:
+    calls: list[tuple[int, int]] = []
+
+    def step(tokens: list[int], position: int) -> Any:
+        calls.append((position, len(tokens)))
+        return np.zeros((len(tokens), 8), np.float32)
+
+    reader = Reader(SteppingEngine(step, 64, 32, 8, slots=4, all_logits=True))
+    reader.score([Asked((1, 2, 3, 4, 5, last), 2) for last in (4, 5, 6)])
+    assert calls == [(0, 4), (4, 1), (0, 5), (0, 5)]
+    calls.clear()
+    reader.score([Asked((1, 2, 3, 4, 5, 6), 2)])
+    assert calls == [(0, 5)]
+
+
 def test_examples_are_read_once_for_all_items() -> None:
     calls: list[tuple[int, int]] = []
 
@@ -214,10 +230,14 @@ def test_rolling_windows_ask_each_token_once_in_windows_as_full_as_they_can_be(c
         assert list(window.tokens) == tokens[asked + 1 - len(window.tokens) : asked + 1]
 
 
-def test_the_shared_beginning_leaves_every_context_a_token() -> None:
-    def query(*tokens: int) -> Query:
-        return Query((Asked((*tokens, 9), 1),))
-
-    assert shared_beginning([query(1, 2, 3), query(1, 2, 4)]) == (1, 2)
-    assert shared_beginning([query(1, 2), query(1, 2, 4)]) == (1,)
-    assert shared_beginning([query(1), query(2)]) == ()
+@pytest.mark.parametrize("shots", [1, 3])
+def test_every_context_begins_with_the_tokens_of_the_examples(shots: int, shared: Any, tokenizer: Tokenizer) -> None:
+    """Also with a tokenizer that splits space otherwise where a word follows."""
+    task = read_task(shared("tasks/arc_easy.jsonl")).with_shots(shots).first(20)
+    for one in (tokenizer, Tokenizer.from_file(shared("tokenizers/smollm2.json"), bos=None, stop=[2])):
+        encoder = Encoder(one, 4096)
+        beginning = beginning_of(task, encoder)
+        assert len(beginning) > 10 * shots
+        contexts = [asked.context for query in queries(task, encoder) for asked in query.asked]
+        assert all(context[: len(beginning)] == beginning for context in contexts)
+    assert beginning_of(replace(task, examples=""), encoder) == ()

@@ -102,6 +102,8 @@ def test_logits_are_the_same_however_a_text_is_cut_and_after_a_rewind(bundle: Pa
     tokens = list(range(1, 31))
     rows = engine.score(tokens)
     engine.reset()
+    assert np.array_equal(engine.score(tokens, 3), rows[-3:])
+    engine.reset()
     one_by_one = [engine.decode(token) for token in tokens]
     assert np.abs(rows - np.stack(one_by_one)).max() < 0.05 * rows.std()  # products of one token add up in another order
     assert engine.rewind(10)

@@ -35,7 +35,7 @@ def counted(engine: SteppingEngine) -> list[int]:
 
 
 def assert_scores(engine: Engine, expected: Any) -> None:
-    """In one call of the verb, and in two that follow each other."""
+    """In one call of the verb, in two that follow each other, and after the last tokens alone."""
     limit = CLOSE * float(np.abs(expected).max())
     engine.reset()
     np.testing.assert_allclose(engine.score(TOKENS), expected, rtol=0, atol=limit)
@@ -43,6 +43,10 @@ def assert_scores(engine: Engine, expected: Any) -> None:
     engine.prefill(TOKENS[:7])
     np.testing.assert_allclose(engine.score(TOKENS[7:]), expected[7:], rtol=0, atol=limit)
     assert engine.position == len(TOKENS)
+    for count in (1, 7, CHUNK + 1):
+        engine.reset()
+        np.testing.assert_allclose(engine.score(TOKENS, count), expected[-count:], rtol=0, atol=limit)
+        assert engine.position == len(TOKENS)
 
 
 @pytest.mark.parametrize("model", ["llama", "mobilellm_p1"])
@@ -67,6 +71,10 @@ def test_a_program_of_the_last_logits_is_read_token_by_token(models: Any, tmp_pa
     calls = counted(engine)
     engine.score(TOKENS)
     assert calls == [1] * len(TOKENS)
+    engine.reset()
+    calls.clear()
+    engine.score(TOKENS, 4)
+    assert calls == [CHUNK, CHUNK, len(TOKENS) - 2 * CHUNK - 3, 1, 1, 1]
 
 
 def test_the_reference_scores_as_it_decodes(models: Any) -> None:
