@@ -6,10 +6,12 @@ command line.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from lobit.errors import InputError, MissingPartError
+from lobit.errors import InputError, MissingPartError, listed, shown
 from lobit.runtime.eval_requests import Encoder
 from lobit.runtime.eval_scoring import Reader, Score
 from lobit.runtime.generate import Sampling, generate
@@ -20,10 +22,16 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.utils import simple_parse_args_string
     from tqdm import tqdm
 except ImportError as error:
     way = "pip install 'lobit[harness]', best in an environment of its own"
     raise MissingPartError(f"lm-evaluation-harness is not installed ({error}): {way}") from None
+
+COUNTS = ("threads", "max_length")
+"""Arguments that are numbers."""
+IGNORED = ("batch_size", "max_batch_size", "device")
+"""Arguments that other models of the harness have, and that its command line gives to all."""
 
 
 @register_model("lobit")
@@ -53,6 +61,25 @@ class LobitLM(TemplateLM):  # type: ignore[misc]  # the harness carries no types
         self.column, self.tokenizer = column, column.tokenizer
         self.encoder = Encoder(column.tokenizer, min(column.context, max_length or column.context))
         self.engine = column.open(self.encoder.context)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None) -> LobitLM:
+        """The model that a text such as `bundle=PATH,threads=2` describes; see `create_from_arg_obj`."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None) -> LobitLM:
+        """The model that `--model_args` describe.
+
+        Args:
+            arg_dict: what the user gave.
+            additional_config: what the harness adds, which the user's own arguments replace.
+
+        Raises:
+            InputError: arguments are missing, unknown or not usable; all of these are named.
+        """
+        _check_arguments(arg_dict)
+        return cls(**{**(additional_config or {}), **arg_dict})
 
     @property
     def max_length(self) -> int:
@@ -94,10 +121,14 @@ class LobitLM(TemplateLM):  # type: ignore[misc]  # the harness carries no types
     def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = False, **_: Any) -> list[Score]:
         """The likelihoods of continuations; those of one context that follow each other read it once."""
         reader, found = Reader(self.engine), []
-        for texts, given, asked in tqdm(requests, disable=disable_tqdm, desc="lobit: likelihoods"):
-            (score,) = reader.score([self.encoder.asked(given, asked)])
-            found.append(score)
-            self.cache_hook.add_partial("loglikelihood", texts, score)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="lobit: likelihoods") as bar:
+            for _, group in itertools.groupby(requests, key=lambda request: request[1]):
+                of_context = list(group)
+                scores = reader.score([self.encoder.asked(given, asked) for _, given, asked in of_context])
+                for (texts, _, _), score in zip(of_context, scores, strict=True):
+                    self.cache_hook.add_partial("loglikelihood", texts, score)
+                found += scores
+                bar.update(len(scores))
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -131,6 +162,23 @@ class LobitLM(TemplateLM):  # type: ignore[misc]  # the harness carries no types
             if any(stop in text for stop in until if stop):
                 break
         return str(postprocess_generated_text(text, until, None))
+
+
+def _check_arguments(given: Mapping[str, Any]) -> None:
+    """Refuses arguments that `LobitLM` cannot use."""
+    known = ("bundle", *COUNTS, *IGNORED)
+    problems = [f"there is no {shown(name)}: the arguments are bundle, {', '.join(COUNTS)}" for name in given if name not in known]
+    bundle = given.get("bundle")
+    if "bundle" not in given:
+        problems.append("bundle is missing: give bundle=PATH of a bundle, a quantized checkpoint or a float model")
+    elif not isinstance(bundle, (str, Path, int)) or isinstance(bundle, bool) or bundle == "":
+        problems.append(f"bundle is {shown(bundle)}: give the path of a bundle, a quantized checkpoint or a float model")
+    for name in COUNTS:
+        value = given.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            problems.append(f"{name} is {shown(value)}: give a whole number, 1 or more, or leave it out")
+    if problems:
+        raise InputError(listed(problems, "--model_args cannot be used:"))
 
 
 def _sampling(options: Mapping[str, Any]) -> Sampling:

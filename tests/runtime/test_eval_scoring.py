@@ -234,7 +234,7 @@ def test_rolling_windows_ask_each_token_once_in_windows_as_full_as_they_can_be(c
 def test_every_context_begins_with_the_tokens_of_the_examples(shots: int, shared: Any, tokenizer: Tokenizer) -> None:
     """Also with a tokenizer that splits space otherwise where a word follows."""
     task = read_task(shared("tasks/arc_easy.jsonl")).with_shots(shots).first(20)
-    for one in (tokenizer, Tokenizer.from_file(shared("tokenizers/smollm2.json"), bos=None, stop=[2])):
+    for one in (tokenizer, Tokenizer.from_file(shared("tokenizers/smollm2.json"), bos=None, stop=[2], chat_template=None, special={})):
         encoder = Encoder(one, 4096)
         beginning = beginning_of(task, encoder)
         assert len(beginning) > 10 * shots
