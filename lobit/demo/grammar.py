@@ -4,7 +4,7 @@ A grammar is a tree of five kinds of node. Its leaves are pieces of text; a `Cho
 draws its *slots* (a name, an object, a colour …) once, and every `Field` below it says something of what was drawn, so
 that the same name or object comes back all through a text.
 
-One tree serves three readers: `sample` walks it at random, `derivations` finds every way in which it gives a text, and
+One tree serves three readers: `emit` walks it at random, `parse` finds every way in which it gives a text, or a text's beginning, and
 `mean` computes the expectation of anything that adds up along a derivation. The surprise of the draws is such a thing,
 so the entropy is exact; so is the number of tokens, for a tokenizer that never merges across the pieces.
 
@@ -125,6 +125,21 @@ Node = Text | Sequence | Choice | Field | Story
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A piece of a text that was drawn.
+
+    Attributes:
+        text: with the space before its first word.
+        slot: the slot that it says something of; None: it always says the same.
+        row: the number of that slot's row.
+    """
+
+    text: str
+    slot: str | None = None
+    row: int = 0
+
+
+@dataclass(frozen=True)
 class Sample:
     """A text drawn from a grammar: its pieces, and the log-probability of the draws in nats."""
 
@@ -139,28 +154,33 @@ class Sample:
 
 def sample(node: Node, rng: random.Random) -> Sample:
     """Draws a text."""
-    pieces: list[str] = []
-    log_prob = _emit(node, rng, {}, pieces)
-    return Sample(tuple(pieces), log_prob)
+    pieces: list[Piece] = []
+    log_prob = emit(node, rng, {}, pieces)
+    return Sample(tuple(piece.text for piece in pieces), log_prob)
 
 
-def _emit(node: Node, rng: random.Random, bound: Bound, pieces: list[str]) -> float:
-    """Appends the node's text to `pieces`; returns the log-probability of what it drew."""
+def emit(node: Node, rng: random.Random, bound: Bound, pieces: list[Piece]) -> float:
+    """Appends the pieces of the node's text to `pieces`; returns the log-probability of what it drew."""
     match node:
         case Text():
-            pieces.append(node.text)
+            pieces.append(Piece(node.text))
             return 0.0
         case Sequence():
-            return sum(_emit(part, rng, bound, pieces) for part in node.parts)
+            return sum(emit(part, rng, bound, pieces) for part in node.parts)
         case Choice():
             (index,) = rng.choices(range(len(node.options)), node.shares)
-            return math.log(node.shares[index]) + _emit(node.options[index], rng, bound, pieces)
+            return math.log(node.shares[index]) + emit(node.options[index], rng, bound, pieces)
         case Field():
-            return _emit(node.nodes[bound[node.slot]], rng, bound, pieces)
+            row = bound[node.slot]
+            said = node.nodes[row]
+            if isinstance(said, Text):
+                pieces.append(Piece(said.text, node.slot, row))
+                return 0.0
+            return emit(said, rng, bound, pieces)
         case Story():
             drawn = _draw(node, rng)
             log_prob = sum(math.log(node.share(slot, drawn)) for slot in node.slots)
-            return log_prob + _emit(node.body, rng, drawn, pieces)
+            return log_prob + emit(node.body, rng, drawn, pieces)
 
 
 def _draw(story: Story, rng: random.Random) -> dict[str, int]:
@@ -174,40 +194,55 @@ def _draw(story: Story, rng: random.Random) -> dict[str, int]:
 
 def derivations(node: Node, text: str) -> list[float]:
     """The log-probability of each way in which the grammar gives this text; one entry if it is unambiguous."""
-    return [log_prob for end, _, log_prob in _parse(node, text, 0, {}) if end == len(text)]
+    return [log_prob for end, _, log_prob in parse(node, text, 0, {}) if end == len(text)]
 
 
-def _parse(node: Node, text: str, start: int, bound: Bound) -> Iterator[tuple[int, Bound, float]]:
-    """Yields each end that the node can reach from `start`, the slots known by then, and the log-probability; unknown slots are guessed."""
+def parse(node: Node, text: str, start: int, bound: Bound, partial: bool = False) -> Iterator[tuple[int, Bound, float]]:
+    """Yields each end that the node can reach from `start`, the slots known by then, and the log-probability; unknown slots are guessed.
+
+    Args:
+        node: what is to give the text.
+        text: the text.
+        start: where in the text the node begins.
+        bound: the slots that are known.
+        partial: whether the text may end before the node does. A node that goes on after the text then ends there, slots that are not
+            named by then stay open, and the log-probability is that of the draws up to there.
+    """
+    if partial and start == len(text):
+        yield start, bound, 0.0
+        return
     match node:
         case Text():
             if text.startswith(node.text, start):
                 yield start + len(node.text), bound, 0.0
+            elif partial and node.text.startswith(text[start:]):
+                yield len(text), bound, 0.0
         case Sequence():
-            yield from _parse_parts(node.parts, text, start, bound)
+            yield from _parse_parts(node.parts, text, start, bound, partial)
         case Choice():
             for option, share in zip(node.options, node.shares, strict=True):
-                for end, known, log_prob in _parse(option, text, start, bound):
+                for end, known, log_prob in parse(option, text, start, bound, partial):
                     yield end, known, log_prob + math.log(share)
         case Field():
             rows = (bound[node.slot],) if node.slot in bound else range(len(node.nodes))
             for row in rows:
-                yield from _parse(node.nodes[row], text, start, {**bound, node.slot: row})
+                yield from parse(node.nodes[row], text, start, {**bound, node.slot: row}, partial)
         case Story():
-            for end, known, log_prob in _parse(node.body, text, start, {}):
-                for completed in _completions(node, known):
-                    share = math.prod(node.share(slot, completed) for slot in node.slots)
+            for end, known, log_prob in parse(node.body, text, start, {}, partial):
+                for completed in [known] if partial else _completions(node, known):
+                    named = [slot for slot in node.slots if {slot.name, slot.parent or slot.name} <= completed.keys()]
+                    share = math.prod(node.share(slot, completed) for slot in named)
                     if share > 0:
                         yield end, {}, log_prob + math.log(share)
 
 
-def _parse_parts(parts: tuple[Node, ...], text: str, start: int, bound: Bound) -> Iterator[tuple[int, Bound, float]]:
+def _parse_parts(parts: tuple[Node, ...], text: str, start: int, bound: Bound, partial: bool) -> Iterator[tuple[int, Bound, float]]:
     """Yields the same for nodes that follow one another."""
     if not parts:
         yield start, bound, 0.0
         return
-    for middle, known, head in _parse(parts[0], text, start, bound):
-        for end, final, tail in _parse_parts(parts[1:], text, middle, known):
+    for middle, known, head in parse(parts[0], text, start, bound, partial):
+        for end, final, tail in _parse_parts(parts[1:], text, middle, known, partial):
             yield end, final, head + tail
 
 
@@ -285,6 +320,10 @@ class Grammar:
         if not ways:
             raise ValueError(f"the grammar does not give this text: {text[:80]!r}")
         return max(ways) + math.log(sum(math.exp(way - max(ways)) for way in ways))
+
+    def can_begin(self, text: str) -> bool:
+        """Whether the grammar may give a text that begins so; never false where it may."""
+        return any(end == len(text) for end, _, _ in parse(self.root, text, 0, {}, partial=True))
 
     def entropy(self) -> float:
         """The exact entropy of a text in nats, if no text has two derivations."""

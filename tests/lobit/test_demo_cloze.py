@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lobit.demo.cloze import CHOICES, can_begin, cloze, task_text
+from lobit.demo.cloze import CHOICES, cloze, task_text
 from lobit.demo.story import STORIES
 from lobit.runtime.eval_tasks import read_task
 from tests.benchmarks.ablation_cloze import cloze_accuracy
@@ -26,7 +26,7 @@ ENOUGH = 0.95
 @given(st.integers(0, 10**6))
 def test_only_the_right_choice_can_go_on(seed: int) -> None:
     one = cloze(random.Random(seed))
-    assert [can_begin(STORIES, f"{one.query} {choice}") for choice in one.choices] == [place == one.gold for place in range(CHOICES)]
+    assert [STORIES.can_begin(f"{one.query} {choice}") for choice in one.choices] == [place == one.gold for place in range(CHOICES)]
     assert len(set(one.choices)) == CHOICES
     assert one.choices[one.gold].lower() in one.query.lower()
 
@@ -36,8 +36,8 @@ def test_only_the_right_choice_can_go_on(seed: int) -> None:
 def test_a_story_can_begin_as_it_does_and_not_otherwise(seed: int, share: float) -> None:
     text = STORIES.sample(random.Random(seed)).text
     beginning = text[: int(share * len(text))]
-    assert can_begin(STORIES, beginning)
-    assert not can_begin(STORIES, beginning + "#")
+    assert STORIES.can_begin(beginning)
+    assert not STORIES.can_begin(beginning + "#")
 
 
 def test_the_same_seed_gives_a_task_that_can_be_read(tmp_path: Path) -> None:

@@ -190,10 +190,11 @@ def test_figures_of_whole_tasks_are_the_harness_s(stories: Path, shared: Any, tm
 def test_the_harness_command_line_runs_a_bundle_and_refuses_in_one_message(bundles: Any, shared: Any, tmp_path: Path) -> None:
     task = harness_task("arc_easy", shared("tasks/arc_easy.jsonl"), tmp_path)
     options = ["--tasks", task, "--include_path", tmp_path, "--limit", 12, "--use_cache", tmp_path / "kept"]
+    options += ["--output_path", tmp_path / "out"]
     environment = {**ENVIRONMENT, **OFFLINE, "HF_HOME": str(tmp_path / "hf")}
 
     def harness(given: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "lobit.harness", "--model", "lobit", "--model_args", given, *map(str, options), "--output_path", str(tmp_path / "out")]
+        command = [sys.executable, "-m", "lobit.harness", "--model", "lobit", "--model_args", given, *map(str, options)]
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE, check=False)
 
     done = harness(f"bundle={bundles('stories260k', 'fp')}")
