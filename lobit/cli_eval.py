@@ -16,13 +16,21 @@ from lobit.cli_options import Json, Threads, app, print_json, read_text
     "lobit eval bundle --reference ./SmolLM2-135M --tasks arc_easy.jsonl --tasks piqa.jsonl  |  lobit eval demo --text novel.txt --json",
 )
 def evaluate(
-    subjects: Annotated[list[str], typer.Argument(metavar="BUNDLE|CKPT|MODEL...", help="Compared with the first float model.")],
+    subjects: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="BUNDLE|CKPT|MODEL...",
+            help="Answers are compared with those of the first float model; without one, of the first checkpoint or bundle.",
+        ),
+    ],
     tasks: Annotated[
         list[Path] | None,
-        typer.Option("--tasks", metavar="FILE", help="JSON lines: query, choices, gold; or context, continuation. May be given again."),
+        typer.Option(
+            "--tasks", metavar="FILE", help="JSON lines: query, choices, gold; or context, continuation. May be given several times."
+        ),
     ] = None,
     texts: Annotated[
-        list[Path] | None, typer.Option("--text", metavar="FILE", help="A text, for its perplexity; may be given again.")
+        list[Path] | None, typer.Option("--text", metavar="FILE", help="A text, for its perplexity. May be given several times.")
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Items of each task, and windows of each text, at most.")] = None,
     shots: Annotated[int, typer.Option("--shots", min=0, max=1000, help="Items of each task that are solved examples, not asked.")] = 0,
