@@ -116,12 +116,12 @@ class SteppingEngine:
         """See `Engine.score`; reads token by token where the program gives the logits of a chunk's last token alone."""
         return np.concatenate(list(self._steps(tokens, self.chunk if self.all_logits else 1)))
 
-    def _steps(self, tokens: Sequence[int], length: int) -> Iterator[Logits]:
-        """Reads tokens in pieces of `length`; yields the logits of each step."""
+    def _steps(self, tokens: Sequence[int], length: int, step: ReadChunk | None = None) -> Iterator[Logits]:
+        """Reads tokens in pieces of `length`, by the engine's own step or another; yields the logits of each."""
         check_tokens(self, tokens)
         for start in range(0, len(tokens), length):
             part = list(tokens[start : start + length])
-            rows = self.step(part, self.position)
+            rows = (step or self.step)(part, self.position)
             self.position += len(part)
             yield rows
 

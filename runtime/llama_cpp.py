@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lobit.runtime.bundle import Bundle
-from lobit.runtime.engine import Logits, SteppingEngine, check_tokens
+from lobit.runtime.engine import Logits, SteppingEngine
 from lobit.runtime.gguf_parts import read_program as read_program
 from lobit.runtime.gguf_ports import QUIET_END
 from lobit.runtime.llama_library import library_path
@@ -39,15 +39,12 @@ class LlamaEngine(SteppingEngine):
     def _read(self, tokens: list[int], position: int) -> Logits:
         return logits_of(self.process.step(tokens, position), self.vocab_size)
 
+    def _read_each(self, tokens: list[int], position: int) -> Logits:
+        return logits_of(self.process.service.score(tokens, position), self.vocab_size)
+
     def score(self, tokens: Sequence[int]) -> Logits:
         """See `Engine.score`."""
-        check_tokens(self, tokens)
-        rows = []
-        for start in range(0, len(tokens), self.chunk):
-            part = tokens[start : start + self.chunk]
-            rows.append(logits_of(self.process.service.score(part, self.position), self.vocab_size))
-            self.position += len(part)
-        return np.concatenate(rows)
+        return np.concatenate(list(self._steps(tokens, self.chunk, self._read_each)))
 
 
 def open_engine(bundle: Bundle, threads: int, device: Device = THIS_MACHINE) -> LlamaEngine:
