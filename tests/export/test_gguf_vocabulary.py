@@ -19,7 +19,7 @@ from lobit.errors import MissingPartError, TargetError
 from lobit.export.gguf import vocabulary
 from lobit.export.gguf.file import write
 from lobit.export.gguf.vocabulary import CONTROL, NORMAL, UNUSED, fields_of
-from lobit.runtime.llama_library import Model
+from lobit.runtime.llama_library import Model, library
 from lobit.runtime.llama_tokens import search
 from lobit.tokenizer import Tokenizer
 
@@ -172,9 +172,9 @@ def test_a_llama_cpp_of_another_version_is_told_in_one_message(tmp_path: Path, m
 
 
 def test_every_vocabulary_that_was_tried_is_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    freed: list[Model] = []
-    monkeypatch.setattr(Model, "close", lambda model: freed.append(model))
+    freed, free = list[int](), library().llama_model_free
+    monkeypatch.setattr(library(), "llama_model_free", lambda model: [freed.append(model), free(model)])
     write(tmp_path / "v.gguf", "llama", {"llama.vocab_size": 768, **fields(DEMO, 768)}, [], lambda *_: None)
     asked = {"path": str(tmp_path / "v.gguf"), "pre": ["gpt-2", "qwen2"], "texts": ["a"], "tokens": [[0]], "stop": []}
     assert "found" in search(asked)
-    assert len(freed) == 2
+    assert len(freed) == 2 and all(freed)
