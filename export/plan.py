@@ -7,11 +7,12 @@ of models from 0.1 to 1100 million parameters, and memory is within 25 %.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lobit.errors import LobitError
 from lobit.export.bundle import check_context, parameter_count
-from lobit.export.target import Costs, Needs, Spec, find_target
+from lobit.export.target import Costs, Needs, Spec, find_target, problems_of
 from lobit.model import Config
 from lobit.quant_recipes.apply import layer_plans, problems
 from lobit.quant_recipes.quantized import empty_model
@@ -65,19 +66,20 @@ class Plan:
         return {"kind": "plan", "kv_cache_bytes": self.cache.bytes, "kv_cache": cache, **values}
 
 
-def plan(config: Config, spec: Spec, target: str) -> Plan:
+def plan(config: Config, spec: Spec, target: str, folder: Path | None = None) -> Plan:
     """The plan of an export.
 
     Args:
         config: the model.
         spec: what the program is made for.
         target: name of the target.
+        folder: the model's, which has the tokenizer; None: that is not asked for.
 
     Raises:
         TargetError: there is no such target.
     """
     module, recipe = find_target(target), spec.recipe
-    found = [*problems(config, recipe), *module.check(spec, config)]
+    found = [*problems(config, recipe), *problems_of(target, spec, config, folder)]
     try:
         check_context(config, spec.context, spec.chunk)
     except LobitError as error:

@@ -227,12 +227,26 @@ def find_target(name: str) -> Target:
         raise MissingPartError(f"target {name} needs a package that is not installed ({error}): pip install 'lobit[{name}]'") from None
 
 
-def check_target(name: str, spec: Spec, config: Config) -> None:
-    """Refuses what a target cannot hold.
+def problems_of(name: str, spec: Spec, config: Config, folder: Path | None) -> list[str]:
+    """Every reason why a target cannot hold a model or its tokenizer, found before anything slow is done.
+
+    Args:
+        name: of the target. Where its files hold the tokenizer too, its module has `check_tokenizer(config, folder)`.
+        spec: what the program is made for.
+        config: the model.
+        folder: the model's, which has the tokenizer; None: that is not asked for.
+    """
+    module = find_target(name)
+    check_tokenizer: Callable[[Config, Path], list[str]] | None = getattr(module, "check_tokenizer", None)
+    return module.check(spec, config) + (check_tokenizer(config, folder) if check_tokenizer and folder else [])
+
+
+def check_target(name: str, spec: Spec, config: Config, folder: Path | None = None) -> None:
+    """Refuses what a target cannot hold (`problems_of`).
 
     Raises:
         TargetError: with all reasons at once.
     """
-    problems = find_target(name).check(spec, config)
+    problems = problems_of(name, spec, config, folder)
     if problems:
         raise TargetError(listed(problems, f"target {name} cannot hold recipe {spec.recipe.name}:"))

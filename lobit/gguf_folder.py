@@ -24,7 +24,9 @@ from lobit.model import Config, Transformer
 from lobit.progress_callback import Progress
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader, ReaderTensor
+    from gguf import ReaderTensor
+
+    from lobit.gguf_reader import GgufContents
 
 FAMILY = "llama"
 CONFIG = {
@@ -62,8 +64,7 @@ def write_folder(path: Path, folder: Path, progress: Progress | None = None) -> 
     """Writes config.json, model.safetensors, generation_config.json, tokenizer.json and tokenizer_config.json.
 
     Args:
-        path: the GGUF file. Its hash should be known: a file that was made to do harm can keep the library that reads it busy for
-            ever.
+        path: the GGUF file.
         folder: an empty folder to write into.
         progress: called after each tensor.
 
@@ -71,10 +72,8 @@ def write_folder(path: Path, folder: Path, progress: Progress | None = None) -> 
         MissingPartError: the package gguf is not installed.
         ModelError: it is no GGUF file, or holds something else than a Llama with SmolLM's tokenizer; the message lists the reasons.
     """
-    reader = _open(path)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    fields, tensors = _read(path)
     _check_architecture(fields, path)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
     values = _config_values(fields, tied=gguf_name("head.weight") not in tensors)
     config = read_config(values)
     _check_fields(fields, config, path)
@@ -85,25 +84,26 @@ def write_folder(path: Path, folder: Path, progress: Progress | None = None) -> 
     _write_json(folder / "tokenizer_config.json", _tokenizer_values(fields))
 
 
-def require_gguf() -> type[GGUFReader]:
-    """The reader of the package gguf.
+def require_gguf() -> None:
+    """Refuses to go on without the package gguf.
 
     Raises:
         MissingPartError: it is not installed.
     """
     try:
-        from gguf import GGUFReader
+        import gguf  # noqa: F401
     except ImportError as error:
         raise MissingPartError(f"reading GGUF files needs the package gguf ({error}): pip install 'lobit[fetch]'") from None
-    return GGUFReader
 
 
-def _open(path: Path) -> GGUFReader:
-    reader = require_gguf()
+def _read(path: Path) -> GgufContents:
+    require_gguf()
+    from lobit.gguf_reader import read_gguf
+
     try:
-        return reader(path)
-    except (ValueError, IndexError, KeyError) as error:  # wrong magic bytes; the file ends too early; a name occurs twice
-        raise ModelError(f"{path} is no GGUF file that can be read ({reason(error)}): fetch it again") from None
+        return read_gguf(path)
+    except ValueError as error:
+        raise ModelError(f"{path} is no GGUF file that can be read ({error}): fetch it again") from None
 
 
 def _check_architecture(fields: Mapping[str, Any], path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -101,43 +101,53 @@ class SteppingEngine:
         vocab_size: length of the logits.
         slots: number of positions that the shortest cache of a layer holds; None: as many as the context.
         all_logits: whether a step gives the logits after each of its tokens.
+        step_of_all: a step that does so where `step` does not.
     """
 
     def __init__(
-        self, step: ReadChunk, context: int, chunk: int, vocab_size: int, slots: int | None = None, all_logits: bool = False
+        self,
+        step: ReadChunk,
+        context: int,
+        chunk: int,
+        vocab_size: int,
+        slots: int | None = None,
+        all_logits: bool = False,
+        step_of_all: ReadChunk | None = None,
     ) -> None:
         self.step, self.context, self.chunk, self.vocab_size, self.all_logits = step, context, chunk, vocab_size, all_logits
+        self.step_of_all = step_of_all
         self.slots = context if slots is None else slots
         self.position = 0
         self.served_by: int | None = None
 
     def prefill(self, tokens: Sequence[int]) -> Logits:
         """See `Engine.prefill`; long prompts are read in chunks."""
-        for rows in self._steps(tokens, len(tokens)):
-            logits: Logits = rows[-1]
+        check_tokens(self, tokens)
+        for start in range(0, len(tokens), self.chunk):
+            rows = self._advance(tokens[start : start + self.chunk], self.step)
+        logits: Logits = rows[-1]
         return logits
 
     def score(self, tokens: Sequence[int], count: int | None = None) -> Logits:
-        """See `Engine.score`; the last tokens are read one by one where the program gives the logits of a chunk's last token alone."""
+        """See `Engine.score`; the last tokens are read one by one where no step gives the logits of all of a chunk's tokens."""
+        check_tokens(self, tokens)
         count = len(tokens) if count is None else count
+        first = len(tokens) - count
+        step_of_all = self.step if self.all_logits else self.step_of_all
+        in_chunks = len(tokens) if step_of_all else first + 1
+        starts = [*range(0, in_chunks, self.chunk), *range(in_chunks, len(tokens)), len(tokens)]
         found: list[Logits] = []
-        unwanted = -count
-        for rows in self._steps(tokens, len(tokens) if self.all_logits else len(tokens) - count + 1):
-            found.append(rows)
-            unwanted += len(rows)
-            while unwanted >= len(found[0]):
-                unwanted -= len(found.pop(0))
+        for start, end in itertools.pairwise(starts):
+            wanted = end > first
+            rows = self._advance(tokens[start:end], step_of_all if wanted and step_of_all else self.step)
+            found += [rows] if wanted else []
         return np.concatenate(found)[-count:]
 
-    def _steps(self, tokens: Sequence[int], in_chunks: int) -> Iterator[Logits]:
-        """Reads so many tokens in chunks and the others one by one; yields the logits of each step."""
-        check_tokens(self, tokens)
-        starts = [*range(0, in_chunks, self.chunk), *range(in_chunks, len(tokens)), len(tokens)]
-        for start, end in itertools.pairwise(starts):
-            part = list(tokens[start:end])
-            rows = self.step(part, self.position)
-            self.position += len(part)
-            yield rows
+    def _advance(self, tokens: Sequence[int], step: ReadChunk) -> Logits:
+        """Reads a chunk; its logits."""
+        rows = step(list(tokens), self.position)
+        self.position += len(tokens)
+        return rows
 
     def decode(self, token: int) -> Logits:
         """See `Engine.decode`."""

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lobit.errors import BundleError, MissingPartError, reason, shown
-from lobit.quiet import quiet_python
+from lobit.errors import BundleError, MissingPartError, shown
 from lobit.runtime.bundle import Bundle
 from lobit.runtime.gguf_ports import EMBEDDING, HEAD, LINEARS, NORM, PAIRED, QK_NORMS, TURNED, VECTORS, WEIGHTLESS
 from lobit.runtime.stored import StoredLayer
@@ -38,17 +37,14 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         try:
-            from gguf import GGUFReader
+            from lobit.gguf_reader import read_gguf
         except ImportError as error:
             raise MissingPartError(f"reading a GGUF file needs gguf ({error}): pip install 'lobit[gguf]'") from None
         self.path = path
         try:
-            with quiet_python():
-                reader = GGUFReader(path)
-            self.fields: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
-            self.tensors = {tensor.name: tensor for tensor in reader.tensors}
-        except (ValueError, LookupError, TypeError, OverflowError, OSError, MemoryError) as error:
-            raise self._damaged(reason(error)) from None
+            self.fields, self.tensors = read_gguf(path)
+        except ValueError as error:
+            raise self._damaged(str(error)) from None
         self.architecture = self.fields.get("general.architecture")
         sizes = (self.fields.get(f"{self.architecture}.{name}") for name in ("block_count", "attention.key_length"))
         self.layer_count, self.head_dim = (size if isinstance(size, int) else 0 for size in sizes)
@@ -90,8 +86,8 @@ class GgufFile:
         kind, data = tensor.tensor_type.name, tensor.data
         if kind in FLOATS:
             return StoredLayer(name, self._ordered(name, np.asarray(data, np.float32)), None)
-        if kind not in SCALES or data.ndim != 2:
-            raise self._damaged(f"{name} is of type {kind}, with {data.ndim} axes")
+        if kind not in SCALES or data.ndim != 2 or not data.size:
+            raise self._damaged(f"{name} is of type {kind}, with {data.size} bytes in {data.ndim} axes")
         from gguf import GGML_QUANT_SIZES
         from gguf.quants import dequantize
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-
 from lobit.runtime.bundle import Bundle
-from lobit.runtime.engine import Logits, SteppingEngine, check_tokens
+from lobit.runtime.engine import Logits, SteppingEngine
 from lobit.runtime.gguf_parts import read_program as read_program
 from lobit.runtime.gguf_ports import QUIET_END
 from lobit.runtime.llama_library import library_path
@@ -33,25 +29,14 @@ class LlamaEngine(SteppingEngine):
         library_path()
         told = str(threads)
         self.process = PythonProcess(bundle, "lobit.runtime.llama_process", "llama.cpp", told, environment=QUIET_END)
-        super().__init__(self._read, manifest.context, manifest.chunk, manifest.model.vocab_size)
+        super().__init__(self._step, manifest.context, manifest.chunk, manifest.model.vocab_size, step_of_all=self._step_of_all)
         self.served_by = self.process.process.pid
 
-    def _read(self, tokens: list[int], position: int) -> Logits:
+    def _step(self, tokens: list[int], position: int) -> Logits:
         return logits_of(self.process.step(tokens, position), self.vocab_size)
 
-    def score(self, tokens: Sequence[int], count: int | None = None) -> Logits:
-        """See `Engine.score`."""
-        check_tokens(self, tokens)
-        count = len(tokens) if count is None else count
-        rows = []
-        for start in range(0, len(tokens), self.chunk):
-            part = tokens[start : start + self.chunk]
-            if start + len(part) > len(tokens) - count:
-                rows.append(logits_of(self.process.service.score(part, self.position), self.vocab_size))
-            else:
-                self.step(list(part), self.position)
-            self.position += len(part)
-        return np.concatenate(rows)[-count:]
+    def _step_of_all(self, tokens: list[int], position: int) -> Logits:
+        return logits_of(self.process.service.score(tokens, position), self.vocab_size)
 
 
 def open_engine(bundle: Bundle, threads: int, device: Device = THIS_MACHINE) -> LlamaEngine:

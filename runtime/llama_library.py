@@ -132,8 +132,10 @@ FUNCTIONS = {
     "llama_model_default_params": Function(ModelParameters, ()),
     "llama_context_default_params": Function(ContextParameters, ()),
     "llama_model_load_from_file": Function(c_void_p, (c_char_p, ModelParameters)),
+    "llama_model_free": Function(None, (c_void_p,)),
     "llama_model_get_vocab": Function(c_void_p, (c_void_p,)),
     "llama_vocab_n_tokens": Function(c_int32, (c_void_p,)),
+    "llama_vocab_is_eog": Function(c_bool, (c_void_p, c_int32)),
     "llama_init_from_model": Function(c_void_p, (c_void_p, ContextParameters)),
     "llama_get_memory": Function(c_void_p, (c_void_p,)),
     "llama_memory_seq_rm": Function(c_bool, (c_void_p, c_int32, c_int32, c_int32)),
@@ -215,17 +217,25 @@ class Model:
         parameters.kv_overrides = ctypes.cast(self._overrides, c_void_p)
         self.handle = self.library.llama_model_load_from_file(str(path).encode(), parameters)
         if not self.handle:
-            raise LlamaError(self._told())
+            raise LlamaError(self.told())
         self.vocabulary = self.library.llama_model_get_vocab(self.handle)
         self.vocab_size = self.library.llama_vocab_n_tokens(self.vocabulary)
+
+    def close(self) -> None:
+        """Frees the memory of the model, which nothing may use any more."""
+        self.library.llama_model_free(self.handle)
 
     def _keep(self, level: int, text: bytes, _: object) -> None:
         if level == ERROR:
             self.said.append(text.decode("utf-8", "replace").strip())
 
-    def _told(self) -> str:
-        """What llama.cpp said last of what is wrong: the first line, which has the cause."""
+    def told(self) -> str:
+        """What llama.cpp says is wrong in the call that was made last: the first line, which has the cause."""
         return self.said[0] if self.said else "llama.cpp does not say why"
+
+    def ends(self, token: int) -> bool:
+        """Whether apps stop at a token."""
+        return bool(self.library.llama_vocab_is_eog(self.vocabulary, token))
 
     def tokenize(self, text: str, around: bool = False) -> list[int]:
         """The tokens of a text.
@@ -264,9 +274,10 @@ class Context:
         parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = positions, chunk, chunk
         parameters.n_threads = parameters.n_threads_batch = threads
         parameters.flash_attn_type, parameters.swa_full, parameters.no_perf = NO_FLASH, True, True
+        model.said.clear()
         self.handle = self.library.llama_init_from_model(model.handle, parameters)
         if not self.handle:
-            raise LlamaError(model._told())
+            raise LlamaError(model.told())
         self.memory = self.library.llama_get_memory(self.handle)
 
     def read(self, tokens: Sequence[int], position: int, every: bool) -> list[Any]:
@@ -282,7 +293,7 @@ class Context:
         if not self.library.llama_memory_seq_rm(self.memory, 0, position, -1):
             raise LlamaError(f"its caches cannot be taken back to position {position}")
         sequence = (c_int32 * 1)(0)
-        wanted = [i for i in range(count) if every or i == count - 1]
+        wanted = range(0 if every else count - 1, count)
         batch = Batch(
             count,
             (c_int32 * count)(*tokens),
@@ -292,7 +303,8 @@ class Context:
             (POINTER(c_int32) * count)(*[ctypes.cast(sequence, POINTER(c_int32))] * count),
             (c_int8 * count)(*[i in wanted for i in range(count)]),
         )
+        self.model.said.clear()
         code = self.library.llama_decode(self.handle, batch)
         if code:
-            raise LlamaError(f"llama_decode ends with {code}")
+            raise LlamaError(f"llama_decode ends with {code}: {self.model.told()}")
         return [self.library.llama_get_logits_ith(self.handle, i) for i in wanted]

@@ -1,8 +1,10 @@
 """Which pre-tokenizer of llama.cpp cuts texts as a tokenizer does: `python -m lobit.runtime.llama_tokens`, JSON in, JSON out.
 
-It is a process of its own, since llama.cpp may end it where a file is wrong. Asked: `{"path", "pre", "texts", "tokens"}`, the file of
-a vocabulary, names of pre-tokenizers (null: the file's own), texts and the tokens that each should have. Answered: `{"pre", "text",
-"found"}`: the first name with which all tokens are those, or null and the first text whose tokens differ with the last name.
+It is a process of its own, since llama.cpp may end it where a file is wrong. Asked: `{"path", "pre", "texts", "tokens", "stop"}`, the
+file of a vocabulary, names of pre-tokenizers (null: the file's own), texts and the tokens that each should have, tokens that end a
+text. Answered: `{"pre", "runs_on"}`, the first name with which all tokens are those, and the tokens of `stop` that end no text for
+llama.cpp; or `{"text", "found"}`, the first text whose tokens differ with the last name; `{"error"}`, why llama.cpp refuses the file
+whatever the name; `{"missing"}`, why there is no llama.cpp.
 """
 
 from __future__ import annotations
@@ -10,33 +12,28 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from lobit.errors import MissingPartError
 from lobit.runtime.llama_library import LlamaError, Model
 
 
 def search(asked: dict[str, Any]) -> dict[str, Any]:
-    """The answer to a request.
-
-    Raises:
-        LlamaError: llama.cpp refuses the file whatever the name.
-    """
-    answer: dict[str, Any] = {"pre": None, "text": None, "found": None}
-    error = None
+    """The answer to a request."""
+    answer: dict[str, Any] = {}
     for name in asked["pre"]:
+        overrides = {} if name is None else {"tokenizer.ggml.pre": name}
         try:
-            model = Model(Path(asked["path"]), vocabulary=True, overrides={} if name is None else {"tokenizer.ggml.pre": name})
-        except LlamaError as refused:
-            error = refused
-            continue
-        pairs = zip(asked["texts"], asked["tokens"], strict=True)
-        differing = next(((text, found) for text, tokens in pairs if (found := model.tokenize(text)) != tokens), None)
-        if differing is None:
-            return {"pre": name or "", "text": None, "found": None}
-        answer = {"pre": None, "text": differing[0], "found": differing[1]}
-    if answer["text"] is None and error is not None:
-        raise error
+            with closing(Model(Path(asked["path"]), vocabulary=True, overrides=overrides)) as model:
+                pairs = ((text, tokens, model.tokenize(text)) for text, tokens in zip(asked["texts"], asked["tokens"], strict=True))
+                differing = next(({"text": text, "found": found} for text, tokens, found in pairs if found != tokens), None)
+                if differing is None:
+                    return {"pre": name or "", "runs_on": [token for token in asked["stop"] if not model.ends(token)]}
+            answer = differing
+        except LlamaError as error:
+            answer = answer or {"error": str(error)}
     return answer
 
 
@@ -45,5 +42,5 @@ if __name__ == "__main__":
     os.dup2(2, 1)  # what the library prints must not come between
     try:
         json.dump(search(json.load(sys.stdin)), answers)
-    except LlamaError as error:
-        json.dump({"error": str(error)}, answers)
+    except MissingPartError as error:
+        json.dump({"missing": str(error)}, answers)

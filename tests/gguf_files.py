@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,28 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "output_norm.weight": (HIDDEN,),
     **{f"blk.{layer}.{name}.weight": shape for layer in range(LAYERS) for name, shape in LAYER.items()},
 }
+
+MANY = 1 << 62
+NUMBERS, TEXTS, ARRAYS = 0, 8, 9
+"""GGUF's types of an array's entries: bytes, texts, arrays."""
+
+
+def header(tensors: int = 0, fields: int = 1, array: int = NUMBERS, entries: int = 0, after: bytes = b"") -> bytes:
+    """A file that ends within its header, whatever that says of what follows: 49 bytes, and those after them."""
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, fields) + struct.pack("<Q1sIIQ", 1, b"a", ARRAYS, array, entries) + after
+
+
+ENDLESS = {
+    "bytes": header(entries=MANY, after=bytes(12)),
+    "texts": header(array=TEXTS, entries=MANY, after=bytes(12)),
+    "arrays": header(array=ARRAYS, entries=MANY, after=bytes(12)),
+    "arrays in arrays": header(array=ARRAYS, entries=1, after=struct.pack("<IQ", ARRAYS, 1) * 10_000),
+    "fields": header(fields=MANY),
+    "tensors": header(tensors=MANY),
+    "a long name": header(fields=2, after=struct.pack("<Q", MANY)),
+    "many axes": header(tensors=1, after=struct.pack("<Q1sI", 1, b"b", 0xFFFFFFFF)),
+}
+"""Small files that announce more than there is."""
 
 
 def write_gguf(

@@ -81,8 +81,9 @@ def layers_within(config: Config, context: int) -> tuple[Layer, ...]:
 def choose(config: Config, context: int) -> tuple[Architecture, list[str]]:
     """The architecture for a model within a context, and every reason why llama.cpp would not compute the model with it."""
     layers = layers_within(config, context)
-    kind = KINDS[_name(config, layers)]
-    problems = list(_problems(config, layers, kind, _name(config, layers)))
+    name = _name(config, layers)
+    kind = KINDS[name]
+    problems = list(_problems(config, layers, kind, name))
     return (Architecture("") if problems else kind.build(config, layers)), problems
 
 
@@ -154,6 +155,8 @@ def _gemma3_problems(config: Config, layers: tuple[Layer, ...], told: str) -> It
     for windowed in (False, True):
         if len({layer.rope for layer in layers if bool(layer.window) == windowed}) > 1:
             yield f"{told} has one rotary embedding for all layers with a window, and one for the others: {OTHER}"
+    if any(layer.window and layer.rope and layer.rope.scaling for layer in layers):
+        yield f"{told} scales the rotary embedding of layers without a window alone: {OTHER}"
 
 
 def _period(layers: tuple[Layer, ...]) -> int | None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from importlib import metadata
 from pathlib import Path
 
+from lobit.errors import MissingPartError
 from lobit.export.gguf.architecture import choose, fields_of
 from lobit.export.gguf.arithmetic import arithmetic as arithmetic
 from lobit.export.gguf.file import entries
 from lobit.export.gguf.file import write as write_file
 from lobit.export.gguf.vocabulary import fields_of as vocabulary_fields
+from lobit.export.gguf.vocabulary import problems_of
 from lobit.export.gguf.weights import form, misfit, pattern_of
 from lobit.export.size_groups import Tally
 from lobit.export.stages import Count
@@ -46,8 +48,15 @@ PACKED = 1.1
 
 
 def versions() -> dict[str, str]:
-    """Versions of the package that writes the file, and of llama.cpp, which proves the vocabulary."""
-    return {name: metadata.version(name) for name in ("gguf", "xllamacpp")}
+    """Versions of the package that writes the file, and of llama.cpp, which proves the vocabulary.
+
+    Raises:
+        MissingPartError: one of them is not installed.
+    """
+    try:
+        return {name: metadata.version(name) for name in ("gguf", "xllamacpp")}
+    except metadata.PackageNotFoundError as error:
+        raise MissingPartError(f"target gguf needs a package that is not installed ({error}): pip install 'lobit[gguf]'") from None
 
 
 def floor(model: Transformer, spec: Spec) -> tuple[Reader, Reader] | None:
@@ -62,18 +71,22 @@ def graph(model: Transformer, spec: Spec) -> RunGraph | None:
 
 def check(spec: Spec, config: Config) -> list[str]:
     """Every reason why llama.cpp cannot hold the model under the recipe."""
-    problems = foreign_options(spec, "gguf")
-    problems += choose(config, spec.context)[1]
+    architecture, reasons = choose(config, spec.context)
+    problems = foreign_options(spec, "gguf") + reasons
     plans = layer_plans(config, spec.recipe)
     found = {pattern_of(row.name): why for row in plans if row.rule and (why := misfit(row.rule, row.shape[1]))}
     if found:
         told = ", ".join(f"{name} ({why})" for name, why in found.items())
         exclusion = " ".join(f"--except '{name}'" for name in found)
         problems.append(f"{told}: GGUF has blocks of 32 weights; keep these in floating point with {exclusion}, or another --group-size")
-    architecture, _ = choose(config, spec.context)
     if architecture.is_fused:
         problems += _unlike(plans, spec)
     return problems
+
+
+def check_tokenizer(config: Config, folder: Path) -> list[str]:
+    """See `target.problems_of`: why llama.cpp does not cut texts as the model's tokenizer does, or end them where it does."""
+    return problems_of(folder, config.vocab_size)
 
 
 def _unlike(plans: list[LayerPlan], spec: Spec) -> list[str]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lobit.errors import ModelError, TargetError, shown
+from lobit.errors import MissingPartError, TargetError, shown
 from lobit.export.gguf.file import write
 from lobit.runtime.gguf_ports import QUIET_END
 from lobit.tokenizer import BYTE, Tokenizer
@@ -63,7 +63,8 @@ def fields_of(folder: Path, vocab_size: int, bos: int | None, stop: tuple[int, .
         stop: tokens that end a text.
 
     Raises:
-        TargetError: llama.cpp has no tokenizer that cuts texts into the same tokens.
+        TargetError: llama.cpp has no tokenizer that cuts texts into the same tokens, or goes on behind a token that ends a text.
+        MissingPartError: llama.cpp is not installed.
         ModelError: the tokenizer is damaged.
     """
     if not (folder / FILE_NAME).is_file():
@@ -80,7 +81,29 @@ def fields_of(folder: Path, vocab_size: int, bos: int | None, stop: tuple[int, .
     stripping = [entry["content"] for entry in values.get("added_tokens") or [] if entry.get("rstrip")]
     names: list[dict[str, str]] = [{}, *([{"general.name": STRIPS}] if stripping else [])]
     texts = [*TEXTS, *(f"one{token}\n two" for token in stripping[:MOST_STRIPPING])]
-    return _proved([{**name, **fields, **around} for name in names for fields in tries], texts, tokenizer, vocab_size)
+    asked = {"texts": texts, "tokens": [tokenizer.encode(text, bos=False) for text in texts], "stop": stop}
+    return _proved([{**name, **fields, **around} for name in names for fields in tries], asked, vocab_size)
+
+
+def problems_of(folder: Path, vocab_size: int) -> list[str]:
+    """Why no file can have the tokenizer of a model's folder.
+
+    Args:
+        folder: as `fields_of` has it; tokens that begin and end a text are those of its own files.
+        vocab_size: as `fields_of` has it.
+
+    Raises:
+        MissingPartError: as `fields_of` does.
+        ModelError: as `fields_of` does.
+    """
+    if not (folder / FILE_NAME).is_file():
+        return []
+    tokenizer = Tokenizer.from_folder(folder, vocab_size)
+    try:
+        fields_of(folder, vocab_size, tokenizer.bos, tuple(tokenizer.stop))
+    except TargetError as error:
+        return [str(error)]
+    return []
 
 
 def _tries(values: Mapping[str, Any], vocab_size: int) -> Iterator[dict[str, Any]]:
@@ -146,7 +169,7 @@ def _charsmap(normalizer: Mapping[str, Any] | None) -> bytes | None:
 def _around(tokenizer: Tokenizer, bos: int | None, stop: tuple[int, ...], values: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     """The fields of special tokens and of the chat template.
 
-    llama.cpp has fields for three tokens that end a text: `eos`, `eot` and `eom`.
+    llama.cpp has fields for three tokens that end a text: `eos`, `eot` and `eom`. Some others it knows by their names.
     """
     ids = {entry["content"]: entry["id"] for entry in values.get("added_tokens") or []}
     named = {name: ids.get(tokenizer.special.get(f"{name}_token", "")) for name in ("bos", "eos", "unk", "pad")}
@@ -164,21 +187,27 @@ def _around(tokenizer: Tokenizer, bos: int | None, stop: tuple[int, ...], values
     return fields | ({"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {})
 
 
-def _proved(tries: list[dict[str, Any]], texts: list[str], tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+def _proved(tries: list[dict[str, Any]], asked: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     """The first of the tries with which llama.cpp has the tokenizer's tokens; its pre-tokenizer is found and named.
 
+    Args:
+        tries: the fields of each.
+        asked: texts, the tokens of each, and tokens that end a text, as `runtime/llama_tokens.py` has them.
+        vocab_size: the model's.
+
     Raises:
-        TargetError: none is.
+        TargetError: none is, or llama.cpp goes on behind a token that ends a text.
+        MissingPartError: llama.cpp is not installed.
     """
-    tokens = [tokenizer.encode(text, bos=False) for text in texts]
     for fields in tries:
         names = PRE_TOKENIZERS if "tokenizer.ggml.pre" in fields else (None,)
-        answer = _asked(fields, vocab_size, {"pre": names, "texts": texts, "tokens": tokens})
-        if answer.get("pre") is not None:
+        answer = _asked(fields, vocab_size, {"pre": names, **asked})
+        if "pre" in answer:
+            _check_ends(answer["runs_on"], fields)
             return {**fields, "tokenizer.ggml.pre": answer["pre"]} if "tokenizer.ggml.pre" in fields else fields
     if "error" in answer:
         raise TargetError(f"llama.cpp refuses this vocabulary ({answer['error']}): {OTHER}")
-    own = tokens[texts.index(answer["text"])]
+    own = asked["tokens"][asked["texts"].index(answer["text"])]
     place = next(i for i in range(len(own) + 1) if own[i : i + 1] != answer["found"][i : i + 1])
     raise TargetError(
         f"llama.cpp has no tokenizer like this model's: the last of those that it knows gives {answer['found'][place : place + 3]} where "
@@ -186,20 +215,40 @@ def _proved(tries: list[dict[str, Any]], texts: list[str], tokenizer: Tokenizer,
     )
 
 
+def _check_ends(runs_on: list[int], fields: Mapping[str, Any]) -> None:
+    """Refuses tokens that end a text for the model, and not for llama.cpp."""
+    if runs_on:
+        told = ", ".join(f"{token} ({shown(fields['tokenizer.ggml.tokens'][token])})" for token in runs_on)
+        raise TargetError(
+            f"llama.cpp would go on behind {told}, where the model ends a text: a GGUF file has fields for three such tokens; leave three "
+            f"in the eos_token_id of generation_config.json, that of the tokenizer among them, or take target onnx or xnnpack"
+        )
+
+
 def _asked(fields: Mapping[str, Any], vocab_size: int, request: Mapping[str, Any]) -> dict[str, Any]:
-    """What `runtime/llama_tokens.py` answers for a file with these fields alone."""
+    """What `runtime/llama_tokens.py` answers for a file with these fields alone.
+
+    Raises:
+        TargetError: llama.cpp comes to no end, or ends the process.
+        MissingPartError: it is not installed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vocabulary.gguf"
         write(path, "llama", {"llama.vocab_size": vocab_size, **fields}, [], lambda done, total: None)
         command = [sys.executable, "-m", "lobit.runtime.llama_tokens"]
         given = json.dumps({"path": str(path), **request})
         environment = {**os.environ, **QUIET_END}
-        done = subprocess.run(
-            command, input=given, capture_output=True, text=True, encoding="utf-8", timeout=LONGEST_WAIT, env=environment
-        )
+        try:
+            done = subprocess.run(
+                command, input=given, capture_output=True, text=True, encoding="utf-8", timeout=LONGEST_WAIT, env=environment
+            )
+        except subprocess.TimeoutExpired:
+            raise TargetError(f"llama.cpp has not read this vocabulary in {LONGEST_WAIT} seconds: {OTHER}") from None
     try:
         answer: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise ModelError(f"llama.cpp ended with code {done.returncode} at this vocabulary ({'; '.join(lines[-2:])}): {OTHER}") from None
+        raise TargetError(f"llama.cpp ended with code {done.returncode} at this vocabulary ({'; '.join(lines[-2:])}): {OTHER}") from None
+    if "missing" in answer:
+        raise MissingPartError(answer["missing"])
     return answer

@@ -190,7 +190,7 @@ def export(
     if tokenizer is not None:
         tokens = Tokens(tokenizer.bos, tokenizer.stop, tokenizer.chat_template, tokenizer.special)
     spec = Spec(asked, context, chunk, all_logits=all_logits, bos=tokens.bos, stop=tuple(tokens.stop), threads=threads, **own)
-    check_target(target, spec, config)
+    check_target(target, spec, config, source)
     if spec.activations:
         if ranged is None:
             raise InputError("the ranges of --activations int16 are found on a text: give one with --calibration FILE")
@@ -250,7 +250,7 @@ def plan(
     source = resolve(model)
     config, asked = load_config(source), _asked(source, recipe)
     spec = Spec(asked, *_sizes(config, target, context, chunk), all_logits=all_logits, **own)
-    found = planning.plan(config, spec, target)
+    found = planning.plan(config, spec, target, source)
     return replace(found, detail=_detail(found, source, asked, bandwidth, progress)) if detail else found
 
 

@@ -10,57 +10,44 @@ windows of 512 tokens, and the perplexity. llama.cpp's rows have the blocks of i
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from rounding import WINDOW, rounded_by_ggml, windows
 from torch import Tensor
 
 from lobit import verbs
 from lobit.checkpoint import load_model
-from lobit.export.gguf.architecture import choose, fields_of
+from lobit.export.gguf.architecture import Architecture, choose, fields_of
 from lobit.export.gguf.file import Entry, entries, write
 from lobit.export.gguf.vocabulary import fields_of as vocabulary_fields
 from lobit.export.gguf.weights import Q4_0, Q8_0, Form
 from lobit.export.target import Spec
 from lobit.model import Transformer
 from lobit.quant_recipes.catalog import find_recipe
-from lobit.runtime.llama_library import Context, Model, library
+from lobit.runtime.llama_library import Context, Model
 from lobit.runtime.parity import kl_divergence, log_softmax
 from lobit.tokenizer import Tokenizer
 
 OUT = Path(__file__).parent / "gguf_rounding.md"
-LENGTH = 512
-"""Tokens of a window."""
-
-
-def rounded_by_ggml(weight: Tensor, kept: Form) -> Tensor:
-    """Blocks, uint8 [out, bytes], of a weight [out, in] by llama.cpp's own code."""
-    (out, inner), floats = weight.shape, ctypes.POINTER(ctypes.c_float)
-    values, blocks = weight.float().contiguous().numpy(), np.empty((out, kept.row_bytes(inner)), np.uint8)
-    call = library().ggml_quantize_chunk
-    call.restype = ctypes.c_size_t
-    sizes = [ctypes.c_int64(size) for size in (0, out, inner)]
-    written = call(int(kept.type), values.ctypes.data_as(floats), blocks.ctypes.data_as(ctypes.c_void_p), *sizes, None)
-    assert written == blocks.size, (written, blocks.size)
-    return torch.from_numpy(blocks)
 
 
 def by_ggml(embedding: Form) -> Callable[[Path, Path], Path]:
     """The float model with its layers in llama.cpp's Q4_0, the embedding in a form of its own."""
 
     def make(folder: Path, path: Path) -> Path:
-        model, spec = load_model(folder), Spec(find_recipe("fp"), LENGTH, LENGTH)
-        architecture, _ = choose(model.config, LENGTH)
+        model, spec = load_model(folder), Spec(find_recipe("fp"), WINDOW, WINDOW)
+        architecture, _ = choose(model.config, WINDOW)
         forms = {"token_embd.weight": embedding}
         tensors = [rounded(entry, forms.get(entry.name, Q4_0)) for entry in entries(model, architecture, spec)]
-        write_file(model, folder, tensors, path)
+        write_file(model, architecture, folder, tensors, path)
         return path
 
     return make
@@ -73,12 +60,11 @@ def rounded(entry: Entry, kept: Form) -> Entry:
     return replace(entry, form=kept, make=lambda: rounded_by_ggml(entry.make(), kept))
 
 
-def write_file(model: Transformer, folder: Path, tensors: list[Entry], path: Path) -> None:
+def write_file(model: Transformer, architecture: Architecture, folder: Path, tensors: list[Entry], path: Path) -> None:
     """A whole GGUF file of a model with these tensors."""
-    architecture, _ = choose(model.config, LENGTH)
     tokenizer = Tokenizer.from_folder(folder, model.config.vocab_size)
     vocabulary = vocabulary_fields(folder, model.config.vocab_size, tokenizer.bos, tuple(tokenizer.stop))
-    write(path, architecture.name, {**fields_of(model.config, architecture, LENGTH), **vocabulary}, tensors, lambda *_: None)
+    write(path, architecture.name, {**fields_of(model.config, architecture, WINDOW), **vocabulary}, tensors, lambda *_: None)
 
 
 def exported(source: Path, recipe: str | None = None) -> Callable[[Path, Path], Path]:
@@ -86,25 +72,30 @@ def exported(source: Path, recipe: str | None = None) -> Callable[[Path, Path], 
 
     def make(_: Path, path: Path) -> Path:
         chosen = None if recipe is None else verbs.choose_recipe(recipe)
-        verbs.export(str(source), "gguf", path.with_suffix(""), recipe=chosen, context=LENGTH)
+        verbs.export(str(source), "gguf", path.with_suffix(""), recipe=chosen, context=WINDOW)
         return path.with_suffix("") / "model.gguf"
 
     return make
 
 
-def measure(path: Path, sequences: Tensor, reference: list[np.ndarray], threads: int) -> dict[str, float]:
+def measure(path: Path, sequences: Sequence[Tensor], reference: list[np.ndarray], threads: int) -> dict[str, float]:
     """KL from the reference with its standard error, perplexity, and the file's size."""
-    model = Model(path)
-    context = Context(model, LENGTH, LENGTH, threads)
     divergences, surprises = [], []
-    for sequence, expected in zip(sequences, reference, strict=True):
-        rows = context.read(sequence.tolist(), 0, every=True)
-        found = log_softmax(np.stack([np.ctypeslib.as_array(row, (model.vocab_size,)) for row in rows]))
-        divergences.append(kl_divergence(expected.astype(np.float64), found))
-        surprises.append(-found[np.arange(len(sequence) - 1), sequence[1:].numpy()])
+    with closing(Model(path)) as model:
+        context = Context(model, WINDOW, WINDOW, threads)
+        for sequence, expected in zip(sequences, reference, strict=True):
+            rows = context.read(sequence.tolist(), 0, every=True)
+            found = log_softmax(np.stack([np.ctypeslib.as_array(row, (model.vocab_size,)) for row in rows]))
+            divergences.append(kl_divergence(expected.astype(np.float64), found))
+            surprises.append(surprise(found, sequence))
     kl = np.concatenate(divergences)
     perplexity = math.exp(np.concatenate(surprises).mean())
     return {"kl": kl.mean(), "se": kl.std() / len(kl) ** 0.5, "perplexity": perplexity, "mb": path.stat().st_size / 1e6}
+
+
+def surprise(rows: np.ndarray, sequence: Tensor) -> np.ndarray:
+    """Minus the log probability of each token but the first; rows [T, V] are log probabilities."""
+    return -rows[np.arange(len(sequence) - 1), sequence[1:].numpy()]
 
 
 @torch.inference_mode()
@@ -124,14 +115,14 @@ def main() -> None:
         "`8da4w-g32-e8`, without a text": exported(arguments.model, "8da4w-g32-e8"),
     }
     rows |= {name: exported(Path(folder)) for name, folder in (told.split("=", 1) for told in arguments.checkpoint)}
-    tokens = Tokenizer.from_folder(arguments.model).encode(arguments.text.read_text(encoding="utf-8"), bos=False)[: arguments.tokens]
-    sequences = torch.tensor(tokens).reshape(-1, LENGTH)
+    sequences = windows(Tokenizer.from_folder(arguments.model), arguments.text, arguments.tokens)
     model = load_model(arguments.model)
     reference = [model(sequence[None])[0].log_softmax(-1).numpy() for sequence in sequences]
     del model
-    surprise = np.concatenate([-row[np.arange(LENGTH - 1), seq[1:].numpy()] for row, seq in zip(reference, sequences, strict=True)])
+    perplexity = math.exp(np.concatenate([surprise(found, sequence) for found, sequence in zip(reference, sequences, strict=True)]).mean())
+    count = sum(map(len, sequences))
     lines = [
-        f"{arguments.model.name}, {len(tokens)} tokens of Wikipedia under llama.cpp; in PyTorch {math.exp(surprise.mean()):.2f}",
+        f"{arguments.model.name}, {count} tokens of Wikipedia under llama.cpp; in PyTorch {perplexity:.2f}",
         "",
         "| file | MB | KL | perplexity |",
         "|---|--:|--:|--:|",

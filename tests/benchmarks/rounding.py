@@ -3,8 +3,8 @@
     python tests/benchmarks/rounding.py [--model SmolLM2-135M-Instruct] [--trained CHECKPOINT] [--tokens 4096] [--only PATTERN]
 
 Mean KL from the float model on held-out articles of Wikipedia, in windows of 512 tokens, and the perplexity; calibrated on other
-articles. Beside lobit's methods llama.cpp's Q4_0, plain (`gguf`) and with importance (its own code, of the package `xllamacpp`), on the
-same weights. The table goes to `tests/benchmarks/rounding/table.md`, with what each figure was before there was a search for scales.
+articles. Beside lobit's methods llama.cpp's Q4_0, plain and with importance, by its own code (of the package `xllamacpp`), on the same
+weights. The table goes to `tests/benchmarks/rounding/table.md`, with what each figure was before there was a search for scales.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import ctypes
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
-from gguf.quants import dequantize, quantize
+from gguf.quants import dequantize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor, nn
 
 from lobit.checkpoint import load_config, load_model
+from lobit.export.gguf.weights import Q4_0, Form
 from lobit.model import CausalAttention, Transformer, weight_of
 from lobit.quant_recipes.apply import convert, layers_of
 from lobit.quant_recipes.calibration import calibrate
@@ -42,7 +42,8 @@ from lobit.tokenizer import Tokenizer
 from lobit.verbs.calibrate import LENGTH, SAMPLES
 
 OUT = Path(__file__).parent / "rounding"
-Q4_0 = gguf.GGMLQuantizationType.Q4_0
+WINDOW = 512
+"""Tokens of a window."""
 INT4, INT8 = WeightGrid(4, 32), WeightGrid(8, None)
 EQUATION_4 = replace(INT4, scale_rule="range")
 PLAIN = "the same: llama.cpp's Q4_0"
@@ -54,9 +55,9 @@ Changed = tuple[Transformer, Recipe | None]
 
 @dataclass(frozen=True)
 class Texts:
-    """Tokens to measure on [n, length], and to calibrate on."""
+    """Windows of tokens to measure on, and sequences [n, length] to calibrate on."""
 
-    held_out: Tensor
+    held_out: Sequence[Tensor]
     calibration: Tensor
 
 
@@ -100,26 +101,25 @@ def by_ggml(names: str, importance: bool = False) -> Callable[[Path, Texts], Cha
         squares = mean_squares(model, texts.calibration) if importance else {}
         for name, module in layers_of(model):
             if fnmatch(name, names) and not (name == "head" and model.config.tied):
-                weight = weight_of(module).detach().float()
-                blocks = with_importance(weight, squares[name]) if importance else quantize(weight.numpy(), Q4_0)
-                weight_of(module).data = torch.tensor(dequantize(blocks, Q4_0))
+                blocks = rounded_by_ggml(weight_of(module).detach(), Q4_0, squares.get(name))
+                weight_of(module).data = torch.tensor(dequantize(blocks.numpy(), Q4_0.type))
         return model, None
 
     return make
 
 
-def with_importance(weight: Tensor, squares: Tensor) -> np.ndarray:
-    """Q4_0 blocks, uint8 [out, bytes], by llama.cpp's `ggml_quantize_chunk` with an importance for each input [in]."""
-    quantize_chunk = library().ggml_quantize_chunk
-    quantize_chunk.restype = ctypes.c_size_t
+def rounded_by_ggml(weight: Tensor, kept: Form, importance: Tensor | None = None) -> Tensor:
+    """Blocks, uint8 [out, bytes], of a weight [out, in] by llama.cpp's `ggml_quantize_chunk`, with an importance for each input [in]."""
+    call = library().ggml_quantize_chunk
+    call.restype = ctypes.c_size_t
     (out, inner), floats = weight.shape, ctypes.POINTER(ctypes.c_float)
-    values, factors = weight.contiguous().numpy(), squares.float().contiguous().numpy()
-    blocks = np.empty((out, inner // 32 * 18), np.uint8)
+    values, blocks = weight.float().contiguous().numpy(), np.empty((out, kept.row_bytes(inner)), np.uint8)
+    factors = None if importance is None else importance.float().contiguous().numpy()
     sizes = [ctypes.c_int64(size) for size in (0, out, inner)]
     pointers = values.ctypes.data_as(floats), blocks.ctypes.data_as(ctypes.c_void_p)
-    written = quantize_chunk(int(Q4_0), *pointers, *sizes, factors.ctypes.data_as(floats))
+    written = call(int(kept.type), *pointers, *sizes, None if factors is None else factors.ctypes.data_as(floats))
     assert written == blocks.size, (written, blocks.size)
-    return blocks
+    return torch.from_numpy(blocks)
 
 
 @torch.inference_mode()
@@ -165,15 +165,20 @@ ROWS = (
 )
 
 
+def windows(tokenizer: Tokenizer, text: Path, count: int) -> Sequence[Tensor]:
+    """The first tokens of a text in windows, the last of which may be shorter."""
+    return torch.tensor(tokenizer.encode(text.read_text(encoding="utf-8"), bos=False)[:count]).split(WINDOW)
+
+
 @torch.inference_mode()
-def log_probabilities(model: Transformer, sequences: Tensor, recipe: Recipe | None = None) -> Iterator[Tensor]:
+def log_probabilities(model: Transformer, sequences: Sequence[Tensor], recipe: Recipe | None = None) -> Iterator[Tensor]:
     """Of each sequence [length, V]."""
     attend = attention_for(recipe, CausalAttention(model.config))
     for sequence in sequences:
         yield model(sequence[None], None, attend)[0].log_softmax(-1)
 
 
-def measure(changed: Changed, sequences: Tensor, reference: list[Tensor]) -> dict[str, float]:
+def measure(changed: Changed, sequences: Sequence[Tensor], reference: list[Tensor]) -> dict[str, float]:
     """Mean KL from the reference with its standard error, and perplexity."""
     divergences, surprises = [], []
     for sequence, expected, found in zip(sequences, reference, log_probabilities(changed[0], sequences, changed[1]), strict=True):
@@ -195,9 +200,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     tokenizer = Tokenizer.from_folder(arguments.model, load_config(arguments.model).vocab_size)
-    told = {name: (arguments.texts / name).read_text(encoding="utf-8") for name in ("wiki-train.txt", "wiki-held-out.txt")}
-    held_out = torch.tensor(tokenizer.encode(told["wiki-held-out.txt"], bos=False)[: arguments.tokens]).reshape(-1, 512)
-    calibration = sequences_of(tokenizer.encode(told["wiki-train.txt"], bos=False), arguments.samples, LENGTH, bos=tokenizer.bos)
+    held_out = windows(tokenizer, arguments.texts / "wiki-held-out.txt", arguments.tokens)
+    told = (arguments.texts / "wiki-train.txt").read_text(encoding="utf-8")
+    calibration = sequences_of(tokenizer.encode(told, bos=False), arguments.samples, LENGTH, bos=tokenizer.bos)
     texts = Texts(held_out, calibration)
     floats = load_model(arguments.model)
     reference = list(log_probabilities(floats, held_out))
@@ -205,7 +210,7 @@ def main() -> None:
     if arguments.trained:
         rows.append(Row("`8da4w-g32`, trained", lambda *_: load_checkpoint(arguments.trained)))
     found = measure((floats, None), held_out, reference)
-    read = f"{held_out.numel()} tokens of Wikipedia, float perplexity {found['perplexity']:.2f}"
+    read = f"{sum(map(len, held_out))} tokens of Wikipedia, float perplexity {found['perplexity']:.2f}"
     about = f"{arguments.model.name}, {read}; calibrated on {len(calibration)} x {LENGTH} tokens of other articles"
     kept = Results(arguments.out, about)
     part = ""

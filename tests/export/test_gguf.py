@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ from lobit.errors import TargetError
 from lobit.export.block_inputs import round_blocks
 from lobit.export.gguf.architecture import choose, fields_of
 from lobit.export.gguf.arithmetic import arithmetic
+from lobit.export.gguf.file import entries
 from lobit.export.gguf.weights import Q4_0, Q8_0, form_of, packed
 from lobit.export.target import Spec
 from lobit.model import Config
 from lobit.quant_recipes.recipe import Recipe, WeightGrid
+from lobit.quant_recipes.train import Run
 from lobit.rope import LongRopeScaling, Rope
 from lobit.runtime.bundle import open_bundle
 from lobit.runtime.engine import open_engine
 from lobit.runtime.gguf_parts import GgufFile
+from lobit.runtime.llama_library import Model
 from lobit.runtime.reference import ReferenceEngine
 from lobit.runtime.stored import read_program
 from lobit.tokenizer import Tokenizer
@@ -40,6 +44,7 @@ NEAR = 0.03
 """How far apart the two likeliest tokens may be, in standard deviations of all logits, where llama.cpp may take the other: it rounds
 queries, keys and values to half precision, which moves logits of small random models by up to 0.015."""
 TERNARY_DEMO = Path(verbs.__file__).parents[1] / "demo" / "ternary"
+LINEAR = {"rope_type": "linear", "factor": 8.0}
 WITHIN_A_WINDOW = 32
 """Positions that a window of the demo holds; llama.cpp has no architecture with windows like these."""
 REFUSED = {
@@ -117,16 +122,31 @@ def test_the_demo_within_a_window_is_proved(ternary: bool, tmp_path: Path) -> No
     assert differing_tokens(ReferenceEngine(*exact, WITHIN_A_WINDOW), open_engine(open_bundle(bundle), 1), prompt, count) == []
 
 
-def test_gemma_3_with_its_own_scale_runs_with_windows_and_two_rotary_bases(tmp_path: Path) -> None:
+def write_gemma_3(folder: Path, **ropes: dict[str, Any]) -> None:
+    """A Gemma 3 whose attention has the scale of its head size, as llama.cpp's has; `ropes` changes rotary embeddings."""
     sizes = {**SMALL, "num_hidden_layers": 6, "hidden_size": 96, "max_position_embeddings": CONTEXT}
     config = transformers.Gemma3TextConfig(**sizes, head_dim=32, sliding_window=WINDOW, query_pre_attn_scalar=32)
-    of_class(config, norm=0.0)(tmp_path / "model")
-    write_tokenizer(tmp_path / "model")
+    for layers, rope in ropes.items():
+        config.rope_parameters[layers].update(rope)
+    of_class(config, norm=0.0)(folder)
+    write_tokenizer(folder)
+
+
+@pytest.mark.parametrize("ropes", [{}, {"full_attention": LINEAR}], ids=["plain", "scaled without windows"])
+def test_gemma_3_with_its_own_scale_runs_with_windows_and_two_rotary_bases(ropes: Any, tmp_path: Path) -> None:
+    write_gemma_3(tmp_path / "model", **ropes)
     bundle = open_bundle(export(tmp_path / "model", tmp_path / "bundle"))
     assert bundle.manifest.delegation.backend == "llama.cpp, gemma3"
     assert verbs.verify(bundle.folder, str(tmp_path / "model"))["passed"]
     reference = ReferenceEngine(load_model(tmp_path / "model"), None, CONTEXT)
     assert differing_tokens(reference, open_engine(bundle, 1), list(range(60, 80)), 40) == []
+
+
+def test_gemma_3_with_a_scaled_rotary_embedding_in_its_windows_is_refused(tmp_path: Path) -> None:
+    write_gemma_3(tmp_path / "model", sliding_attention=LINEAR)
+    with pytest.raises(TargetError, match=r"gemma3.* scales the rotary embedding of layers without a window alone: take target"):
+        export(tmp_path / "model", tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
 
 
 @pytest.mark.parametrize("kind", ["linear", "yarn"])
@@ -252,11 +272,32 @@ def test_the_context_of_a_file_without_the_model_s_windows_is_what_they_hold(mod
     assert "--context 16" in choose(config, 17)[1][0]
 
 
-def test_every_integer_model_is_written_from_its_own_tensors(models: Any) -> None:
-    """Nothing is copied before it is written: the file's entries are made from the model one at a time."""
-    from lobit.export.gguf.file import entries
-
+def test_entries_have_as_many_bytes_as_the_list_of_tensors_says(models: Any) -> None:
     model, recipe = converted(models("llama"), verbs.choose_recipe("8da4w-g32"))
     tensors = entries(model, choose(model.config, 64)[0], Spec(recipe, 64, 64))
     made = {entry.name: entry.make() for entry in tensors}
     assert all(tensor.numel() * tensor.element_size() == entry.bytes for entry, tensor in zip(tensors, made.values(), strict=True))
+
+
+@pytest.mark.parametrize("source", ["stories", "demo"])
+def test_llama_cpp_alone_goes_on_with_a_text_as_lobit_does(source: str, stories: Path, tmp_path: Path) -> None:
+    """Text to tokens and tokens to logits by llama.cpp, from nothing but the file; by lobit from the model's folder."""
+    folder = stories if source == "stories" else resolve("demo")
+    bundle = open_bundle(export(folder, tmp_path / "bundle", context=WITHIN_A_WINDOW))
+    text = "Once upon a time, there was"
+    with closing(Model(bundle.path("program"))) as model:
+        prompt = model.tokenize(text, around=True)
+    assert prompt == Tokenizer.from_folder(folder).encode(text)
+    reference = ReferenceEngine(load_model(folder), None, WITHIN_A_WINDOW)
+    assert differing_tokens(reference, open_engine(bundle, 1), prompt, WITHIN_A_WINDOW - len(prompt)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("smallest", "name"), [(False, "TQ2_0"), (True, "TQ1_0")])
+def test_a_checkpoint_fresh_from_ternary_training_is_in_the_file_bit_by_bit(smallest: bool, name: str, tmp_path: Path) -> None:
+    checkpoint, recipe = tmp_path / "checkpoint", verbs.choose_recipe("bitnet")
+    verbs.train("demo", recipe, verbs.Texts([held_out_text(60)], length=64), checkpoint, run=Run(steps=3, batch=1).dealt())
+    bundle = export(checkpoint, tmp_path / "bundle", recipe, WITHIN_A_WINDOW, smallest=smallest)
+    assert GgufFile(bundle / "model.gguf").tensors["blk.0.ffn_down.weight"].tensor_type.name == name
+    found = verbs.verify(bundle, str(checkpoint))
+    assert found["passed"] and found["integers"] > 0

@@ -18,7 +18,7 @@ from lobit.checkpoint import load_config, load_model
 from lobit.errors import ModelError
 from lobit.gguf_folder import CONTROL, NORMAL, build_tokenizer, write_folder
 from lobit.tokenizer import Tokenizer
-from tests.gguf_files import CONTEXT, HIDDEN, LAYERS, MERGES, SHAPES, TEMPLATE, TOKENS, write_gguf
+from tests.gguf_files import CONTEXT, ENDLESS, HIDDEN, LAYERS, MERGES, SHAPES, TEMPLATE, TOKENS, write_gguf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RELATIVE = 2e-5
@@ -193,3 +193,11 @@ def test_a_damaged_file_is_one_clear_error(length: int, file: Path, tmp_path: Pa
     damaged.write_bytes(file.read_bytes()[:length])
     with pytest.raises(ModelError, match=r"damaged\.gguf is no GGUF file that can be read"):
         write_folder(damaged, tmp_path)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("what", ENDLESS)
+def test_a_file_that_announces_more_than_it_has_is_refused_at_once(what: str, tmp_path: Path) -> None:
+    (tmp_path / "endless.gguf").write_bytes(ENDLESS[what])
+    with pytest.raises(ModelError, match=r"endless\.gguf is no GGUF file that can be read .*fetch it again"):
+        write_folder(tmp_path / "endless.gguf", tmp_path)

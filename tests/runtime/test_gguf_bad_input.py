@@ -18,6 +18,7 @@ from lobit.runtime.bundle import open_bundle
 from lobit.runtime.engine import open_engine
 from lobit.runtime.stored import read_program
 from tests import mutations
+from tests.gguf_files import ENDLESS
 from tests.mutations import reseal
 
 FILE = "model.gguf"
@@ -65,6 +66,14 @@ def test_a_file_that_was_cut_and_sealed_anew_ends_with_one_message(share: float,
     reseal(bundle)
     assert "export it again" in refused(lambda: runs(bundle))
     assert "export it again" in refused(lambda: reads(bundle))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("what", ENDLESS)
+def test_verify_refuses_a_file_that_announces_more_than_it_has_at_once(what: str, models: Any, bundle: Path) -> None:
+    (bundle / FILE).write_bytes(ENDLESS[what])
+    reseal(bundle)
+    assert "cannot be taken apart" in refused(lambda: verbs.verify(bundle, str(models("qwen3"))))
 
 
 def test_an_older_layout_is_refused_by_its_number(bundle: Path) -> None:
