@@ -7,6 +7,7 @@ with bytes to fall back on, which was SentencePiece once, becomes `llama`, and U
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import os
 import subprocess
@@ -225,8 +226,21 @@ def _check_ends(runs_on: list[int], fields: Mapping[str, Any]) -> None:
         )
 
 
-def _asked(fields: Mapping[str, Any], vocab_size: int, request: Mapping[str, Any]) -> dict[str, Any]:
-    """What `runtime/llama_tokens.py` answers for a file with these fields alone.
+def _asked(fields: Mapping[str, Any], vocab_size: int, request: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What `runtime/llama_tokens.py` answers for a file with these fields alone; see `reply`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "vocabulary.gguf"
+        write(path, "llama", {"llama.vocab_size": vocab_size, **fields}, [], lambda done, total: None)
+        return reply(path.read_bytes(), json.dumps(request))
+
+
+@functools.lru_cache(maxsize=4)  # an export asks before the work, and again when it writes
+def reply(vocabulary: bytes, request: str) -> Mapping[str, Any]:
+    """What `runtime/llama_tokens.py` answers for a file.
+
+    Args:
+        vocabulary: the file.
+        request: what is asked of it, in JSON, without its path.
 
     Raises:
         TargetError: llama.cpp comes to no end, or ends the process.
@@ -234,9 +248,9 @@ def _asked(fields: Mapping[str, Any], vocab_size: int, request: Mapping[str, Any
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vocabulary.gguf"
-        write(path, "llama", {"llama.vocab_size": vocab_size, **fields}, [], lambda done, total: None)
+        path.write_bytes(vocabulary)
         command = [sys.executable, "-m", "lobit.runtime.llama_tokens"]
-        given = json.dumps({"path": str(path), **request})
+        given = json.dumps({"path": str(path), **json.loads(request)})
         environment = {**os.environ, **QUIET_END}
         try:
             done = subprocess.run(
@@ -245,10 +259,10 @@ def _asked(fields: Mapping[str, Any], vocab_size: int, request: Mapping[str, Any
         except subprocess.TimeoutExpired:
             raise TargetError(f"llama.cpp has not read this vocabulary in {LONGEST_WAIT} seconds: {OTHER}") from None
     try:
-        answer: dict[str, Any] = json.loads(done.stdout)
+        told: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise TargetError(f"llama.cpp ended with code {done.returncode} at this vocabulary ({'; '.join(lines[-2:])}): {OTHER}") from None
-    if "missing" in answer:
-        raise MissingPartError(answer["missing"])
-    return answer
+    if "missing" in told:
+        raise MissingPartError(told["missing"])
+    return told

@@ -27,6 +27,12 @@ DEMO = Path(__file__).parents[2] / "lobit" / "demo" / "model"
 TEXT = "Once upon a time, in 1984,  there's a_small ñandú that SAID: \"don't!\"\n\n\tAnd so on…  "
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_known_of_other_tests() -> None:
+    """llama.cpp is asked again what it answered in another test."""
+    vocabulary.reply.cache_clear()
+
+
 def fields(folder: Path, size: int) -> dict[str, Any]:
     """What a file says of a folder's tokenizer."""
     tokenizer = Tokenizer.from_folder(folder, size)
@@ -130,6 +136,12 @@ def test_spaces_behind_a_special_token_go_where_the_tokenizer_takes_them_away(tm
     assert values["general.name"] == "Phi-3"
     tokens = told_by_llama_cpp(values, 772, tmp_path / "v.gguf", "one</s>  \n two")
     assert tokens == Tokenizer.from_folder(tmp_path / "model").encode("one</s>  \n two", bos=False)
+
+
+def test_an_export_asks_llama_cpp_once_about_a_vocabulary(tmp_path: Path) -> None:
+    verbs.export(str(DEMO), "gguf", tmp_path / "bundle", recipe=verbs.choose_recipe("8da4w-g32"), context=32)
+    assert vocabulary.reply.cache_info().hits > 0
+    assert vocabulary.reply.cache_info().misses == 1
 
 
 def test_a_model_without_a_tokenizer_has_none(tmp_path: Path) -> None:
