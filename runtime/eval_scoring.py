@@ -51,9 +51,11 @@ class Reader:
         A context that no other request has, or to whose end the engine cannot be taken back, is read in one call with what follows it.
         """
         tokens = asked.continuation
-        after = self._logits_after(asked.context) if is_shared else None
+        if is_shared:
+            after = self._logits_after(asked.context)
+        else:
+            after = self._after = None  # the engine leaves the context that it is at
         if after is None:
-            self._after = self._after if is_shared else None
             first, given = tokens[: self._piece], asked.context[self._begin(asked.context) :]
             rows = self.engine.score([*given, *first[:-1]], len(first))
         else:
