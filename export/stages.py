@@ -16,6 +16,11 @@ WHOLE = 1000
 """Number of steps in which the progress of all stages together is counted."""
 
 
+def halves(count: Count) -> tuple[Count, Count]:
+    """The functions to call with the progress of the two halves of a stage."""
+    return lambda done, total: count(done, 2 * total), lambda done, total: count(total + done, 2 * total)
+
+
 class Stages:
     """Measures the seconds and peak memory of each stage, in order.
 

@@ -15,7 +15,7 @@ from lobit.export.qnn.methods import NARROW, SOCS, TABLE_FILE, WITHOUT_HALF, cli
 from lobit.export.qnn.program import BACKEND, write_pte
 from lobit.export.qnn.weights import program_bytes, stored_bits, table_bits, table_bytes, write_table
 from lobit.export.size_groups import Tally, stored_as
-from lobit.export.stages import Count
+from lobit.export.stages import Count, halves
 from lobit.export.target import Costs, Lowered, Needs, Reader, Spec, float_inputs, foreign_options
 from lobit.model import Config, Transformer
 from lobit.quant_recipes.apply import LayerPlan, layer_plans
@@ -175,8 +175,8 @@ def lower(model: Transformer, spec: Spec, kept: StageCache, count: Count) -> Low
     """
     config, compiling = model.config, count
     if spec.activations:
-        spec = replace(spec, encodings=_kept_encodings(model, spec, kept, lambda done, total: count(done, 2 * total)))
-        compiling = lambda done, total: count(total + done, 2 * total)  # noqa: E731 (it is `count` otherwise)
+        finding, compiling = halves(count)
+        spec = replace(spec, encodings=_kept_encodings(model, spec, kept, finding))
     made = graphs(model, spec)
     shared, copied = compile_variants(made, soc_of(spec), kept, compiling)
     told = sum((each.counts() for each in made.values()), Counter[str]())

@@ -16,7 +16,7 @@ from torch import Tensor
 from lobit.errors import TargetError, listed
 from lobit.export.pte import write_program
 from lobit.export.size_groups import Tally
-from lobit.export.stages import Count
+from lobit.export.stages import Count, halves
 from lobit.export.target import Costs, Lowered, Needs, Reader, Spec, foreign_options, with_rules
 from lobit.export.xnnpack.attention import Caches
 from lobit.export.xnnpack.delegated import DelegatedLinear, DelegatedNorm, DelegatedTurn, PackedEmbedding, SharedHead
@@ -248,8 +248,9 @@ def write(lowered: Lowered, folder: Path, count: Count) -> list[FileEntry]:
     """Joins the parts to one program and writes `model.pte`."""
     parts, pieces, chunk = lowered.payload
     (first, *_) = pieces.values()
-    linked = Linker(parts, pieces, chunk).link(first.program.execution_plan[1:], lambda done, total: count(done, 2 * total))
-    write_program(linked, folder / PROGRAM_FILE, lambda done, total: count(total + done, 2 * total))
+    linking, writing = halves(count)
+    linked = Linker(parts, pieces, chunk).link(first.program.execution_plan[1:], linking)
+    write_program(linked, folder / PROGRAM_FILE, writing)
     return [FileEntry.of(folder, PROGRAM_FILE, "program")]
 
 
