@@ -97,7 +97,7 @@ def parity(
     """
     from lobit.checkpoint import load_config, load_model, resolve
     from lobit.export.target import find_target
-    from lobit.quant_recipes.quantized import fingerprint
+    from lobit.quant_recipes.quantized import check_float, fingerprint
     from lobit.quant_recipes.recipe import Recipe
     from lobit.runtime import parity as comparison
     from lobit.runtime.bundle import open_bundle
@@ -111,6 +111,7 @@ def parity(
         raise InputError(f"there is no stage {', '.join(unknown)}: choose of {', '.join(STAGES)}")
     opened = open_bundle(bundle)
     manifest, source = opened.manifest, resolve(reference)
+    check_float(source)
     if tokens is None:
         tokens = TARGETS[manifest.target].parity_tokens if manifest.target in TARGETS else TargetEntry.parity_tokens
     ids, lines = bundle_tokenizer(opened).encode_lines(text, tokens)

@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 
+import lobit
+
 Bundles = Any
 """The fixture of tests/conftest.py: `bundles(model, recipe, kv_cache)`."""
 Answer = Any
 """What a command gave: `code`, `out`, `err` (tests/lobit/conftest.py)."""
 Lobit = Callable[..., Answer]
 MISTAKE = 2
+TERNARY = Path(lobit.__file__).parent / "demo" / "ternary"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -140,6 +143,13 @@ MISTAKES: dict[str, Mistake] = {
         lambda p: ["parity", p.bundle, "--reference", p.stories, "--text", p.folder.parent / "latin.txt"],
         ["latin.txt is not UTF-8", "byte 2"],
     ),
+    **{
+        f"a quantized checkpoint for the reference of {verb}": (
+            lambda p, verb=verb: [verb, p.bundle, "--reference", TERNARY, "--text", p.sample],
+            ["ternary is quantized already", "give the float model that it was made from"],
+        )
+        for verb in ("parity", "eval")
+    },
     "another model for a reference": (
         lambda p: ["parity", p.bundle, "--reference", p.small, "--text", p.sample],
         ["does not hold the weights"],
