@@ -70,10 +70,12 @@ def render(results: Sequence[Result], command: str = "") -> str:
     evals = [one for i, one in enumerate(evals) if one not in evals[:i]]
     colours = {one.name: one.colour for one in bundles}
     conditions = [one for i, one in enumerate(told) if one not in told[:i]]
+    untimed = dict.fromkeys(one.told for one in bundles if one.calls)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         bundles=bundles,
         conditions=conditions,
+        untimed=[one for one in untimed if not any(one in other and one != other for other in untimed)],
         evals=[(one, accuracies(one, colours)) for one in evals],
         view=eval_view,
         plots=report_plots.plots(bundles),

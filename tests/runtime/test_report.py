@@ -252,6 +252,22 @@ def test_bundles_stand_side_by_side_in_colours_of_their_own(tmp_path: Path) -> N
     assert "var(--bundle-1)" in text
 
 
+def test_why_programs_are_not_timed_is_told_once(tmp_path: Path) -> None:
+    one, two = results("one")["compiled"], results("two")["compiled"]
+    two["what"] += ". A call reads so many bytes"
+    paths = [*written(tmp_path, {"compiled": one}, "1-"), *written(tmp_path, {"compiled": two}, "2-")]
+    words = Page(report(paths, tmp_path / "report.html").read_text(encoding="utf-8")).words
+    assert words.count("nothing is timed") == 1 and "A call reads so many bytes" in words
+
+
+def test_what_is_timed_is_told_once_for_several_runs(tmp_path: Path) -> None:
+    one, two = results("one")["bench"], results("two")["bench"]
+    two["memory_bandwidth_gb_s"] = 21.0
+    paths = [*written(tmp_path, {"bench": one}, "1-"), *written(tmp_path, {"bench": two}, "2-")]
+    words = Page(report(paths, tmp_path / "report.html").read_text(encoding="utf-8")).words
+    assert words.count("calls of the engine") == 1 and words.count("GB/s measured") == 2
+
+
 def test_rows_of_a_benchmark_find_their_bundle(tmp_path: Path) -> None:
     values = results("one")
     values["bench"]["rows"][0]["model"] = "org/stories"
